@@ -1,0 +1,1 @@
+"""Attention kernels of rcm_megatron. Depends on torch (and triton) alone; each op has a plain PyTorch reference beside it."""

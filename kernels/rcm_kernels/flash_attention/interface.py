@@ -1,0 +1,75 @@
+"""`attention` and its two halves: valid keys, empty blocks and layout are dealt with here, so that a backend need not."""
+
+import torch
+
+from rcm_kernels.flash_attention.backends import backend_for
+
+
+def attention_forward(q, k, v, *, valid_keys=None, scale=None):
+    """softmax(scale q k^T) v over the first `valid_keys` keys. Returns o [s, b, n, d] in q's dtype and lse [b, n, s].
+
+    Without a valid key o = 0 and lse = -inf.
+    """
+    num_keys = _count_keys(k, valid_keys)
+    if num_keys == 0:
+        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return torch.zeros_like(q), q.new_full((*q.shape[1:3], q.shape[0]), -torch.inf, dtype=lse_dtype)
+    q, k, v = (_last_dim_dense(x) for x in (q, k[:num_keys], v[:num_keys]))
+    return backend_for(q).forward(q, k, v, _scale(q, scale))
+
+
+def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None):
+    """Gradients (dq, dk, dv) in q's dtype for this block of keys; `o` and `lse` may be those of a larger set of keys.
+
+    With P = exp(scale q k^T - lse) and delta = sum(do * o): dv = P^T do, dS = P * (do v^T - delta), dq = scale dS k, dk = scale dS^T q.
+    Gradients of keys past `valid_keys` are 0.
+    """
+    num_keys = _count_keys(k, valid_keys)
+    if num_keys == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    do, q, o, k_valid, v_valid = (_last_dim_dense(x) for x in (do, q, o, k[:num_keys], v[:num_keys]))
+    dq, dk, dv = backend_for(q).backward(do, q, k_valid, v_valid, o, lse, _scale(q, scale))
+    return dq, _pad_keys(dk, k.shape[0]), _pad_keys(dv, v.shape[0])
+
+
+def attention(q, k, v, *, valid_keys=None, scale=None):
+    """softmax(scale q k^T) v with autograd. q: [s, b, n, d]; k, v: [l, b, n, d]; the first `valid_keys` of the l keys exist."""
+    return _Attention.apply(q, k, v, valid_keys, scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, valid_keys, scale):
+        o, lse = attention_forward(q, k, v, valid_keys=valid_keys, scale=scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.valid_keys, ctx.scale = valid_keys, scale
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        return *attention_backward(do, q, k, v, o, lse, valid_keys=ctx.valid_keys, scale=ctx.scale), None, None
+
+
+def _count_keys(k, valid_keys):
+    if valid_keys is None:
+        return k.shape[0]
+    if not 0 <= valid_keys <= k.shape[0]:
+        raise ValueError(f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count keys of this block only")
+    return valid_keys
+
+
+def _scale(q, scale):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _last_dim_dense(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pad_keys(grad, length):
+    if grad.shape[0] == length:
+        return grad
+    padded = grad.new_zeros(length, *grad.shape[1:])
+    padded[: grad.shape[0]] = grad
+    return padded

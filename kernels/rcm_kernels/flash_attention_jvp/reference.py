@@ -1,0 +1,135 @@
+"""Attention with its tangent in plain PyTorch, tiled over heads, queries and keys. Runs anywhere, in fp64 too.
+
+Shapes: S queries, L keys, B batch, N heads, K head dim. With softmax weights P over keys and tS = scale (tq k^T + q tk^T),
+
+    o = P v        mu = sum_keys P * tS        to = P tv + (P * (tS - mu)) v        lse = logsumexp(scale q k^T)
+
+`mu` is what a block of keys must return, beside o, to and lse, for two blocks to merge exactly (DESIGN, section 5).
+"""
+
+import torch
+
+# Measured on one core of an EPYC (2 MiB L2) for 64..4096 tokens, see kernels/README.md: a tile of scores is to stay in L2.
+BLOCK_QUERIES = 256
+BLOCK_KEYS = 1024
+TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
+
+
+@torch.no_grad()
+def attention_jvp(
+    q,
+    k,
+    v,
+    tq,
+    tk=None,
+    tv=None,
+    *,
+    valid_keys=None,
+    scale=None,
+    carry=None,
+    block_queries=BLOCK_QUERIES,
+    block_keys=BLOCK_KEYS,
+):
+    """Softmax attention and its Jacobian-vector product over one block of keys.
+
+    q, tq: [s, b, n, d]; k, v, tk, tv: [l, b, n, d]; strided views are fine. `tk = tv = None` means that keys and values have no
+    tangent (cross-attention): no zero tensors are made, four matmuls instead of six. `valid_keys` (int) is the number of leading keys
+    that exist, `scale` is 1/sqrt(d) by default. `carry` is the result of other blocks of keys, merged in; it is not modified.
+
+    Returns o, to [s, b, n, d] and lse, mu [b, n, s], all fp32 (fp64 for fp64 inputs). Without a valid key: lse = -inf, the
+    others 0. No gradient flows.
+    """
+    if (tk is None) != (tv is None):
+        raise ValueError("got only one of tk and tv; need both or neither; fix: pass torch.zeros_like for the missing one")
+    num_keys = k.shape[0] if valid_keys is None else valid_keys
+    if not 0 <= num_keys <= k.shape[0]:
+        raise ValueError(f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count keys of this block only")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if num_keys == 0:
+        return _empty_block(q, dtype) if carry is None else carry
+    keys = [None if x is None else _rows(x[:num_keys], dtype) for x in (k, v, tk, tv)]
+    block = _attend(_rows(q, dtype), _rows(tq, dtype), *keys, scale, block_queries, block_keys)
+    (s, b, n, d), (o, to, lse, mu) = q.shape, block
+    block = o.view(s, b, n, d), to.view(s, b, n, d), lse.view(b, n, s), mu.view(b, n, s)
+    return block if carry is None else merge_blocks(carry, block)
+
+
+def merge_blocks(first, second):
+    """The (o, to, lse, mu) of two disjoint sets of keys together, in the centred form; either may hold no valid key.
+
+    With w = sigmoid(lse2 - lse1):  to = to1 + w (to2 - to1) + w (1 - w)(mu2 - mu1)(o2 - o1), the others linear in w.
+    """
+    (o1, to1, lse1, mu1), (o2, to2, lse2, mu2) = first, second
+    lse = torch.logaddexp(lse1, lse2)
+    w = torch.where(lse == -torch.inf, 0.0, torch.exp(lse2 - lse))
+    to_BNS1 = [x.permute(2, 0, 1).unsqueeze(-1) for x in (w, w * (1 - w) * (mu2 - mu1))]
+    o, to = _interpolate(o1, to1, o2, to2, *to_BNS1)
+    return o, to, lse, torch.lerp(mu1, mu2, w)
+
+
+def _interpolate(o1, to1, o2, to2, w, w_mu):
+    step = o2 - o1
+    to = torch.lerp(to1, to2, w).addcmul_(w_mu, step)
+    return step.mul_(w).add_(o1), to
+
+
+def _rows(x_SBNK, dtype):
+    """[s, b, n, d] -> [b*n, s, d] in the compute type; a view unless b and n do not merge or the type changes."""
+    return x_SBNK.to(dtype).flatten(1, 2).transpose(0, 1)
+
+
+def _empty_block(q, dtype):
+    s, b, n, _ = q.shape
+    o, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full((b, n, s), -torch.inf, dtype=dtype)
+    return o, torch.zeros_like(o), lse, torch.zeros_like(lse)
+
+
+def _attend(q, tq, k, v, tk, tv, scale, block_queries, block_keys):
+    """Tiles of [heads, queries, keys]; q.. are [B, s, d]. Returns o, to [s, B, d] and lse, mu [B, s]."""
+    (rows, s, d), num_keys = q.shape, k.shape[1]
+    qb, kb = min(block_queries, s), min(block_keys, num_keys)
+    hb = min(rows, max(1, TILE_ELEMENTS.get(q.device.type, 2**17) // max(1, qb * kb)))
+    workspace = q.new_empty(2, hb * qb * kb)
+    o, to, lse, mu = q.new_empty(s, rows, d), q.new_empty(s, rows, d), q.new_empty(rows, s), q.new_empty(rows, s)
+    for h in range(0, rows, hb):
+        heads = slice(h, h + hb)
+        for i in range(0, s, qb):
+            queries, block = slice(i, i + qb), None
+            for j in range(0, num_keys, kb):
+                keys = [None if x is None else x[heads, j : j + kb] for x in (k, v, tk, tv)]
+                tile = _tile(q[heads, queries], tq[heads, queries], *keys, scale, workspace)
+                block = tile if block is None else _merge_rows(block, tile)
+            o[queries, heads], to[queries, heads] = block[0].transpose(0, 1), block[1].transpose(0, 1)
+            lse[heads, queries], mu[heads, queries] = block[2].squeeze(-1), block[3].squeeze(-1)
+    return o, to, lse, mu
+
+
+def _tile(q, tq, k, v, tk, tv, scale, workspace):
+    """One tile, all of whose keys are valid: o, to [h, s, d] and lse, mu [h, s, 1]. Exponentials are normalised at the end."""
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    scores, tangent = (x[: shape[0] * shape[1] * shape[2]].view(shape) for x in workspace)
+    k_T = k.transpose(1, 2)
+    torch.baddbmm(scores, q, k_T, beta=0, alpha=scale, out=scores)
+    torch.baddbmm(tangent, tq, k_T, beta=0, alpha=scale, out=tangent)
+    if tk is not None:
+        tangent.baddbmm_(q, tk.transpose(1, 2), alpha=scale)
+    peak = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    tangent.mul_(weights)
+    mu = tangent.sum(-1, keepdim=True) / total
+    tangent.addcmul_(weights, mu, value=-1)  # centred: weights * (tS - mu)
+    o = torch.bmm(weights, v)
+    to = torch.bmm(tangent, v)
+    if tv is not None:
+        to.baddbmm_(weights, tv)
+    return o.div_(total), to.div_(total), peak + total.log(), mu
+
+
+def _merge_rows(first, second):
+    """`merge_blocks` for tiles, where every row has a valid key and lse, mu are [h, s, 1]."""
+    (o1, to1, lse1, mu1), (o2, to2, lse2, mu2) = first, second
+    w = torch.sigmoid(lse2 - lse1)
+    o, to = _interpolate(o1, to1, o2, to2, w, w * (1 - w) * (mu2 - mu1))
+    return o, to, torch.logaddexp(lse1, lse2), torch.lerp(mu1, mu2, w)

@@ -1,0 +1,117 @@
+"""`python -m rcm_megatron COMMAND`. Commands import what they need when they run, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rcm_megatron.config import ConfigError, RunConfig, load_config, to_yaml, validate
+
+CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "internal")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a configuration that cannot run is one message on stderr and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{arguments.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rcm_megatron",
+        description="Distil video diffusion transformers into 1-4 step generators with rCM on Megatron-Core.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_check(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run, summary: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run=run, prog=parser.prog)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML run configuration, e.g. model_configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. parallel.tp=2 stages.0.steps=100")
+
+
+def _load(arguments: argparse.Namespace, world_size: int) -> RunConfig:
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config, world_size)
+    return config
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "train", _train, "Run all stages of a configuration; start it with torchrun or srun.")
+    _add_config(parser)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _load(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    from rcm_megatron.training import trainer
+
+    trainer.main(config)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "check", _check, "Print a configuration, complete, or every reason why it cannot run.")
+    _add_config(parser)
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes it is to run on")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.world_size < 1:
+        raise ConfigError(f"--world-size {arguments.world_size} must be at least 1")
+    config = _load(arguments, arguments.world_size)
+    dp = config.parallel.dp(arguments.world_size)
+    micro_batches = config.trainer.global_batch_size // (config.trainer.micro_batch_size * dp)
+    print(f"# {arguments.world_size} processes: tp={config.parallel.tp} cp={config.parallel.cp} dp={dp}, ", end="")
+    print(f"{config.latent.num_tokens(config.model.patch_size)} tokens, {micro_batches} micro-batches per update")
+    print(to_yaml(config), end="")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "convert", _convert, "Convert a checkpoint; the source's format is recognised.")
+    parser.add_argument("source", help="folder or file: diffusers, the Wan release, NVlabs rCM, or internal")
+    parser.add_argument("target", help="what to write: a folder, or a .pt/.safetensors file for nvlabs")
+    parser.add_argument("--to", required=True, choices=CONVERT_FORMATS, help="format of the target")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: every tensor's own")
+    parser.add_argument("--prefix", help="use only keys that begin with it, e.g. net_ema.")
+    parser.add_argument("--num-heads", type=int, help="where the source does not say")
+    parser.add_argument("--text-len", type=int, help="where the source does not say")
+    parser.add_argument("--force", action="store_true", help="replace the target")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from rcm_megatron.checkpoint.convert import convert
+    from rcm_megatron.checkpoint.errors import CheckpointError
+
+    fields = {"num_heads": arguments.num_heads, "text_len": arguments.text_len}
+    try:
+        convert(
+            arguments.source,
+            arguments.target,
+            target_format=arguments.to,
+            dtype=arguments.dtype,
+            force=arguments.force,
+            prefix=arguments.prefix,
+            model_fields={name: value for name, value in fields.items() if value is not None},
+        )
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

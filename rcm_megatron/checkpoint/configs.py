@@ -1,0 +1,184 @@
+"""The `config.json` of each format <-> the fields of our ModelConfig, and a guess from shapes where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rcm_megatron.checkpoint.errors import CheckpointError, nearest
+from rcm_megatron.config import ModelConfig
+
+FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+_DEFAULTS = {"family": "wan", "text_len": 512, "eps": 1e-6, "cross_attn_norm": True, "rope_max_seq_len": 1024}
+# Not visible in any tensor and without effect on the conversion: the run's own value may differ from the file's.
+FREE_FIELDS = ("text_len", "rope_max_seq_len")
+_WAN_HEADS = {1536: 12, 5120: 40}
+
+# our field -> (diffusers field, default of WanTransformer3DModel)
+_DIFFUSERS_FIELDS = {
+    "num_layers": ("num_layers", 40),
+    "num_heads": ("num_attention_heads", 40),
+    "ffn_hidden_size": ("ffn_dim", 13824),
+    "in_channels": ("in_channels", 16),
+    "out_channels": ("out_channels", 16),
+    "patch_size": ("patch_size", (1, 2, 2)),
+    "text_dim": ("text_dim", 4096),
+    "freq_dim": ("freq_dim", 256),
+    "eps": ("eps", 1e-6),
+    "cross_attn_norm": ("cross_attn_norm", True),
+    "rope_max_seq_len": ("rope_max_seq_len", 1024),
+}
+# our field -> (field of the Wan release, default of its WanModel)
+_WAN_FIELDS = {
+    "num_layers": ("num_layers", 32),
+    "hidden_size": ("dim", 2048),
+    "num_heads": ("num_heads", 16),
+    "ffn_hidden_size": ("ffn_dim", 8192),
+    "in_channels": ("in_dim", 16),
+    "out_channels": ("out_dim", 16),
+    "patch_size": ("patch_size", (1, 2, 2)),
+    "text_dim": ("text_dim", 4096),
+    "text_len": ("text_len", 512),
+    "freq_dim": ("freq_dim", 256),
+    "eps": ("eps", 1e-6),
+    "cross_attn_norm": ("cross_attn_norm", True),
+}
+
+
+def model_config_from_diffusers(config: Mapping[str, Any], *, text_len: int = 512) -> dict[str, Any]:
+    """Keyword arguments for ModelConfig from a diffusers `config.json`; `text_len` is not stored there."""
+    if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
+        raise CheckpointError(f"config.json: _class_name={config['_class_name']!r}; need 'WanTransformer3DModel'")
+    _require(config, "qk_norm", "rms_norm_across_heads", "q/k normalisation across all heads (Wan2.1)")
+    for field in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+        _require(config, field, None, "no image conditioning; image-to-video is not supported yet")
+    fields = _translate(config, _DIFFUSERS_FIELDS)
+    fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
+    fields["hidden_size"] = fields["num_heads"] * config.get("attention_head_dim", 128)
+    return _checked({**_DEFAULTS, **fields, "text_len": text_len})
+
+
+def diffusers_config(model_config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` that `WanTransformer3DModel.from_pretrained` reads."""
+    fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _DIFFUSERS_FIELDS.items()}
+    fields |= {"patch_size": list(model_config.patch_size), "qk_norm": "rms_norm_across_heads"}
+    fields["attention_head_dim"] = model_config.hidden_size // model_config.num_heads
+    fields |= {"added_kv_proj_dim": None, "image_dim": None, "pos_embed_seq_len": None}
+    return {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0", **dict(sorted(fields.items()))}
+
+
+def model_config_from_wan(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ModelConfig from the `config.json` of a Wan release folder."""
+    _require(config, "model_type", "t2v", "text-to-video; other Wan variants are not supported yet")
+    for field, need in (("qk_norm", True), ("window_size", (-1, -1))):
+        _require(config, field, need, "the setting of the released text-to-video models")
+    return _checked({**_DEFAULTS, **_translate(config, _WAN_FIELDS)})
+
+
+def wan_config(model_config: ModelConfig) -> dict[str, Any]:
+    """The `config.json` of a Wan release folder."""
+    fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _WAN_FIELDS.items()}
+    fields["patch_size"] = list(model_config.patch_size)
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.30.0",
+        "model_type": "t2v",
+        **dict(sorted(fields.items())),
+    }
+
+
+def model_config_from_internal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for ModelConfig from the `config.json` of an internal folder: exactly our fields."""
+    for name in config:
+        if name not in FIELDS:
+            raise CheckpointError(f"config.json: unknown field {name!r}{nearest(name, FIELDS)}")
+    for name in FIELDS:
+        if name not in config:
+            raise CheckpointError(f"config.json: missing field {name!r}; write the folder again with `convert`")
+    return _checked(dict(config))
+
+
+def internal_config(model_config: ModelConfig) -> dict[str, Any]:
+    """Our own `config.json`: the fields of ModelConfig."""
+    return {name: getattr(model_config, name) for name in FIELDS} | {"patch_size": list(model_config.patch_size)}
+
+
+def model_config_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], *, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """ModelConfig fields of weights in the naming of the Wan release that come without a `config.json`.
+
+    The head count shows in no shape: it is known for Wan's own widths (head dim 128), else `overrides` must give it, as
+    it may give every other field (patch_size of a Linear patch embedding: default (1, 2, 2); eps: 1e-6).
+    """
+    overrides = dict(overrides or {})
+    patch_weight = _shape(shapes, "patch_embedding.weight")
+    hidden = patch_weight[0]
+    patch = tuple(patch_weight[2:]) or tuple(overrides.get("patch_size", (1, 2, 2)))
+    heads = overrides.get("num_heads", _WAN_HEADS.get(hidden))
+    if heads is None:
+        raise CheckpointError(f"hidden_size={hidden}: the number of heads shows in no weight; pass num_heads")
+    blocks = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    fields = {
+        "num_layers": max(blocks, default=-1) + 1,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "ffn_hidden_size": _shape(shapes, "blocks.0.ffn.0.weight")[0],
+        "in_channels": math.prod(patch_weight[1:]) // math.prod(patch),
+        "out_channels": _shape(shapes, "head.head.weight")[0] // math.prod(patch),
+        "patch_size": patch,
+        "text_dim": _shape(shapes, "text_embedding.0.weight")[-1],
+        "freq_dim": _shape(shapes, "time_embedding.0.weight")[-1],
+        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+    }
+    return _checked({**_DEFAULTS, **fields, **overrides})
+
+
+def check_same_network(source_fields: Mapping[str, Any], model_config: ModelConfig, *, where: str) -> None:
+    """The file's configuration must describe the model that is being built (a wrong head count fits every shape)."""
+    different = []
+    for name in FIELDS:
+        got, need = source_fields[name], getattr(model_config, name)
+        got, need = (tuple(got), tuple(need)) if name == "patch_size" else (got, need)
+        if name not in FREE_FIELDS and got != need:
+            different.append(f"{name}={got!r} (the run has {need!r})")
+    if different:
+        raise CheckpointError(
+            f"{where} holds another network: {', '.join(different)}; set the run's model to the file's"
+        )
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    if num_heads < 1 or hidden_size % num_heads:
+        raise CheckpointError(f"hidden_size={hidden_size} must divide by num_heads={num_heads}")
+
+
+def _translate(config: Mapping[str, Any], fields: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    return {ours: config.get(theirs, default) for ours, (theirs, default) in fields.items()}
+
+
+def _checked(fields: dict[str, Any]) -> dict[str, Any]:
+    fields["patch_size"] = tuple(fields["patch_size"])
+    check_heads(fields["hidden_size"], fields["num_heads"])
+    if fields["in_channels"] != fields["out_channels"]:
+        raise CheckpointError(
+            f"in_channels={fields['in_channels']}, out_channels={fields['out_channels']}: channels concatenated to the "
+            "latents (image-to-video) are not supported yet"
+        )
+    return fields
+
+
+def _require(config: Mapping[str, Any], field: str, need: Any, why: str) -> None:
+    got = config.get(field, need)
+    got = tuple(got) if isinstance(got, list) else got
+    if got != need:
+        raise CheckpointError(f"config.json: {field}={got!r}; need {need!r}: {why}")
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise CheckpointError(f"missing key {name!r}{nearest(name, shapes)}: not a Wan text-to-video network")
+    return shapes[name]

@@ -1,0 +1,206 @@
+"""Weights between files and models: load a (tensor-parallel) model, gather it back, export it, convert file to file.
+
+`python -m rcm_megatron convert` calls `convert`; training calls `load_into`, `gather_full` and `export_diffusers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from tqdm import tqdm
+
+from rcm_megatron.checkpoint import configs
+from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
+from rcm_megatron.checkpoint.formats import (
+    Source,
+    check_format,
+    checked_entries,
+    from_internal,
+    internal_shapes,
+    read_internal,
+    to_internal,
+)
+from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.checkpoint.writers import DEFAULT_SHARD_BYTES, check_target, write_file, write_folder
+from rcm_megatron.config import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+# Folder formats: how their config.json is written, and the name of their weight files. NVlabs' format is a single file.
+_FOLDERS = {
+    "diffusers": (configs.diffusers_config, DIFFUSERS_STEM),
+    "wan": (configs.wan_config, DIFFUSERS_STEM),
+    "internal": (configs.internal_config, "model"),
+}
+
+
+def load_into(
+    model: nn.Module,
+    source: Source,
+    *,
+    model_config: ModelConfig,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    partial: bool = False,
+) -> None:
+    """Fill every parameter of a built model, each rank reading its own slice, cast to the parameter's dtype.
+
+    The model is untouched unless everything fits. An optimizer with fp32 copies must then `reload_model_params`.
+
+    Args:
+        model: with internal parameter names (wrappers' `module.` is removed); split ones carry `partition_dim`.
+        source: an open checkpoint of any format, or a mapping in its naming.
+        partial: the model is one pipeline stage; parameters of the others are left out.
+    """
+    source, entries = checked_entries(source, model_config)
+    parameters = local_parameters(model)
+    faults = name_keys("in the model, unknown to the key map", set(parameters) - set(entries), entries)
+    if not partial:
+        faults += name_keys("in the file, absent from the model", set(entries) - set(parameters), parameters)
+    for name in parameters.keys() & entries.keys():
+        need = _local_shape(entries[name].internal_shape, partition_dim(parameters[name]), tp_size)
+        if tuple(parameters[name].shape) != need:
+            got = list(parameters[name].shape)
+            faults += f"\n  {name!r}: the model has shape {got}, the file gives {list(need)} on each of {tp_size} ranks"
+    if faults:
+        raise CheckpointError(f"{source.where} does not fit the built model:{faults}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            dim = partition_dim(parameter)
+            parameter.copy_(read_internal(source, entries[name], partition_dim=dim, rank=tp_rank, size=tp_size))
+
+
+def gather_full(
+    model: nn.Module,
+    *,
+    tp_group: ProcessGroup | None,
+    getter: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Stream (internal name, full tensor) on rank 0 of the tensor-parallel group, (name, None) on the others.
+
+    A collective: all ranks of the group must exhaust it. `getter` picks what is gathered: the parameter, or its
+    `main_grad` (with DistributedOptimizer valid on the shard's owner only: gather over data parallel first).
+    """
+    size = tp_group.size() if tp_group is not None else 1
+    for name, parameter in local_parameters(model).items():
+        value = getter(parameter)
+        if value is None:
+            raise CheckpointError(f"{name!r}: the getter returned None; has a backward pass run?")
+        dim = partition_dim(parameter)
+        if size > 1 and dim is not None:
+            yield name, _gather(value.detach(), dim, tp_group)
+        else:
+            yield name, value.detach() if size == 1 or tp_group.rank() == 0 else None
+
+
+def export_diffusers(
+    named_tensors: Iterable[tuple[str, Tensor | None]],
+    model_config: ModelConfig,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    is_writer: bool = True,
+) -> None:
+    """Write internal full tensors as the folder that `WanTransformer3DModel.from_pretrained` loads.
+
+    It appears complete or not at all. With `gather_full`, call it on all tensor-parallel ranks, `is_writer` on rank 0.
+    """
+    check_target(path, force=force)
+    if not is_writer:
+        for _ in named_tensors:
+            pass
+        return
+    write_folder(
+        path,
+        from_internal(named_tensors, model_config, "diffusers"),
+        config=configs.diffusers_config(model_config),
+        stem=DIFFUSERS_STEM,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+        metadata=metadata,
+    )
+
+
+def convert(
+    source_path: str | Path,
+    target_path: str | Path,
+    *,
+    target_format: str,
+    dtype: str | torch.dtype | None = None,
+    force: bool = False,
+    prefix: str | None = None,
+    model_fields: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+) -> ModelConfig:
+    """Convert any checkpoint to `diffusers`, `wan`, `internal` (folders) or `nvlabs` (.pt, .pth or .safetensors file).
+
+    Args:
+        dtype: `fp32`, `bf16`, `fp16`, or None to keep every tensor's own.
+        prefix: use only keys that begin with it, e.g. `net_ema.`.
+        model_fields: ModelConfig fields that the source does not store (`text_len`; without config.json `num_heads`).
+
+    Returns:
+        The configuration of the converted network.
+    """
+    check_format(target_format)
+    dtype = _as_dtype(dtype)
+    check_target(target_path, force=force)
+    if Path(source_path).resolve().is_relative_to(Path(target_path).resolve()):
+        raise CheckpointError(f"{target_path} is the source or holds it; choose another target")
+    source = open_checkpoint(source_path, prefix=prefix)
+    model_config = ModelConfig(**source.model_fields(overrides=model_fields))
+    title, total = f"{source.format} -> {target_format}", len(internal_shapes(model_config))
+    internal = tqdm(to_internal(source, model_config), title, total=total, unit="tensor", disable=not progress)
+    external = from_internal(internal, model_config, target_format)
+    if target_format == "nvlabs":
+        write_file(target_path, external, dtype=dtype, force=force)
+    else:
+        write_config, stem = _FOLDERS[target_format]
+        options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "force": force}
+        write_folder(target_path, external, config=write_config(model_config), stem=stem, **options)
+    return model_config
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise CheckpointError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; need one of {list(DTYPES)}")
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
+def local_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Internal name -> parameter of this rank; the `module.` of Megatron's wrappers is removed."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        parameters[name] = parameter
+    return parameters
+
+
+def partition_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension that tensor parallelism splits, or None for a replicated parameter."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+
+
+def _local_shape(shape: tuple[int, ...], dim: int | None, size: int) -> tuple[int, ...]:
+    if dim is None:
+        return shape
+    return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
+
+
+def _gather(shard: Tensor, dim: int, group: ProcessGroup) -> Tensor | None:
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
+    dist.gather(shard, shards, group=group, group_dst=0)
+    return torch.cat(shards, dim=dim) if shards is not None else None

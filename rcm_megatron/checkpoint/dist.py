@@ -1,0 +1,355 @@
+"""Whole-run checkpoints through Megatron's dist_checkpointing (torch_dist format), resumable on another layout.
+
+A checkpoint holds, for every trained network NAME, tensors under `NAME.model.*` (the weights), `NAME.main.*`, `NAME.exp_avg.*`,
+`NAME.exp_avg_sq.*` (fp32 main parameters and Adam's moments) and `NAME.ema.*`, each in the shape of the model parameter and without a
+trace of dp, so tp, pp, cp and dp may all change; and in common.pt the run's plain state. Megatron's own `fully_reshardable`
+optimizer format is not used: it gathers everything on every rank, and it misplaces parameters of a buffer with several
+buckets. Here each rank writes the parameters that begin in its own piece, after receiving the ends of those that it shares.
+
+    root/iter_0000200/     complete: it was renamed from iter_0000200.tmp after its last byte reached the disk
+    root/latest            names the checkpoint to resume from
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+
+from rcm_megatron import platform  # before megatron.core: silences its import warnings
+
+# isort: split
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_FOLDER = re.compile(r"iter_(\d{7,})")
+_FILES = ("common.pt", ".metadata", "metadata.json")
+"""Without these a folder is no checkpoint; metadata.json is written last."""
+
+
+@dataclass(kw_only=True)
+class NetworkState:
+    """A trained network: what of it a checkpoint holds."""
+
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    ema: Sequence[Tensor] | None = None
+    """The averages of `owned_shards(optimizer)`, in that order: `PowerEMA.shards`."""
+
+
+def save_checkpoint(
+    root: str | Path, *, iteration: int, networks: Mapping[str, NetworkState], progress: dict[str, Any]
+) -> Path:
+    """Write `root/iter_<iteration>` and make it the latest; call on all ranks. Returns its path.
+
+    `progress` is the run's plain state, equal on all ranks: dicts, lists, tuples, numbers, strings, None and tensors (iteration,
+    stage, data position, counters, random state). Killed at any moment, it leaves the earlier checkpoints as they were."""
+    _require_plain(progress, "progress")
+    final = Path(root) / f"iter_{iteration:07d}"
+    partial = final.with_name(final.name + ".tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state: dict[str, Any] = {
+        "format": FORMAT,
+        "progress": progress,
+        "adam_steps": {name: _adam_step(network.optimizer) for name, network in networks.items()},
+        "tensors": {},
+    }
+    for name, network in networks.items():
+        weights = _weights(name, network.chunks)
+        state["tensors"] |= weights | _optimizer_tensors(network, weights)
+    dist_checkpointing.save(state, str(partial), sharded_strategy=_SynchronousWriter())
+    if dist.get_rank() == 0:
+        _publish(partial, final)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkState]) -> dict[str, Any]:
+    """Fill weights, optimizers and EMA of `networks` from a complete checkpoint, on any layout; returns `progress`.
+
+    Raises CheckpointingException where the checkpoint and `networks` differ in a tensor's presence or shape."""
+    checkpoint = Path(checkpoint)
+    _require_harmless_metadata(checkpoint)
+    tensors: dict[str, ShardedTensor] = {}
+    partial: dict[str, tuple[OwnedShard, Tensor]] = {}
+    for name, network in networks.items():
+        weights = _weights(name, network.chunks)
+        tensors |= weights
+        for key, sharded, shard, target in _load_requests(network, weights):
+            tensors[key] = sharded
+            if not shard.whole:
+                partial[key] = (shard, target)
+    state = dist_checkpointing.load({"tensors": tensors}, str(checkpoint), strict=StrictHandling.RAISE_ALL)
+    if state["format"] != FORMAT:
+        raise RuntimeError(
+            f"{checkpoint}: got format {state['format']}; need {FORMAT}; fix: resume with the version that wrote it"
+        )
+    for key, (shard, target) in partial.items():
+        target.copy_(state["tensors"][key].view(-1)[shard.start : shard.stop])
+    for name, network in networks.items():
+        for group in network.optimizer.param_groups:
+            group["step"] = state["adam_steps"][name]
+    return state["progress"]
+
+
+def load_weights(checkpoint: str | Path, model_chunks: Iterable[nn.Module], *, network: str, kind: str) -> None:
+    """Fill the parameters of `model_chunks` alone, for sampling, export or another run's start, on any layout.
+
+    `kind`: "model", "main" (its fp32 original) or "ema". Values are rounded to each parameter's dtype."""
+    checkpoint = Path(checkpoint)
+    _require_harmless_metadata(checkpoint)
+    weights = _weights(network, model_chunks)
+    tensors = {key: replace(sharded, key=_key(sharded, kind)) for key, sharded in weights.items()}
+    dist_checkpointing.load({"tensors": tensors}, str(checkpoint), validate_access_integrity=False)
+
+
+def find_latest(root: str | Path) -> Path | None:
+    """The checkpoint to resume from, the same on all ranks; None when there is none.
+
+    The one that `latest` names, or, if that is missing or incomplete, the complete one with the most iterations."""
+    found: list[Path | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        found = [_find_latest(Path(root))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+# ---- folders
+
+
+def _find_latest(root: Path) -> Path | None:
+    complete = []
+    for folder in sorted(root.glob("iter_*")):
+        if _FOLDER.fullmatch(folder.name) and all((folder / file).is_file() for file in _FILES):
+            complete.append(folder)
+        else:
+            log.warning("skipping %s: an unfinished checkpoint", folder)
+    pointer = root / "latest"
+    named = root / pointer.read_text().strip() if pointer.is_file() else None
+    if named in complete:
+        return named
+    if named is not None:
+        log.warning("%s names %s, which is not a complete checkpoint", pointer, named.name)
+    return max(complete, key=lambda folder: int(_FOLDER.fullmatch(folder.name)[1]), default=None)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Make a fully written folder a checkpoint, then the latest one. Each step leaves a state that can be resumed from."""
+    for file in _FILES:
+        _sync(partial / file)
+    _sync(partial)
+    replaced = final.with_name(final.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    pointer = final.parent / "latest.tmp"
+    pointer.write_text(final.name + "\n")
+    _sync(pointer)
+    pointer.rename(final.parent / "latest")
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- tensors
+
+
+def _weights(network: str, chunks: Iterable[nn.Module]) -> dict[str, ShardedTensor]:
+    """The model's own tensors, `NAME.model.*`, under a key that is unique on this rank."""
+    tensors = {}
+    for index, chunk in enumerate(chunks):
+        module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+        for name, sharded in module.sharded_state_dict(prefix=f"{network}.model.").items():
+            if not isinstance(sharded, ShardedTensor):
+                raise TypeError(
+                    f"{name}: got {type(sharded).__name__}; need a ShardedTensor; fix: its sharded_state_dict"
+                )
+            tensors[f"{index} {name}"] = sharded
+    return tensors
+
+
+def _key(weight: ShardedTensor, kind: str) -> str:
+    """The checkpoint's key of another tensor of the same parameter: `NAME.model.*` -> `NAME.<kind>.*`."""
+    network, _, name = weight.key.split(".", 2)
+    return f"{network}.{kind}.{name}"
+
+
+def _describe(weight: ShardedTensor, kind: str, tensor: Tensor, *, owner: int) -> ShardedTensor:
+    """`tensor` placed in the global tensor as `weight` is. `owner` 0: this rank speaks for it."""
+    replica = (*weight.replica_id[:2], owner)
+    return replace(weight, key=_key(weight, kind), data=tensor, dtype=tensor.dtype, replica_id=replica)
+
+
+def _shards_and_states(network: NetworkState) -> list[tuple[OwnedShard, dict[str, Tensor]]]:
+    """Each owned shard with its fp32 tensors by kind, in the order of buckets, the same on all ranks of dp*cp."""
+    shards = owned_shards(network.optimizer)
+    pairs = []
+    for index, shard in enumerate(shards):
+        state = {"main": shard.main.detach(), **shard.adam_state()}
+        if network.ema is not None:
+            state["ema"] = network.ema[index]
+        pairs.append((shard, state))
+    return sorted(pairs, key=lambda pair: pair[0].bucket)
+
+
+def _weight_of(weights: Mapping[str, ShardedTensor]) -> dict[int, tuple[str, ShardedTensor]]:
+    return {id(sharded.data): (key, sharded) for key, sharded in weights.items()}
+
+
+def _find_weight(weight_of: Mapping[int, tuple[str, ShardedTensor]], shard: OwnedShard) -> tuple[str, ShardedTensor]:
+    try:
+        return weight_of[id(shard.parameter)]
+    except KeyError:
+        raise KeyError(
+            f"{shard.name}: got no ShardedTensor whose data is the parameter itself; need one; fix: build the module's "
+            "sharded_state_dict from named_parameters or state_dict(keep_vars=True)"
+        ) from None
+
+
+def _optimizer_tensors(network: NetworkState, weights: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
+    """What this rank writes: the main parameter, moments and EMA of each parameter that begins in its piece."""
+    weight_of, tensors = _weight_of(weights), {}
+    for shard, state in _complete(_shards_and_states(network)):
+        key, weight = _find_weight(weight_of, shard)
+        for kind, tensor in state.items():
+            tensors[f"{key} {kind}"] = _describe(weight, kind, tensor.view(shard.parameter.shape), owner=0)
+    return tensors
+
+
+def _complete(pairs: list[tuple[OwnedShard, dict[str, Tensor]]]) -> list[tuple[OwnedShard, dict[str, Tensor]]]:
+    """The parameters whose first owner this rank is, with all their elements: other owners send theirs."""
+    mine, messages, arriving = [], [], []
+    for shard, state in pairs:
+        if shard.whole:
+            mine.append((shard, state))
+            continue
+        stacked = torch.stack(list(state.values()))
+        first, *others = shard.owners
+        if shard.group.rank() != first:
+            messages.append(_message(dist.isend, stacked, first, shard.group))
+            continue
+        whole = stacked.new_empty(len(state), shard.parameter.numel())
+        whole[:, shard.start : shard.stop] = stacked
+        for other in others:
+            elements = shard.elements_of(other)
+            part = stacked.new_empty(len(state), elements.stop - elements.start)
+            messages.append(_message(dist.irecv, part, other, shard.group))
+            arriving.append((whole[:, elements], part))
+        mine.append((shard, dict(zip(state, whole, strict=True))))
+    for request in dist.batch_isend_irecv(messages) if messages else ():
+        request.wait()
+    for place, part in arriving:
+        place.copy_(part)
+    return mine
+
+
+def _message(operation, tensor: Tensor, rank_in_group: int, group: dist.ProcessGroup) -> dist.P2POp:
+    return dist.P2POp(operation, tensor, dist.get_global_rank(group, rank_in_group), group)
+
+
+def _load_requests(network: NetworkState, weights: Mapping[str, ShardedTensor]):
+    """(key, request, shard, target) for each tensor of each owned shard.
+
+    A whole shard is read in place; of a parameter shared with other ranks all is read, and the shard copied from it."""
+    weight_of = _weight_of(weights)
+    for shard, state in _shards_and_states(network):
+        key, weight = _find_weight(weight_of, shard)
+        shape, owner = shard.parameter.shape, shard.group.rank() - shard.owners[0]
+        for kind, target in state.items():
+            tensor = target.view(shape) if shard.whole else torch.empty(shape, dtype=target.dtype)
+            yield f"{key} {kind}", _describe(weight, kind, tensor, owner=owner), shard, target
+
+
+def _adam_step(optimizer: MegatronOptimizer) -> int:
+    return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
+
+
+class _SynchronousWriter(SaveShardedStrategy):
+    """torch_dist through PyTorch's own writer, in this process.
+
+    Megatron's forks writers out of a process that has threads and CUDA, and spawns a queue's server first (5 s each time)."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
+        torch_checkpoint.save(
+            torch_dist.mcore_to_pyt_state_dict(by_key),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+# ---- trust
+
+
+def _require_plain(value: Any, path: str) -> None:
+    """`progress` must load with torch.load(weights_only=True), which runs no code: say now what would not."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_plain(item, f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{path}[{index}]")
+    elif type(value) not in (bool, int, float, str, bytes, type(None), Tensor):
+        raise TypeError(
+            f"{path}: got {type(value).__name__}; need plain data (dict, list, tuple, numbers, str, bytes, None, Tensor); "
+            "fix: convert it before saving"
+        )
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the types that a torch_dist `.metadata` consists of and refuses every other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
+        )
+
+
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata",)
+_METADATA_NAMES = ()
+
+
+def _require_harmless_metadata(checkpoint: Path) -> None:
+    """Read `.metadata`, a pickle that PyTorch would load without asking, with the restricted reader first."""
+    with open(checkpoint / ".metadata", "rb") as file:
+        _MetadataUnpickler(file).load()

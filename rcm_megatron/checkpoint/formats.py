@@ -1,0 +1,118 @@
+"""External formats <-> internal parameters, in both directions, with every key used exactly once.
+
+All functions stream: one internal parameter (three external tensors at most) is in memory at a time. No dtype changes.
+Keys, shapes and the file's configuration are checked before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rcm_megatron.checkpoint.configs import check_heads, check_same_network
+from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
+from rcm_megatron.checkpoint.key_map_wan import KEY_MAPS, Entry
+from rcm_megatron.checkpoint.sources import CheckpointSource, source_from_tensors
+
+if TYPE_CHECKING:
+    from rcm_megatron.config import ModelConfig
+
+Source = CheckpointSource | Mapping[str, Tensor]
+NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+
+
+def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Full (unsharded) shape of every internal parameter, in the order in which the network runs."""
+    return {name: entry.internal_shape for name, entry in entries_for("internal", model_config).items()}
+
+
+def check_format(format: str) -> None:
+    if format not in KEY_MAPS:
+        raise CheckpointError(f"unknown format {format!r}{nearest(format, KEY_MAPS)}; need one of {list(KEY_MAPS)}")
+
+
+def entries_for(format: str, model_config: ModelConfig) -> dict[str, Entry]:
+    """Internal name -> Entry of a format's key map."""
+    check_format(format)
+    check_heads(model_config.hidden_size, model_config.num_heads)
+    return KEY_MAPS[format].entries(model_config)
+
+
+def as_source(source: Source) -> CheckpointSource:
+    return source if isinstance(source, CheckpointSource) else source_from_tensors(source)
+
+
+def checked_entries(
+    source: Source, model_config: ModelConfig, format: str | None = None
+) -> tuple[CheckpointSource, dict[str, Entry]]:
+    """The source and its entries, after checking that its keys are exactly those of the map, with the right shapes."""
+    source = as_source(source)
+    entries = entries_for(format or source.format, model_config)
+    if source.config is not None:
+        check_same_network(source.model_fields(), model_config, where=source.where)
+    shapes = {name: entry.external_shape for entry in entries.values() for name in entry.external}
+    problems = name_keys("missing", set(shapes) - set(source), set(source) - set(shapes))
+    problems += name_keys("unknown", set(source) - set(shapes), set(shapes) - set(source) or shapes)
+    for name in shapes.keys() & source.keys():
+        if source.shape(name) != shapes[name]:
+            problems += f"\n  {name!r}: got shape {list(source.shape(name))}, need {list(shapes[name])}"
+    if problems:
+        raise CheckpointError(f"{source.where} does not fit the model:{problems}")
+    return source, entries
+
+
+def to_internal(source: Source, model_config: ModelConfig, format: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Stream (internal name, full tensor) for every parameter of the model; `format` default: told from the keys."""
+    source, entries = checked_entries(source, model_config, format)
+    return ((name, read_internal(source, entry)) for name, entry in entries.items())
+
+
+def read_internal(
+    source: CheckpointSource, entry: Entry, *, partition_dim: int | None = None, rank: int = 0, size: int = 1
+) -> Tensor:
+    """One internal parameter, or part `rank` of `size` along `partition_dim`, reading no more than that of the file."""
+    if partition_dim is None or size == 1:
+        return entry.join([source.read(name) for name in entry.external])
+    rows = entry.external_shape[partition_dim]
+    unit = entry.head_dim if entry.fused else 1
+    if rows % (size * unit) or (entry.fused and partition_dim != 0):
+        raise CheckpointError(
+            f"{entry.internal!r}: {rows // unit} {'heads' if entry.fused else 'rows'} of dimension {partition_dim} do "
+            f"not divide over {size} tensor-parallel ranks; need a tp that divides them"
+        )
+    start, stop = rank * rows // size, (rank + 1) * rows // size
+    parts = [source.read(name, dim=partition_dim, start=start, stop=stop) for name in entry.external]
+    return entry.join(parts) if entry.fused else parts[0]
+
+
+def from_internal(
+    named_tensors: NamedTensors, model_config: ModelConfig, format: str, *, partial: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream (external name, tensor) from internal full tensors in any order.
+
+    A name that is unknown, repeated or misshaped is an error at once; one that never came is an error at the end,
+    unless `partial` (a chosen set of gradients).
+    """
+    entries = entries_for(format, model_config)
+    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+    prefix = KEY_MAPS[format].prefix
+    return _split_all(pairs, dict(entries), prefix=prefix, partial=partial)
+
+
+def _split_all(
+    pairs: Iterable[tuple[str, Tensor]], pending: dict[str, Entry], *, prefix: str, partial: bool
+) -> Iterator[tuple[str, Tensor]]:
+    known = frozenset(pending)
+    for name, tensor in pairs:
+        if name not in pending:
+            fault = "came twice" if name in known else f"is not a parameter of the model{nearest(name, known)}"
+            raise CheckpointError(f"internal parameter {name!r} {fault}")
+        entry = pending.pop(name)
+        if tuple(tensor.shape) != entry.internal_shape:
+            raise CheckpointError(f"{name!r}: got shape {list(tensor.shape)}, need {list(entry.internal_shape)}")
+        for external, part in zip(entry.external, entry.split(tensor), strict=True):
+            yield prefix + external, part
+    if pending and not partial:
+        raise CheckpointError(f"the model gave too few parameters:{name_keys('missing', pending, ())}")

@@ -1,0 +1,153 @@
+"""Wan2.1 text-to-video: one table of names for every format, and the shapes that go with it.
+
+Formats: `diffusers` (WanTransformer3DModel), `wan` (the original release), `nvlabs` (NVlabs/rcm: the names of `wan`,
+patch embedding as a Linear, keys prefixed `net.`), `internal` (this program). A row holds for both directions. Two
+things happen to a tensor, both linear, so gradients convert like weights:
+
+* several external tensors -> one internal tensor: rows interleaved per head, `[n, (q, k, v), d, ...]` flattened;
+* one -> one: a reshape (the Conv3d patch embedding `[h, C, pt, ph, pw]` is the Linear `[h, C*pt*ph*pw]`).
+
+Shapes: h hidden, n heads, d head dim, f ffn, p = C*pt*ph*pw, L text dim, q frequency dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rcm_megatron.config import ModelConfig
+
+Names = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module (or bare parameter) under its three names; `shapes`: parameter suffix -> internal shape in letters."""
+
+    internal: str
+    diffusers: Names
+    wan: Names
+    shapes: dict[str, str]
+
+
+def _linear(out_dim: str, in_dim: str) -> dict[str, str]:
+    return {".weight": f"{out_dim} {in_dim}", ".bias": out_dim}
+
+
+_GLOBAL_BEFORE = (
+    Row("patch_embedding", "patch_embedding", "patch_embedding", _linear("h", "pi")),
+    Row("text_embedding.linear_1", "condition_embedder.text_embedder.linear_1", "text_embedding.0", _linear("h", "L")),
+    Row("text_embedding.linear_2", "condition_embedder.text_embedder.linear_2", "text_embedding.2", _linear("h", "h")),
+    Row("time_embedding.linear_1", "condition_embedder.time_embedder.linear_1", "time_embedding.0", _linear("h", "q")),
+    Row("time_embedding.linear_2", "condition_embedder.time_embedder.linear_2", "time_embedding.2", _linear("h", "h")),
+    Row("time_projection", "condition_embedder.time_proj", "time_projection.1", _linear("6h", "h")),
+)
+_BLOCK = (
+    Row("modulation", "scale_shift_table", "modulation", {"": "1 6 h"}),
+    Row(
+        "self_attn.linear_qkv",
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("self_attn.q", "self_attn.k", "self_attn.v"),
+        _linear("3h", "h"),
+    ),
+    Row("self_attn.q_norm", "attn1.norm_q", "self_attn.norm_q", {".weight": "h"}),
+    Row("self_attn.k_norm", "attn1.norm_k", "self_attn.norm_k", {".weight": "h"}),
+    Row("self_attn.linear_proj", "attn1.to_out.0", "self_attn.o", _linear("h", "h")),
+    # The affine norm before cross-attention: the second of three in diffusers' order, `norm3` in the Wan release.
+    Row("norm3", "norm2", "norm3", {".weight": "h", ".bias": "h"}),
+    Row("cross_attn.linear_q", "attn2.to_q", "cross_attn.q", _linear("h", "h")),
+    Row("cross_attn.linear_kv", ("attn2.to_k", "attn2.to_v"), ("cross_attn.k", "cross_attn.v"), _linear("2h", "h")),
+    Row("cross_attn.q_norm", "attn2.norm_q", "cross_attn.norm_q", {".weight": "h"}),
+    Row("cross_attn.k_norm", "attn2.norm_k", "cross_attn.norm_k", {".weight": "h"}),
+    Row("cross_attn.linear_proj", "attn2.to_out.0", "cross_attn.o", _linear("h", "h")),
+    Row("mlp.linear_fc1", "ffn.net.0.proj", "ffn.0", _linear("f", "h")),
+    Row("mlp.linear_fc2", "ffn.net.2", "ffn.2", _linear("h", "f")),
+)
+_GLOBAL_AFTER = (
+    Row("head.modulation", "scale_shift_table", "head.modulation", {"": "1 2 h"}),
+    Row("head.linear", "proj_out", "head.head", _linear("po", "h")),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One internal parameter and the external tensors that it is made of (one, or q/k/v, or k/v)."""
+
+    internal: str
+    external: tuple[str, ...]
+    internal_shape: tuple[int, ...]
+    external_shape: tuple[int, ...]
+    head_dim: int
+
+    @property
+    def fused(self) -> bool:
+        return len(self.external) > 1
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """External -> internal. Parts may hold only some heads: rows `[n_local * d, ...]` each."""
+        if not self.fused:
+            return parts[0].reshape(self.internal_shape)
+        per_head = [part.unflatten(0, (-1, self.head_dim)) for part in parts]
+        return torch.stack(per_head, dim=1).flatten(0, 2)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Internal -> external, the inverse of `join`; each result owns its memory where it was interleaved."""
+        if not self.fused:
+            return [tensor.reshape(self.external_shape)]
+        per_head = tensor.unflatten(0, (-1, len(self.external), self.head_dim))
+        return [part.flatten(0, 1).contiguous() for part in per_head.unbind(1)]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """The names of one format. `prefix` is written in front of every key; a source has it removed already."""
+
+    name: str
+    column: str
+    conv_patch: bool
+    prefix: str = ""
+
+    def entries(self, config: ModelConfig) -> dict[str, Entry]:
+        """Internal name -> Entry for every parameter of the model, in the order in which the network runs."""
+        sizes = _sizes(config)
+        entries = [entry for row in _GLOBAL_BEFORE for entry in self._expand(row, config, sizes, "")]
+        for index in range(config.num_layers):
+            for row in _BLOCK:
+                if row.internal != "norm3" or config.cross_attn_norm:
+                    entries += self._expand(row, config, sizes, f"blocks.{index}.")
+        entries += [entry for row in _GLOBAL_AFTER for entry in self._expand(row, config, sizes, "")]
+        return {entry.internal: entry for entry in entries}
+
+    def _expand(self, row: Row, config: ModelConfig, sizes: dict[str, int], scope: str) -> list[Entry]:
+        names = getattr(row, self.column)
+        names = (names,) if isinstance(names, str) else names
+        entries = []
+        for suffix, letters in row.shapes.items():
+            shape = tuple(sizes[letter] if letter in sizes else int(letter) for letter in letters.split())
+            external_shape = shape if len(names) == 1 else (shape[0] // len(names), *shape[1:])
+            if self.conv_patch and row.internal + suffix == "patch_embedding.weight":
+                external_shape = (shape[0], config.in_channels, *config.patch_size)
+            external = tuple(f"{scope}{name}{suffix}" for name in names)
+            head_dim = config.hidden_size // config.num_heads
+            entries.append(Entry(f"{scope}{row.internal}{suffix}", external, shape, external_shape, head_dim))
+        return entries
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    h, patch = config.hidden_size, math.prod(config.patch_size)
+    sizes = {"h": h, "2h": 2 * h, "3h": 3 * h, "6h": 6 * h, "f": config.ffn_hidden_size}
+    sizes |= {"L": config.text_dim, "q": config.freq_dim, "pi": config.in_channels * patch}
+    return sizes | {"po": config.out_channels * patch}
+
+
+KEY_MAPS: dict[str, KeyMap] = {
+    "diffusers": KeyMap("diffusers", column="diffusers", conv_patch=True),
+    "wan": KeyMap("wan", column="wan", conv_patch=True),
+    "nvlabs": KeyMap("nvlabs", column="wan", conv_patch=False, prefix="net."),
+    "internal": KeyMap("internal", column="internal", conv_patch=False),
+}

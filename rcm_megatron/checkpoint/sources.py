@@ -1,0 +1,238 @@
+"""Open a checkpoint of any format without reading its tensors: safetensors (one file, or shards and index), .pt, .pth.
+
+Nothing is ever unpickled into code: `.pt` files go through `torch.load(weights_only=True)`, memory-mapped where the
+file allows. Every defect of a file is a CheckpointError that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rcm_megatron.checkpoint import configs
+from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
+
+_NETWORK_PREFIXES = ("net.", "net_ema.", "net_fake_score.", "net_teacher.")
+_IMAGE_MARKS = ("img_emb.", ".k_img.", ".v_img.", "image_embedder.", ".add_k_proj.")
+_PICKLE_SUFFIXES = (".pt", ".pth")
+_CONFIG_READERS = {
+    "diffusers": configs.model_config_from_diffusers,
+    "wan": configs.model_config_from_wan,
+    "nvlabs": configs.model_config_from_wan,
+    "internal": configs.model_config_from_internal,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file: its shape, and `read(index)` for any tuple of slices."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class CheckpointSource(Mapping[str, Tensor]):
+    """A read-only mapping key -> tensor that reads a tensor, or a slice of one, each time it is asked for."""
+
+    where: str
+    tensors: Mapping[str, LazyTensor]
+    config: Mapping[str, Any] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def read(self, name: str, *, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The whole tensor, or rows `start:stop` of dimension `dim`; only those are read from the file."""
+        tensor = self.tensors[name]
+        index = [slice(None)] * len(tensor.shape)
+        if dim is not None:
+            index[dim] = slice(start, stop)
+        try:
+            return tensor.read(tuple(index))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.where}: cannot read {name!r}: {error}") from error
+
+    def with_prefix(self, prefix: str) -> CheckpointSource:
+        """The part whose keys begin with `prefix`, which is removed."""
+        tensors = {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+        if not tensors:
+            raise CheckpointError(
+                f"{self.where}: no key begins with {prefix!r}; keys look like {next(iter(self), None)!r}"
+            )
+        return replace(self, where=f"{self.where} [{prefix}]", tensors=tensors)
+
+    @property
+    def format(self) -> str:
+        """`diffusers`, `wan`, `nvlabs` or `internal`, told from the keys and the patch embedding's shape."""
+        for name in self.tensors:
+            if any(mark in name for mark in _IMAGE_MARKS):
+                raise CheckpointError(
+                    f"{self.where}: {name!r} conditions on images; image-to-video is not supported yet"
+                )
+        if any(name.startswith("condition_embedder.") for name in self.tensors):
+            return "diffusers"
+        if "text_embedding.linear_1.weight" in self.tensors:
+            return "internal"
+        if (
+            any(name.startswith("text_embedding.") for name in self.tensors)
+            and "patch_embedding.weight" in self.tensors
+        ):
+            return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
+        raise CheckpointError(
+            f"{self.where}: not a Wan2.1 text-to-video network; keys look like {sorted(self.tensors)[:3]}; need the "
+            "naming of diffusers, the Wan release, NVlabs/rcm or rcm_megatron"
+        )
+
+    def model_fields(self, *, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Keyword arguments for ModelConfig: from config.json, else from the shapes.
+
+        `overrides` may set what no tensor shows (text_len, rope_max_seq_len), without config.json any field.
+        """
+        form, overrides = self.format, dict(overrides or {})
+        for name in overrides:
+            if name not in configs.FIELDS:
+                raise CheckpointError(f"unknown model field {name!r}{nearest(name, configs.FIELDS)}")
+        if self.config is not None:
+            fields = _CONFIG_READERS[form](self.config)
+            fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
+            if fixed:
+                raise CheckpointError(
+                    f"{self.where}: config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override"
+                )
+            return {**fields, **overrides}
+        if form in ("diffusers", "internal"):
+            raise CheckpointError(f"{self.where}: no config.json beside the weights; pass the folder that holds both")
+        return configs.model_config_from_shapes(self.shapes(), overrides=overrides)
+
+
+def source_from_tensors(tensors: Mapping[str, Tensor], *, where: str = "tensors in memory") -> CheckpointSource:
+    """A source over tensors that are already there (a state dict, a set of gradients)."""
+    lazy = {name: LazyTensor(tuple(tensor.shape), tensor.__getitem__) for name, tensor in tensors.items()}
+    return CheckpointSource(where, lazy)
+
+
+def open_checkpoint(path: str | Path, *, prefix: str | None = None) -> CheckpointSource:
+    """Open a file or folder. `prefix`: use only keys that begin with it (default: one that all share, as `net.`)."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if (path / "transformer" / "config.json").is_file() and not (path / "config.json").is_file():
+        path = path / "transformer"
+    source = _open_folder(path) if path.is_dir() else _open_file(path)
+    if prefix is not None:
+        return source.with_prefix(prefix)
+    found = [prefix for prefix in _NETWORK_PREFIXES if any(name.startswith(prefix) for name in source)]
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds several networks: {', '.join(found)}; choose one with prefix=")
+    if found and all(name.startswith(found[0]) for name in source):
+        return source.with_prefix(found[0])
+    return source
+
+
+def _open_folder(folder: Path) -> CheckpointSource:
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return replace(_open_index(indices[0]), config=config)
+    files = sorted(folder.glob("*.safetensors")) or sorted(f for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
+    if len(indices) > 1 or len(files) != 1:
+        names = [file.name for file in (indices or files)]
+        raise CheckpointError(
+            f"{folder}: need one set of weights, got {names or 'none'}; pass one file, or add the index"
+        )
+    return replace(_open_file(files[0]), config=config)
+
+
+def _open_index(index_path: Path) -> CheckpointSource:
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path}: no 'weight_map' in it")
+    tensors: dict[str, LazyTensor] = {}
+    metadata: Mapping[str, str] = {}
+    for name in sorted(set(weight_map.values())):
+        shard_path = index_path.parent / name
+        if Path(name).name != name or not shard_path.is_file():
+            raise CheckpointError(f"{index_path.name} names the file {name!r}, which is not in {index_path.parent}")
+        shard = _open_safetensors(shard_path)
+        listed = {key for key, file in weight_map.items() if file == name}
+        problems = name_keys(f"listed in the index but not in {name}", listed - set(shard), shard)
+        problems += name_keys(f"in {name} but not listed for it", set(shard) - listed, listed)
+        if problems:
+            raise CheckpointError(f"{index_path} does not match its files:{problems}")
+        tensors |= shard.tensors
+        metadata = shard.metadata
+    return CheckpointSource(str(index_path.parent), tensors, metadata=metadata)
+
+
+def _open_file(path: Path) -> CheckpointSource:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in _PICKLE_SUFFIXES:
+        return _open_pickle(path)
+    raise CheckpointError(f"{path}: need a folder, or a file that ends in .safetensors, .pt or .pth")
+
+
+def _open_safetensors(path: Path) -> CheckpointSource:
+    try:
+        handle = safe_open(str(path), framework="pt", device="cpu")
+        tensors = {}
+        for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            view = handle.get_slice(name)
+            tensors[name] = LazyTensor(tuple(view.get_shape()), view.__getitem__)
+        return CheckpointSource(str(path), tensors, metadata=handle.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or not a safetensors file ({error}); download or write it again"
+        ) from error
+
+
+def _open_pickle(path: Path) -> CheckpointSource:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        first_line = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path}: refused, it is damaged or holds objects other than tensors, which could run code ({first_line}); "
+            "convert it to safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; need a dict of tensors")
+    wrong = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong!r} is a {type(content[wrong]).__name__}; need a flat dict of tensors")
+    return source_from_tensors(content, where=str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: need a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,164 @@
+"""Write a checkpoint so that it appears complete or not at all: temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rcm_megatron.checkpoint.errors import CheckpointError
+
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def check_target(path: str | Path, *, force: bool) -> Path:
+    """Refuse to write over something that exists, unless `force` and it is a checkpoint."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return path
+    if not force:
+        raise CheckpointError(f"{path} exists; choose another target, or pass force to replace it")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} exists and is no checkpoint folder (no config.json): it will not be replaced")
+    return path
+
+
+@contextmanager
+def replaced_when_done(path: Path) -> Iterator[Path]:
+    """A temporary sibling path; on success it takes the place of `path`, on an error it is removed."""
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex[:8]
+    temporary, previous = (path.with_name(f".{path.name}.{kind}-{token}") for kind in ("incomplete", "previous"))
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rename(previous)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        _remove(temporary)
+        if previous.exists() and not path.exists():
+            previous.rename(path)
+        raise
+    _remove(previous)
+
+
+def write_folder(
+    path: str | Path,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: Mapping[str, Any],
+    stem: str,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """`config.json` + `<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard."""
+    path = check_target(path, force=force)
+    header = {**{key: str(value) for key, value in (metadata or {}).items()}, "format": "pt"}
+    with replaced_when_done(path) as folder:
+        folder.mkdir()
+        shards = []
+        for number, shard in enumerate(_shards(named_tensors, dtype, max_shard_bytes)):
+            _save_safetensors(shard, folder / f"{number}.safetensors", header)
+            shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
+        _name_shards(folder, stem, shards)
+        _write_json(folder / "config.json", config)
+        _sync(folder)
+    return path
+
+
+def write_file(
+    path: str | Path,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> Path:
+    """One `.safetensors`, `.pt` or `.pth` file; these formats hold all tensors in memory once."""
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise CheckpointError(f"{path}: this format is one file; end its name in .pt, .pth or .safetensors")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; give the path of a file")
+    check_target(path, force=force)
+    with replaced_when_done(path) as temporary:
+        tensors = {name: _owned(tensor, dtype) for name, tensor in named_tensors}
+        if path.suffix == ".safetensors":
+            _save_safetensors(tensors, temporary, {"format": "pt"})
+        else:
+            torch.save(tensors, temporary)
+            _sync(temporary)
+    return path
+
+
+def _shards(
+    named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None, max_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in named_tensors:
+        tensor = _owned(tensor, dtype)
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and size + num_bytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += num_bytes
+    yield shard
+
+
+def _name_shards(folder: Path, stem: str, shards: list[dict[str, int]]) -> None:
+    """Give the numbered files their final names, which hold the number of shards, and write the index."""
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / f"{stem}.safetensors")
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards):
+        file = f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(num_bytes for shard in shards for num_bytes in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A contiguous CPU copy that shares memory with nothing: safetensors asks for it, and a live model needs it."""
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    save_file(tensors, path, metadata=header)
+    _sync(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

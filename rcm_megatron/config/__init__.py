@@ -1,0 +1,52 @@
+"""Run configuration: frozen dataclasses, a strict loader, checks that need no weights. Imports no torch."""
+
+from rcm_megatron.config.errors import ConfigError
+from rcm_megatron.config.loader import apply_overrides, as_dict, build, load_config, to_yaml
+from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from rcm_megatron.config.run import (
+    DataConfig,
+    DcmConfig,
+    DistillationConfig,
+    EmaConfig,
+    EncodersConfig,
+    FlowConfig,
+    InitConfig,
+    LoggingConfig,
+    LossWeights,
+    OptimizerConfig,
+    RunConfig,
+    SamplingConfig,
+    StageConfig,
+    TimeDistribution,
+    TrainerConfig,
+)
+from rcm_megatron.config.validate import validate
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DcmConfig",
+    "DistillationConfig",
+    "EmaConfig",
+    "EncodersConfig",
+    "FlowConfig",
+    "InitConfig",
+    "LatentConfig",
+    "LoggingConfig",
+    "LossWeights",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "StageConfig",
+    "TimeDistribution",
+    "TrainerConfig",
+    "apply_overrides",
+    "as_dict",
+    "build",
+    "load_config",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,105 @@
+"""The network, the latents it sees, and how it is cut over ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Wan2.1 diffusion transformer. `hidden_size` is `dim` in the Wan release, `ffn_hidden_size` its `ffn_dim`."""
+
+    family: Literal["wan"] = "wan"
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    in_channels: int
+    out_channels: int
+    patch_size: tuple[int, int, int]
+    """(frames, rows, columns) of latent that make one token."""
+    text_dim: int
+    """Width of the text encoder's output (UMT5-XXL: 4096)."""
+    text_len: int
+    """Text positions; shorter captions are padded with zeros, which the network attends to as Wan's does."""
+    freq_dim: int = 256
+    """Width of the sinusoid that embeds the timestep."""
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    """Affine LayerNorm before cross-attention (Wan's norm3)."""
+    rope_max_seq_len: int = 1024
+    """Most tokens along one of the three axes."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_volume(self) -> int:
+        """Latent positions in one token."""
+        return math.prod(self.patch_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """p: numbers in one input token, in_channels * patch_volume."""
+        return self.in_channels * self.patch_volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Size of one latent video, [channels, frames, height, width], after the VAE (Wan: 4x in time, 8x in space)."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def shape_CTHW(self) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width)."""
+        return (self.channels, self.frames, self.height, self.width)
+
+    def num_tokens(self, patch_size: tuple[int, int, int]) -> int:
+        """Tokens of one video before padding."""
+        return math.prod(size // patch for size, patch in zip(self.shape_CTHW[1:], patch_size, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of model parallelism; data parallelism is what remains of the world size."""
+
+    tp: int = 1
+    """Tensor parallel; sequence parallelism is on whenever tp > 1."""
+    ring: int = 1
+    """Context parallel by ring attention; cp = ring * ulysses."""
+    ulysses: int = 1
+    """Context parallel by all-to-all over heads; must divide num_heads / tp."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Virtual pipeline chunks on each stage; 1 is no interleaving."""
+
+    @property
+    def cp(self) -> int:
+        """Context parallel degree, ring * ulysses."""
+        return self.ring * self.ulysses
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of the networks: tp * cp * pp."""
+        return self.tp * self.cp * self.pp
+
+    def dp(self, world_size: int) -> int:
+        """Data parallel degree in a world of `world_size` ranks (which model_parallel_size must divide)."""
+        return world_size // self.model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Parameter dtype. Whatever it is: main parameters, gradients, EMA, norms, RoPE and time path are fp32,
+    preconditioning and the tangent's normalisation fp64."""
+
+    params_dtype: Literal["bf16", "fp32"]

@@ -1,0 +1,245 @@
+"""Everything of a run but the network: objectives, stages, optimizers, data, trainer, sampling, logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where the networks' weights come from: a diffusers folder (config.json + safetensors), or `null`."""
+
+    teacher: str | None = None
+    """Required unless every stage is flow matching, which needs no teacher."""
+    student: str | None = None
+    """null: the teacher's weights; without a teacher (flow matching), random weights from the run's seed."""
+    fake_score: str | None = None
+    """null: the teacher's weights. Used by stages with a DMD weight only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeDistribution:
+    """How training times are drawn. `lognormal`: t = atan(exp(std * z + mean)), z normal. `uniform_shift`: RF time
+    s = shift * u / (1 + (shift - 1) * u), u uniform, t = atan(s / (1 - s))."""
+
+    kind: Literal["lognormal", "uniform_shift"]
+    mean: float | None = None
+    """lognormal only, and required there."""
+    std: float | None = None
+    """lognormal only, and required there."""
+    shift: float | None = None
+    """uniform_shift only, and required there; 1 is uniform in RF time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DcmConfig:
+    """Discrete consistency: `skip` teacher Euler steps on a grid of `total_steps` times."""
+
+    total_steps: int = 48
+    skip: int = 1
+    shift: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Flow matching, to train or finetune a teacher."""
+
+    times: TimeDistribution = TimeDistribution(kind="uniform_shift", shift=1.0)
+    caption_dropout: float = 0.1
+    """Fraction of samples trained on the empty caption, which classifier-free guidance needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What the objectives of all stages share (symbols as in rCM, arXiv 2510.08431)."""
+
+    teacher_guidance: float
+    """Classifier-free guidance of the teacher, uncond + w (cond - uncond); 1 takes one conditional pass."""
+    p_g: TimeDistribution
+    """Times of sCM and dCM."""
+    p_d: TimeDistribution
+    """Times of DMD and the critic, and of the rollout's intermediate steps."""
+    max_rollout_steps: int = 4
+    """Backward simulation takes 1 to this many student steps, in turn."""
+    fixed_rollout_times: tuple[float, ...] | None = None
+    """TrigFlow times between rollout steps, e.g. [1.5, 1.4, 1.0]; null draws them from p_d."""
+    jvp_kind: Literal["exact", "semicontinuous", "finite_difference"] = "exact"
+    """exact: forward-mode JVP in latents and time. semicontinuous: JVP in latents, difference in time."""
+    fd_size: float = 1e-4
+    """Step in TrigFlow time of the two difference variants; not used by `exact`."""
+    scale_jvp_by_warmup: bool = False
+    """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
+    dcm: DcmConfig = DcmConfig()
+    flow: FlowConfig = FlowConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the objectives whose sum trains the student; 0 leaves one out. DMD brings the critic with it."""
+
+    scm: float = 0.0
+    dmd: float = 0.0
+    dcm: float = 0.0
+    flow: float = 0.0
+    """Flow matching stands alone: it trains the student network as a teacher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of the run with one set of objectives. Networks, optimizers and EMA go on from stage to stage;
+    the iteration `i` that warm-up and alternation look at starts at 0 in each."""
+
+    name: str
+    steps: int
+    """Iterations, student and critic steps together."""
+    losses: LossWeights
+    tangent_warmup: int = 0
+    """Iterations over which r rises from 0 to 1 (sCM). All are student steps, without DMD."""
+    student_update_freq: int = 1
+    """After the warm-up one iteration in this many trains the student, the others the critic. 1: no critic."""
+    student_lr: float | None = None
+    """null: student_optimizer.lr."""
+    fake_score_lr: float | None = None
+    """null: fake_score_optimizer.lr."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; weight decay acts on every parameter, biases and norms included."""
+
+    lr: float
+    betas: tuple[float, float] = (0.0, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    lr_warmup_steps: int = 100
+    """Updates of this network over which lr rises linearly from 0."""
+    clip_grad: float = 0.0
+    """Largest gradient norm; 0 does not clip, which rCM's authors call crucial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Power-function EMA of the student (EDM2, arXiv 2312.02696)."""
+
+    enabled: bool = True
+    relative_width: float = 0.1
+    """Width of the averaging window as a fraction of the updates so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodersConfig:
+    """What stands between pixels and captions and the network. `none`: shards hold latents and embeddings already,
+    and sampling writes latents."""
+
+    video: Literal["pixels", "none"]
+    text: Literal["words", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A folder of WebDataset shards (*.tar) with <key>.latent, <key>.embed and <key>.prompt members (.pt, .npy or
+    .safetensors). Its manifest is made beside them at the first start."""
+
+    folder: str
+    negative_embedding: str | None = None
+    """File with the text embedding of the unconditional branch. null: the text encoder's (which must not be `none`)."""
+    on_error: Literal["skip", "raise"] = "raise"
+    """skip: an unreadable shard or member is named, counted and replaced by the next sample."""
+    num_threads: int = 2
+    prefetch: int = 2
+    """Batches decoded ahead of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Batch, checkpoints and memory. Order of data, noise and times follow from the run's seed, not from ranks."""
+
+    global_batch_size: int
+    """Samples of one update, over all data-parallel ranks and micro-batches."""
+    micro_batch_size: int = 1
+    recompute: Literal["none", "full"] = "full"
+    """full: a block keeps only its input and runs again in the backward pass."""
+    log_every: int = 1
+    sample_every: int = 0
+    """Iterations between sample videos; 0: none."""
+    checkpoint_every: int
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; older ones are deleted after a new one is complete."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint under output_dir, if there is one."""
+    stop_after: int | None = None
+    """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Defaults of `sample` and of the samples written during training."""
+
+    student_steps: tuple[int, ...] = (1, 2, 4)
+    """Step counts to sample the student with, each 1 to 4."""
+    student_times: tuple[float, ...] = (1.5, 1.4, 1.0)
+    """TrigFlow times between the student's steps; n steps use the first n - 1."""
+    sigma_max: float = 80.0
+    """Noise level the student starts at, t = atan(sigma_max). Training draws are not bounded by it."""
+    teacher_sampler: Literal["euler", "unipc"] = "unipc"
+    teacher_steps: int = 50
+    teacher_shift: float = 5.0
+    """Shift of the teacher's RF time grid."""
+    guidance: float = 5.0
+    """Classifier-free guidance of the teacher when it is sampled."""
+    num_samples: int = 4
+    seed: int = 0
+    fps: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Metrics go to <output_dir>/metrics.jsonl, and to Weights & Biases."""
+
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when an API key is set, else offline."""
+    wandb_project: str = "rcm_megatron"
+    progress_bar: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, complete. `load_config` reads it from YAML, `validate` checks it against a world size."""
+
+    name: str
+    seed: int = 0
+    output_dir: str
+    model: ModelConfig
+    latent: LatentConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig
+    init: InitConfig
+    distillation: DistillationConfig
+    stages: tuple[StageConfig, ...]
+    student_optimizer: OptimizerConfig
+    fake_score_optimizer: OptimizerConfig | None = None
+    """Required when a stage has a DMD weight."""
+    ema: EmaConfig = EmaConfig()
+    encoders: EncodersConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    sampling: SamplingConfig = SamplingConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def total_steps(self) -> int:
+        """Iterations of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a stage distils."""
+        return any(stage.losses.scm or stage.losses.dmd or stage.losses.dcm for stage in self.stages)
+
+    @property
+    def needs_fake_score(self) -> bool:
+        """Whether a stage has a DMD weight, and so a critic."""
+        return any(stage.losses.dmd for stage in self.stages)

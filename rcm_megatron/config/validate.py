@@ -1,0 +1,275 @@
+"""Checks of a run configuration that need neither weights nor torch: each problem as got, need, fix.
+
+A check is a generator of messages; `validate` collects them all, so one start shows every problem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rcm_megatron.config.errors import ConfigError
+from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config.run import OptimizerConfig, RunConfig, StageConfig, TimeDistribution
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError with every reason why `config` cannot run on `world_size` ranks."""
+    problems = [
+        *_model(config.model),
+        *_latent(config.latent, config.model),
+        *_layout(config.parallel, config.model),
+        *_world(config, world_size),
+        *_networks(config),
+        *_distillation(config),
+        *(problem for i, stage in enumerate(config.stages) for problem in _stage(stage, f"stages.{i} ({stage.name})")),
+        *_stage_list(config.stages),
+        *_optimizers(config),
+        *_data(config),
+        *_counts(config),
+        *_sampling(config),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _divisors(number: int) -> str:
+    found = [str(i) for i in range(1, number + 1) if number % i == 0]
+    return f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
+
+
+def _positive(section: str, config: object, names: str) -> Iterator[str]:
+    for name in names.split():
+        if getattr(config, name) <= 0:
+            yield f"{section}.{name}={getattr(config, name)} must be greater than 0"
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    bad = list(
+        _positive(
+            "model",
+            model,
+            "num_layers hidden_size num_heads ffn_hidden_size in_channels out_channels text_dim text_len freq_dim eps"
+            " rope_max_seq_len",
+        )
+    )
+    yield from bad
+    if min(model.patch_size) <= 0:
+        yield f"model.patch_size={list(model.patch_size)} must hold numbers greater than 0"
+    if bad:
+        return
+    if model.hidden_size % model.num_heads:
+        yield (
+            f"model.hidden_size={model.hidden_size} must divide by model.num_heads={model.num_heads}; "
+            f"nearest: hidden_size={round(model.hidden_size / model.num_heads) * model.num_heads}"
+        )
+    elif model.head_dim % 2 or model.head_dim < 6:
+        yield (
+            f"model.hidden_size / model.num_heads = {model.head_dim} must be even and at least 6 "
+            "(rotary embedding turns pairs of channels on three axes); change model.num_heads"
+        )
+    if model.freq_dim % 2:
+        yield f"model.freq_dim={model.freq_dim} must be even (sines and cosines); use {model.freq_dim + 1}"
+    if model.in_channels != model.out_channels:
+        yield (
+            f"model.out_channels={model.out_channels} must equal model.in_channels={model.in_channels}: "
+            "the network predicts a velocity of its input's shape"
+        )
+
+
+def _latent(latent: LatentConfig, model: ModelConfig) -> Iterator[str]:
+    yield from _positive("latent", latent, "channels frames height width")
+    if latent.channels != model.in_channels:
+        yield f"latent.channels={latent.channels} must equal model.in_channels={model.in_channels}; set both alike"
+    if min(model.patch_size) <= 0:
+        return
+    axes = ("frames", "height", "width")
+    for axis, size, patch in zip(axes, latent.shape_CTHW[1:], model.patch_size, strict=True):
+        if size % patch:
+            yield (
+                f"latent.{axis}={size} must divide by {patch} (model.patch_size={list(model.patch_size)}); "
+                f"set it to {size // patch * patch or patch} or {(size // patch + 1) * patch}"
+            )
+        if size // patch > model.rope_max_seq_len:
+            yield (
+                f"latent.{axis}={size} makes {size // patch} tokens on an axis, more than "
+                f"model.rope_max_seq_len={model.rope_max_seq_len}; raise that or shrink the latent"
+            )
+
+
+def _layout(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    bad = list(_positive("parallel", parallel, "tp ring ulysses pp vpp"))
+    yield from bad
+    if bad or model.num_heads <= 0:
+        return
+    if parallel.pp != 1 or parallel.vpp != 1:
+        yield (
+            f"parallel.pp={parallel.pp}, parallel.vpp={parallel.vpp}: pipeline stages are not supported; "
+            "set both to 1 and use tp, ring or ulysses"
+        )
+    if model.num_heads % parallel.tp:
+        yield (
+            f"model.num_heads={model.num_heads} must divide by parallel.tp={parallel.tp}; "
+            f"set parallel.tp to {_divisors(model.num_heads)}"
+        )
+    elif model.num_heads % (parallel.tp * parallel.ulysses):
+        yield (
+            f"model.num_heads={model.num_heads} must divide by parallel.ulysses*tp={parallel.ulysses * parallel.tp}; "
+            f"set parallel.ulysses to {_divisors(model.num_heads // parallel.tp)} and take the rest as parallel.ring"
+        )
+    if model.ffn_hidden_size % parallel.tp:
+        yield (
+            f"model.ffn_hidden_size={model.ffn_hidden_size} must divide by parallel.tp={parallel.tp}; "
+            f"set parallel.tp to a divisor of both it and model.num_heads={model.num_heads}"
+        )
+
+
+def _world(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel, trainer = config.parallel, config.trainer
+    bad = list(_positive("trainer", trainer, "micro_batch_size global_batch_size"))
+    yield from bad
+    if bad or min(parallel.tp, parallel.ring, parallel.ulysses, parallel.pp) <= 0:
+        return
+    size = parallel.model_parallel_size
+    layout = f"tp*ring*ulysses*pp = {parallel.tp}*{parallel.ring}*{parallel.ulysses}*{parallel.pp} = {size}"
+    if world_size % size:
+        start = f"start {math.ceil(world_size / size) * size} processes"
+        yield f"got {world_size} processes, need a multiple of {layout}; {start} or lower a parallel degree"
+        return
+    dp = parallel.dp(world_size)
+    step = trainer.micro_batch_size * dp
+    if trainer.global_batch_size % step:
+        yield (
+            f"trainer.global_batch_size={trainer.global_batch_size} must divide by micro_batch_size*dp = "
+            f"{trainer.micro_batch_size}*{dp} = {step} (dp = {world_size} processes / {size}); "
+            f"set it to {math.ceil(trainer.global_batch_size / step) * step}"
+        )
+
+
+def _networks(config: RunConfig) -> Iterator[str]:
+    if config.needs_teacher and config.init.teacher is None:
+        yield "init.teacher=null, but a stage distils; name a diffusers folder with config.json and safetensors"
+    if config.needs_fake_score and config.fake_score_optimizer is None:
+        yield "fake_score_optimizer=null, but a stage has a DMD weight; give it at least lr"
+
+
+def _distillation(config: RunConfig) -> Iterator[str]:
+    distillation = config.distillation
+    for name, times in (
+        ("distillation.p_g", distillation.p_g),
+        ("distillation.p_d", distillation.p_d),
+        ("distillation.flow.times", distillation.flow.times),
+    ):
+        yield from _time_distribution(name, times)
+    yield from _positive("distillation", distillation, "teacher_guidance max_rollout_steps fd_size")
+    yield from _positive("distillation.dcm", distillation.dcm, "total_steps skip shift")
+    dcm = distillation.dcm
+    if dcm.skip > dcm.total_steps:
+        yield f"distillation.dcm.skip={dcm.skip} must be at most distillation.dcm.total_steps={dcm.total_steps}"
+    if not 0 <= distillation.flow.caption_dropout <= 1:
+        yield f"distillation.flow.caption_dropout={distillation.flow.caption_dropout} must be between 0 and 1"
+    fixed = distillation.fixed_rollout_times
+    if fixed is not None:
+        yield from _step_times("distillation.fixed_rollout_times", fixed, distillation.max_rollout_steps)
+
+
+def _time_distribution(name: str, times: TimeDistribution) -> Iterator[str]:
+    belongs = {"lognormal": ("mean", "std"), "uniform_shift": ("shift",)}[times.kind]
+    for field in ("mean", "std", "shift"):
+        value = getattr(times, field)
+        if field in belongs and value is None:
+            yield f"{name}.{field} is required when {name}.kind={times.kind}; set it"
+        elif field not in belongs and value is not None:
+            yield f"{name}.{field}={value} has no meaning when {name}.kind={times.kind}; remove it"
+        elif field != "mean" and value is not None and value <= 0:
+            yield f"{name}.{field}={value} must be greater than 0"
+
+
+def _step_times(name: str, times: tuple[float, ...], steps: int) -> Iterator[str]:
+    if len(times) < steps - 1:
+        yield f"{name}={list(times)}: got {len(times)} times, need at least {steps - 1} for {steps} steps; add some"
+    decreasing = all(a > b for a, b in zip((math.pi / 2, *times), (*times, 0.0), strict=True))
+    if not decreasing:
+        yield f"{name}={list(times)} must fall from below pi/2 to above 0, e.g. [1.5, 1.4, 1.0]"
+
+
+def _stage(stage: StageConfig, where: str) -> Iterator[str]:
+    losses = stage.losses
+    weights = {name: getattr(losses, name) for name in ("scm", "dmd", "dcm", "flow")}
+    yield from (
+        f"{where}.losses.{name}={weight} must not be negative" for name, weight in weights.items() if weight < 0
+    )
+    yield from (
+        f"{where}.{name} must be greater than 0"
+        for name in ("steps", "student_update_freq")
+        if getattr(stage, name) < 1
+    )
+    if not any(weights.values()):
+        yield f"{where}.losses are all 0; give scm, dmd, dcm or flow a weight"
+    if losses.flow and (losses.scm or losses.dmd or losses.dcm):
+        yield f"{where}.losses: flow={losses.flow} trains a teacher and needs a stage of its own; split this one"
+    if losses.dmd and stage.student_update_freq == 1:
+        yield f"{where}.student_update_freq=1 never trains the critic that DMD needs; set 2 or more (5 for Wan 1.3B)"
+    if not losses.dmd and stage.student_update_freq != 1:
+        yield f"{where}.student_update_freq={stage.student_update_freq} trains a critic for no DMD; set 1, or losses.dmd"
+    if stage.tangent_warmup < 0 or (stage.tangent_warmup and not losses.scm):
+        yield f"{where}.tangent_warmup={stage.tangent_warmup} needs an scm weight; set tangent_warmup to 0"
+    if losses.dmd and not (losses.scm or losses.dcm) and stage.tangent_warmup:
+        yield f"{where}.tangent_warmup={stage.tangent_warmup} would leave the student without a loss; set it to 0"
+    for name in ("student_lr", "fake_score_lr"):
+        value = getattr(stage, name)
+        if value is not None and value < 0:
+            yield f"{where}.{name}={value} must not be negative"
+
+
+def _stage_list(stages: tuple[StageConfig, ...]) -> Iterator[str]:
+    if not stages:
+        yield "stages is empty; give at least one with name, steps and losses"
+    names = [stage.name for stage in stages]
+    for name in {name for name in names if names.count(name) > 1}:
+        yield f"stages: the name {name!r} is used twice; names label metrics and checkpoints, make them differ"
+
+
+def _optimizers(config: RunConfig) -> Iterator[str]:
+    yield from _optimizer(config.student_optimizer, "student_optimizer")
+    if config.fake_score_optimizer is not None:
+        yield from _optimizer(config.fake_score_optimizer, "fake_score_optimizer")
+    if not 0 < config.ema.relative_width < 0.28:
+        yield f"ema.relative_width={config.ema.relative_width} must be between 0 and 0.28; 0.1 is usual"
+
+
+def _optimizer(optimizer: OptimizerConfig, where: str) -> Iterator[str]:
+    for name in ("lr", "weight_decay", "lr_warmup_steps", "clip_grad"):
+        if getattr(optimizer, name) < 0:
+            yield f"{where}.{name}={getattr(optimizer, name)} must not be negative"
+    yield from _positive(where, optimizer, "eps")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield f"{where}.betas={list(optimizer.betas)} must each be at least 0 and below 1"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    yield from _positive("data", config.data, "num_threads prefetch")
+    unconditional = config.needs_teacher and config.distillation.teacher_guidance > 1
+    flow_drops = config.distillation.flow.caption_dropout > 0 and any(stage.losses.flow for stage in config.stages)
+    if (unconditional or flow_drops) and config.data.negative_embedding is None and config.encoders.text == "none":
+        yield (
+            "data.negative_embedding=null with encoders.text=none: guidance and caption dropout need the embedding of "
+            "the empty or negative caption; name its file"
+        )
+
+
+def _counts(config: RunConfig) -> Iterator[str]:
+    yield from _positive("trainer", config.trainer, "log_every checkpoint_every keep_checkpoints")
+    if config.trainer.sample_every < 0:
+        yield f"trainer.sample_every={config.trainer.sample_every} must not be negative; 0 takes no samples"
+    if config.trainer.stop_after is not None and config.trainer.stop_after < 1:
+        yield f"trainer.stop_after={config.trainer.stop_after} must be at least 1, or null"
+
+
+def _sampling(config: RunConfig) -> Iterator[str]:
+    sampling = config.sampling
+    yield from _positive("sampling", sampling, "sigma_max teacher_steps teacher_shift guidance num_samples fps")
+    if not sampling.student_steps or min(sampling.student_steps) < 1:
+        yield f"sampling.student_steps={list(sampling.student_steps)} must hold at least one count, each 1 or more"
+    else:
+        yield from _step_times("sampling.student_times", sampling.student_times, max(sampling.student_steps))

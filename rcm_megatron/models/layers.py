@@ -1,0 +1,199 @@
+"""Layers of a DiT block on Megatron-Core: each takes ``Tensor | Dual`` and returns the same.
+
+Shapes: h_SBD hidden shard (S tokens of this rank under sequence parallelism), q_SBNK local heads of a context-parallel rank,
+text_LBD text tokens (replicated), L text length, N local heads, K head dim.
+"""
+
+import copy
+from functools import partial
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from rcm_kernels.flash_attention import attention
+from rcm_kernels.flash_attention_jvp import attention_jvp
+from rcm_megatron.dual import Dual, add_bias, map_linear
+from rcm_megatron.models.dual_ops import gelu_tanh, layer_norm, rms_norm_across_heads
+from rcm_megatron.models.layer_specs import LayerSpec
+from rcm_megatron.models.rope import apply_rope
+from rcm_megatron.parallel.context import ContextParallel
+from rcm_megatron.parallel.mappings import all_reduce_sum
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms, modulation and the time embedding: fp32, or fp64 in an fp64 network."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def column_linear(spec: LayerSpec, in_features: int, out_features: int, *, config, tp_group: ProcessGroup) -> nn.Module:
+    """A Megatron linear whose output features are split over tensor-parallel ranks; its bias is left to :func:`project`."""
+    linear = spec.column_linear(
+        in_features,
+        out_features,
+        config=config,
+        init_method=config.init_method,
+        bias=True,
+        gather_output=False,
+        skip_bias_add=True,
+        is_expert=False,
+        tp_group=tp_group,
+    )
+    for parameter in linear.parameters():
+        mark_tensor_parallel(parameter, dim=0)
+    return linear
+
+
+def row_linear(spec: LayerSpec, in_features: int, out_features: int, *, config, tp_group: ProcessGroup) -> nn.Module:
+    """A Megatron linear whose input features are split over tensor-parallel ranks; its bias is left to :func:`project`."""
+    linear = spec.row_linear(
+        in_features,
+        out_features,
+        config=config,
+        init_method=config.init_method,
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=True,
+        is_expert=False,
+        tp_group=tp_group,
+    )
+    mark_tensor_parallel(linear.weight, dim=1)
+    return linear
+
+
+def mark_tensor_parallel(parameter: nn.Parameter, *, dim: int) -> None:
+    """Say that ``parameter`` is this rank's slice along ``dim``; Megatron itself marks only weights that it initialises."""
+    parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, dim, 1
+
+
+def project(linear: nn.Module, x: Tensor | Dual) -> Tensor | Dual:
+    """Apply a Megatron linear to a tensor, or to both halves of a dual with the bias on the primal alone."""
+    return add_bias(map_linear(lambda value: linear(value)[0], x), linear.bias)
+
+
+class ReplicatedLinear(nn.Linear):
+    """A linear that every tensor-parallel rank holds whole, for tensors and duals.
+
+    ``on_token_shards``: it works on tokens (or modulation of tokens) that sequence parallelism shards, so its gradients are
+    partial and Megatron must sum them over the tensor-parallel group.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, on_token_shards: bool) -> None:
+        super().__init__(in_features, out_features, dtype=dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = on_token_shards
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        if isinstance(x, Dual):
+            return add_bias(x.linear(lambda value: nn.functional.linear(value, self.weight)), self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+class AffineLayerNorm(nn.Module):
+    """LayerNorm with weight and bias, on token shards."""
+
+    def __init__(self, features: int, *, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
+        self.weight.sequence_parallel = self.bias.sequence_parallel = True
+
+    def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
+        return layer_norm(h_SBD, eps=self.eps, weight=self.weight, bias=self.bias)
+
+
+class RMSNormAcrossHeads(nn.Module):
+    """Wan's q/k norm over all heads; each tensor-parallel rank holds the weights of its own heads."""
+
+    def __init__(self, num_heads: int, head_dim: int, *, eps: float, dtype: torch.dtype, tp_group: ProcessGroup) -> None:
+        super().__init__()
+        self.eps, self.num_features = eps, num_heads * head_dim
+        self.shape = (num_heads // tp_group.size(), head_dim)
+        self.sum_over_tp = partial(all_reduce_sum, group=tp_group)
+        self.weight = nn.Parameter(torch.ones(self.shape[0] * head_dim, dtype=dtype))
+        mark_tensor_parallel(self.weight, dim=0)
+
+    def forward(self, x_SBNK: Tensor | Dual) -> Tensor | Dual:
+        return rms_norm_across_heads(
+            x_SBNK,
+            self.weight.view(self.shape),
+            eps=self.eps,
+            num_features=self.num_features,
+            sum_over_tp=self.sum_over_tp,
+        )
+
+
+def split_heads(x: Tensor | Dual, parts: int, head_dim: int) -> tuple[Tensor | Dual, ...]:
+    """Views ``[S, B, N, K]`` of a fused projection whose rows are interleaved per head, ``[N, parts, K]``."""
+    stacked = x.stacked if isinstance(x, Dual) else x
+    views = stacked.unflatten(-1, (-1, parts, head_dim)).unbind(-2)
+    return tuple(Dual(view) for view in views) if isinstance(x, Dual) else views
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with fused qkv, norm over all heads, RoPE and context parallelism."""
+
+    def __init__(self, model, *, config: TransformerConfig, spec: LayerSpec, context: ContextParallel, tp_group) -> None:
+        super().__init__()
+        self.head_dim, self.context = model.head_dim, context
+        hidden, norm = model.hidden_size, partial(RMSNormAcrossHeads, model.num_heads, model.head_dim)
+        self.linear_qkv = column_linear(spec, hidden, 3 * hidden, config=config, tp_group=tp_group)
+        self.q_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.k_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.linear_proj = row_linear(spec, hidden, hidden, config=config, tp_group=tp_group)
+
+    def forward(self, h_SBD: Tensor | Dual, rotation_SK: Tensor, *, valid_tokens: int) -> Tensor | Dual:
+        q, k, v = split_heads(project(self.linear_qkv, h_SBD), 3, self.head_dim)
+        q, k = apply_rope(self.q_norm(q), rotation_SK), apply_rope(self.k_norm(k), rotation_SK)
+        if isinstance(q, Dual):
+            o, to = self.context.attention_jvp(
+                q.primal, k.primal, v.primal, q.tangent, k.tangent, v.tangent, valid_tokens=valid_tokens
+            )
+            o_SBNK = Dual.pack(o, to)
+        else:
+            o_SBNK = self.context.attention(q, k, v, valid_tokens=valid_tokens)
+        return project(self.linear_proj, map_linear(partial(torch.flatten, start_dim=2), o_SBNK))
+
+
+class CrossAttention(nn.Module):
+    """Cross-attention to replicated text tokens: local on every rank, and the text carries no tangent."""
+
+    def __init__(self, model, *, config: TransformerConfig, spec: LayerSpec, tp_group: ProcessGroup) -> None:
+        super().__init__()
+        self.head_dim = model.head_dim
+        hidden, norm = model.hidden_size, partial(RMSNormAcrossHeads, model.num_heads, model.head_dim)
+        # Sequence parallelism would gather the replicated text over tp and attend to every key tp times.
+        text_config = copy.copy(config)
+        text_config.sequence_parallel = False
+        self.linear_q = column_linear(spec, hidden, hidden, config=config, tp_group=tp_group)
+        self.linear_kv = column_linear(spec, hidden, 2 * hidden, config=text_config, tp_group=tp_group)
+        self.q_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.k_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.linear_proj = row_linear(spec, hidden, hidden, config=config, tp_group=tp_group)
+
+    def forward(self, h_SBD: Tensor | Dual, text_LBD: Tensor) -> Tensor | Dual:
+        (q,) = split_heads(project(self.linear_q, h_SBD), 1, self.head_dim)
+        k, v = split_heads(project(self.linear_kv, text_LBD), 2, self.head_dim)
+        assert k.shape[0] == text_LBD.shape[0], "text keys were gathered over the tensor-parallel group"
+        q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(q, Dual):
+            o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent)
+            o_SBNK = Dual.pack(o, to)
+        else:
+            o_SBNK = attention(q, k, v)
+        return project(self.linear_proj, map_linear(partial(torch.flatten, start_dim=2), o_SBNK))
+
+
+class MLP(nn.Module):
+    """Feed-forward with GELU (tanh)."""
+
+    def __init__(self, model, *, config: TransformerConfig, spec: LayerSpec, tp_group: ProcessGroup) -> None:
+        super().__init__()
+        hidden, ffn = model.hidden_size, model.ffn_hidden_size
+        self.linear_fc1 = column_linear(spec, hidden, ffn, config=config, tp_group=tp_group)
+        self.linear_fc2 = row_linear(spec, ffn, hidden, config=config, tp_group=tp_group)
+
+    def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
+        return project(self.linear_fc2, gelu_tanh(project(self.linear_fc1, h_SBD)))

@@ -1,0 +1,222 @@
+"""Context parallelism: self-attention over a sequence that is split over ranks, by a ring, by Ulysses, or by both.
+
+Rank r of cp holds the r-th contiguous piece of the tokens, with padding at the global end; r = ring_rank * ulysses_size + ulysses_rank. Ulysses (arXiv 2309.14509)
+trades heads for tokens with one all-to-all each way, after which the ring (arXiv 2310.01889) passes blocks of keys and values round, merging
+partial results. Shapes: S tokens of this rank, B batch, N heads of this rank, K head dim.
+
+The ring's backward is primal only (DESIGN, section 5): blocks of k and v go round again, each with its gradient, which makes one extra hop home.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rcm_kernels.flash_attention import attention, attention_backward, attention_forward
+from rcm_kernels.flash_attention_jvp import attention_jvp
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """Attention over `ring_group` x `ulysses_group`; None is a group of one rank, and needs no communication."""
+
+    ring_group: dist.ProcessGroup | None = None
+    ulysses_group: dist.ProcessGroup | None = None
+
+    @property
+    def ring_size(self):
+        return 1 if self.ring_group is None else dist.get_world_size(self.ring_group)
+
+    @property
+    def ulysses_size(self):
+        return 1 if self.ulysses_group is None else dist.get_world_size(self.ulysses_group)
+
+    @property
+    def size(self):
+        return self.ring_size * self.ulysses_size
+
+    def attention(self, q, k, v, *, valid_tokens=None):
+        """softmax(q k^T / sqrt(d)) v with autograd. q, k, v and the result: [s_local, b, n_local, d].
+
+        `valid_tokens` is the number of tokens, of all `s_local * size`, that are not padding; None means all.
+        """
+        valid_tokens = self._check(q, valid_tokens)
+        if self.ulysses_size > 1:
+            q, k, v = _ScatterHeads.apply(self.ulysses_group, q, k, v)
+        if self.ring_size > 1:
+            o = _RingAttention.apply(q, k, v, self.ring_group, valid_tokens)
+        else:
+            o = attention(q, k, v, valid_keys=valid_tokens)
+        return _GatherHeads.apply(self.ulysses_group, o)[0] if self.ulysses_size > 1 else o
+
+    @torch.no_grad()
+    def attention_jvp(self, q, k, v, tq, tk, tv, *, valid_tokens=None):
+        """Attention and its tangent (o, to) for tangents tq, tk, tv of q, k, v; no gradient. Shapes as in `attention`."""
+        valid_tokens = self._check(q, valid_tokens)
+        dtype = q.dtype
+        if self.ulysses_size > 1:
+            q, k, v, tq, tk, tv = _scatter_heads(self.ulysses_group, q, k, v, tq, tk, tv)
+        if self.ring_size > 1:
+            o, to = _ring_jvp(self.ring_group, q, k, v, tq, tk, tv, valid_tokens)
+        else:
+            o, to, _, _ = attention_jvp(q, k, v, tq, tk, tv, valid_keys=valid_tokens)
+        o, to = o.to(dtype), to.to(dtype)
+        return _gather_heads(self.ulysses_group, o, to) if self.ulysses_size > 1 else (o, to)
+
+    def _check(self, q, valid_tokens):
+        s_local, _, heads, _ = q.shape
+        if heads % self.ulysses_size:
+            divisors = [str(i) for i in range(1, heads + 1) if heads % i == 0]
+            raise ValueError(
+                f"got {heads} heads on this rank (num_heads / tp) and ulysses={self.ulysses_size}; need a Ulysses degree that divides the "
+                f"heads; fix: set ulysses to one of {', '.join(divisors)} and use ring for the rest"
+            )
+        total = s_local * self.size
+        valid_tokens = total if valid_tokens is None else valid_tokens
+        if not 0 < valid_tokens <= total:
+            raise ValueError(
+                f"got valid_tokens={valid_tokens}; need 1..{total} = {s_local} tokens a rank x cp={self.size}; fix: pass the global count of "
+                "tokens without padding"
+            )
+        return valid_tokens
+
+
+# ---- Ulysses ----------------------------------------------------------------------------------------------------------------
+
+
+def _all_to_all(group, buffer):
+    received = torch.empty_like(buffer)
+    dist.all_to_all_single(received, buffer, group=group)
+    return received
+
+
+def _scatter_heads(group, *tensors):
+    """[s, b, n, d] each -> [s*u, b, n/u, d] each, in one all-to-all of u = group size pieces."""
+    size, (s, b, n, d) = dist.get_world_size(group), tensors[0].shape
+    buffer = tensors[0].new_empty(size, s, b, len(tensors), n // size, d)
+    for i, x in enumerate(tensors):
+        buffer[:, :, :, i] = x.reshape(s, b, size, n // size, d).permute(2, 0, 1, 3, 4)
+    return _all_to_all(group, buffer).flatten(0, 1).unbind(2)
+
+
+def _gather_heads(group, *tensors):
+    """[s*u, b, n/u, d] each -> [s, b, n, d] each, in one all-to-all: the inverse, and the transpose, of `_scatter_heads`."""
+    size = dist.get_world_size(group)
+    buffer = torch.stack(tensors, dim=2).unflatten(0, (size, -1))
+    received = _all_to_all(group, buffer).permute(3, 1, 2, 0, 4, 5)
+    return received.flatten(3, 4).unbind(0)
+
+
+class _ScatterHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *tensors):
+        ctx.group = group
+        return _scatter_heads(group, *tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *_gather_heads(ctx.group, *grads)
+
+
+class _GatherHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *tensors):
+        ctx.group = group
+        return _gather_heads(group, *tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *_scatter_heads(ctx.group, *grads)
+
+
+# ---- ring -------------------------------------------------------------------------------------------------------------------
+
+
+def _post_hop(group, send, receive):
+    """Start sending `send` to the next rank and receiving `receive` from the previous one; `_wait` ends it.
+
+    With two ranks both peers are the same rank; Gloo and NCCL then match messages in the order posted, which is the same on both.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    following = dist.get_global_rank(group, (rank + 1) % size)
+    previous = dist.get_global_rank(group, (rank - 1) % size)
+    hop = [dist.P2POp(dist.isend, send, following, group), dist.P2POp(dist.irecv, receive, previous, group)]
+    return dist.batch_isend_irecv(hop)
+
+
+def _wait(hop):
+    for request in hop:
+        request.wait()
+
+
+def _rotate(group, buffer):
+    """Yield (ring rank that owns it, block) for every block of the ring, own block first.
+
+    The next block travels while the caller computes on this one. A block is valid until the next iteration: its memory is reused then.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    spare = torch.empty_like(buffer)
+    for step in range(size):
+        hop = _post_hop(group, buffer, spare) if step < size - 1 else []
+        yield (rank - step) % size, buffer
+        _wait(hop)
+        buffer, spare = spare, buffer
+
+
+def _valid_in_block(owner, k, valid_tokens):
+    """How many keys of the block of ring rank `owner` are not padding."""
+    return min(max(valid_tokens - owner * k.shape[0], 0), k.shape[0])
+
+
+def _ring_jvp(group, q, k, v, tq, tk, tv, valid_tokens):
+    """o, to in fp32 (fp64): dual attention over all blocks, merged in the centred form."""
+    carry = None
+    for owner, block in _rotate(group, torch.stack((k, v, tk, tv))):
+        valid_keys = _valid_in_block(owner, k, valid_tokens)
+        carry = attention_jvp(q, block[0], block[1], tq, block[2], block[3], valid_keys=valid_keys, carry=carry)
+    return carry[:2]
+
+
+def _merge(o, lse, o_block, lse_block):
+    """Primal results of two disjoint sets of keys; at least one of them has a valid key."""
+    merged = torch.logaddexp(lse, lse_block)
+    w = torch.exp(lse_block - merged).permute(2, 0, 1).unsqueeze(-1)
+    return torch.lerp(o, o_block.to(o.dtype), w), merged
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, group, valid_tokens):
+        o = lse = None
+        for owner, block in _rotate(group, torch.stack((k, v))):
+            valid_keys = _valid_in_block(owner, k, valid_tokens)
+            if valid_keys == 0:
+                continue
+            o_block, lse_block = attention_forward(q, block[0], block[1], valid_keys=valid_keys)
+            if o is None:
+                o, lse = o_block.to(lse_block.dtype), lse_block
+            else:
+                o, lse = _merge(o, lse, o_block, lse_block)
+        o = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.group, ctx.valid_tokens = group, valid_tokens
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        grads = torch.zeros(2, *k.shape, dtype=lse.dtype, device=q.device)  # dk, dv of the block at hand: they travel with it
+        spare, hop = torch.empty_like(grads), []
+        for owner, block in _rotate(ctx.group, torch.stack((k, v))):
+            valid_keys = _valid_in_block(owner, k, ctx.valid_tokens)
+            own = attention_backward(do, q, block[0], block[1], o, lse, valid_keys=valid_keys) if valid_keys else None
+            if hop:
+                _wait(hop)
+                grads, spare = spare, grads
+            if own is not None:
+                dq += own[0]
+                grads[0] += own[1]
+                grads[1] += own[2]
+            hop = _post_hop(ctx.group, grads, spare)
+        _wait(hop)  # the hop home: after the last block, `spare` holds this rank's own dk, dv
+        return dq.to(q.dtype), spare[0].to(k.dtype), spare[1].to(v.dtype), None, None

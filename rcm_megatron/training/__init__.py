@@ -1,0 +1,1 @@
+"""Training: optimizers, EMA, the steps and the loop around them."""

@@ -1,0 +1,73 @@
+"""One iteration of a stage: which networks it trains, with which objectives, and the gradients it leaves behind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rcm_megatron.config import DistillationConfig, StageConfig
+from rcm_megatron.diffusion import timesteps
+from rcm_megatron.training import objectives
+from rcm_megatron.training.objectives import MicroBatch, Networks, ObjectiveResult
+from rcm_megatron.training.timers import Timers
+
+
+@dataclass(frozen=True)
+class Step:
+    """What iteration ``iteration`` of a stage does. ``trained`` is "student" or "fake_score"."""
+
+    trained: str
+    iteration: int
+    rollout_steps: int
+    warmup_ratio: float
+    dmd_active: bool
+
+
+def plan_step(stage: StageConfig, iteration: int, *, max_rollout_steps: int) -> Step:
+    """Alternation and counts of iteration ``iteration`` (0-based within its stage); rCM Algorithm 1."""
+    counting = {"warmup": stage.tangent_warmup, "student_update_freq": stage.student_update_freq}
+    student = not stage.losses.dmd or timesteps.is_student_step(iteration, **counting)
+    count = timesteps.student_updates_before if student else timesteps.critic_updates_before
+    return Step(
+        trained="student" if student else "fake_score",
+        iteration=iteration,
+        rollout_steps=timesteps.rollout_steps(count(iteration, **counting), max_steps=max_rollout_steps),
+        warmup_ratio=timesteps.tangent_warmup_ratio(iteration, warmup=stage.tangent_warmup),
+        dmd_active=timesteps.dmd_is_active(iteration, warmup=stage.tangent_warmup),
+    )
+
+
+def accumulate_step(
+    step: Step,
+    networks: Networks,
+    batches: Sequence[MicroBatch],
+    *,
+    stage: StageConfig,
+    settings: DistillationConfig,
+    timers: Timers | None = None,
+) -> dict[str, ObjectiveResult]:
+    """Run the passes of ``step`` over all micro-batches and leave the summed, unreduced gradients in ``main_grad``.
+
+    Gradients of all objectives of a student step add up into one update, so they are reduced once, by the caller.
+    """
+    timers, weights = timers or Timers(), stage.losses
+    results: dict[str, ObjectiveResult] = {}
+    if step.trained == "fake_score":
+        with timers("critic"):
+            results["critic"] = objectives.critic(networks, batches, settings, rollout_steps=step.rollout_steps)
+        return results
+    if weights.flow:
+        with timers("flow"):
+            results["flow"] = objectives.flow_matching(networks, batches, settings, weight=weights.flow)
+    if weights.dcm:
+        with timers("dcm"):
+            results["dcm"] = objectives.dcm(networks, batches, settings, weight=weights.dcm)
+    if weights.scm:
+        with timers("scm"):
+            results["scm"] = objectives.scm(
+                networks, batches, settings, warmup_ratio=step.warmup_ratio, weight=weights.scm
+            )
+    if weights.dmd and step.dmd_active:
+        with timers("dmd"):
+            results["dmd"] = objectives.dmd(
+                networks, batches, settings, rollout_steps=step.rollout_steps, weight=weights.dmd
+            )
+    return results

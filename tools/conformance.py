@@ -1,0 +1,276 @@
+"""Replay a golden file (numbers of NVlabs/rcm) on any parallel layout and compare losses, outputs and raw gradients.
+
+    python tools/conformance.py FILE                                       # one process
+    torchrun --nproc-per-node 4 tools/conformance.py FILE tp=2 ring=2      # the same on four
+
+The file's format is that of shared/golden/README.md; width, depth, batch and token count are read from it. Prints a line per case
+with the largest relative Frobenius error of the loss, of each stored output and of each stored gradient; the exit status is 1 when
+one is past its bound (twice the bound of the README when the sums run over more than one rank).
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.golden import Golden, GoldenCase, ReplayDraws, load_golden, relative_error  # noqa: E402
+
+from rcm_megatron import platform  # noqa: E402
+
+platform.install()
+
+from rcm_megatron.checkpoint.convert import gather_full  # noqa: E402
+from rcm_megatron.checkpoint.formats import from_internal  # noqa: E402
+from rcm_megatron.config import (  # noqa: E402
+    DcmConfig,
+    DistillationConfig,
+    LatentConfig,
+    LossWeights,
+    ModelConfig,
+    ParallelConfig,
+    StageConfig,
+    TimeDistribution,
+)
+from rcm_megatron.dual import Dual  # noqa: E402
+from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel  # noqa: E402
+from rcm_megatron.parallel.pipeline import NetworkInput, evaluate, reduce_gradients  # noqa: E402
+from rcm_megatron.training.networks import build_model, load_weights  # noqa: E402
+from rcm_megatron.training.objectives import MicroBatch, Networks, ObjectiveResult  # noqa: E402
+from rcm_megatron.training.optimizer import gather_main_grads, wrap_ddp  # noqa: E402
+from rcm_megatron.training.step import Step, accumulate_step, plan_step  # noqa: E402
+
+JVP_KINDS = {"jvp": "exact", "semicontinuous": "semicontinuous", "discrete": "finite_difference"}
+NETWORK_BOUND = 2e-6
+"""v and t_v of the bare network; measured 2e-7 on one rank."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """One compared quantity."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+def model_config(golden: Golden) -> ModelConfig:
+    c = golden.config
+    return ModelConfig(
+        num_layers=c["num_layers"],
+        hidden_size=c["dim"],
+        num_heads=c["num_heads"],
+        ffn_hidden_size=c["ffn_dim"],
+        in_channels=c["in_dim"],
+        out_channels=c["out_dim"],
+        patch_size=tuple(c["patch_size"]),
+        text_dim=c["text_dim"],
+        text_len=golden.cond.shape[1],
+        freq_dim=c["freq_dim"],
+    )
+
+
+def case_settings(case: GoldenCase) -> tuple[StageConfig, DistillationConfig]:
+    """Our configuration of an official case."""
+    c, objective = case.config, case.objective
+    weights = {
+        "scm": LossWeights(scm=c["loss_scale"]),
+        "dcm": LossWeights(dcm=c["loss_scale"]),
+        "dmd": LossWeights(dmd=c["loss_scale_dmd"]),
+        "critic": LossWeights(dmd=c["loss_scale_dmd"]),
+    }[objective]
+    stage = StageConfig(
+        name=case.name,
+        steps=case.iteration + 1,
+        losses=weights,
+        tangent_warmup=c["tangent_warmup"],
+        student_update_freq=c["student_update_freq"],
+    )
+    settings = DistillationConfig(
+        teacher_guidance=c["teacher_guidance"],
+        p_g=TimeDistribution(kind="lognormal", mean=0.7, std=1.6),
+        p_d=TimeDistribution(kind="uniform_shift", shift=5.0),
+        max_rollout_steps=c["max_simulation_steps_fake"],
+        fixed_rollout_times=case.mid_times,
+        jvp_kind=JVP_KINDS[case.dF_kind],
+        fd_size=c["fd_size"],
+        dcm=DcmConfig(
+            total_steps=c["dcm_total_steps"], skip=c["dcm_skipping_interval_steps"], shift=c["dcm_timestep_shift"]
+        ),
+    )
+    return stage, settings
+
+
+def step_of(case: GoldenCase, stage: StageConfig, settings: DistillationConfig) -> Step:
+    """The iteration's plan. The official cases force the objective, so only the counts are the iteration's own."""
+    plan = plan_step(stage, case.iteration, max_rollout_steps=settings.max_rollout_steps)
+    return replace(plan, trained=case.trained, rollout_steps=case.rollout_steps, dmd_active=True)
+
+
+def micro_batches(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_size: int) -> list[MicroBatch]:
+    """This data-parallel rank's share of the file's batch."""
+    groups, layout = networks.layout.groups, networks.layout
+    samples = len(golden.x0)
+    if samples % (groups.dp_size * micro_batch_size):
+        raise SystemExit(f"a batch of {samples} does not divide by dp*micro_batch_size = {groups.dp_size}*{micro_batch_size}")
+    share = samples // groups.dp_size
+    batches = []
+    for start in range(groups.dp_rank * share, (groups.dp_rank + 1) * share, micro_batch_size):
+        part = slice(start, start + micro_batch_size)
+        batches.append(
+            MicroBatch(
+                layout.shard(golden.x0[part]),
+                golden.cond[part].transpose(0, 1).contiguous(),
+                golden.uncond[part].transpose(0, 1).contiguous(),
+                ReplayDraws(case, part),
+            )
+        )
+    return batches
+
+
+def whole_batch(values: list[Tensor], groups: ParallelGroups) -> Tensor:
+    """Per-sample values of all micro-batches and data-parallel ranks, sample order restored."""
+    local = torch.cat(values)
+    if groups.dp_size == 1:
+        return local
+    gathered = [torch.empty_like(local) for _ in range(groups.dp_size)]
+    dist.all_gather(gathered, local.contiguous(), group=groups.dp)
+    return torch.cat(gathered)
+
+
+def whole_output(name: str, values: list[Tensor], networks: Networks) -> Tensor:
+    if "time" in name:
+        return whole_batch([t[0] for t in values], networks.layout.groups)
+    return whole_batch([networks.layout.gather(x) for x in values], networks.layout.groups)
+
+
+def df_dt(result: ObjectiveResult) -> list[Tensor]:
+    """The official code's diagnostic −cos (F − F_teacher) − sin xt − dF."""
+    o = result.outputs
+    return [
+        -torch.cos(t) * (F - F_teacher) - torch.sin(t) * xt - dF
+        for t, F, F_teacher, xt, dF in zip(o["time"], o["F_theta"], o["F_teacher"], o["xt"], o["dF"], strict=True)
+    ]
+
+
+def replay(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_size: int) -> Iterator[Error]:
+    """Run one case through the training step itself and compare all that the file holds of it."""
+    stage, settings = case_settings(case)
+    groups = networks.layout.groups
+    bounds = case.bounds.scaled(1.0 if dist.get_world_size() == 1 else 2.0)
+    batches = micro_batches(golden, case, networks, micro_batch_size=micro_batch_size)
+    chunks = networks.student if case.trained == "student" else networks.fake_score
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    step = step_of(case, stage, settings)
+    result = accumulate_step(step, networks, batches, stage=stage, settings=settings)[case.objective]
+    reduce_gradients(chunks)
+    weight = getattr(stage.losses, {"critic": "none"}.get(case.objective, case.objective), 1.0)
+    yield Error("loss", relative_error(weight * whole_batch(result.loss_B, groups), case.loss), bounds.loss)
+    if case.objective == "scm":
+        result.outputs["df_dt"] = df_dt(result)
+    for name, expected in case.outputs.items():
+        got = whole_output(name, result.outputs[name], networks)
+        yield Error(f"out/{name}", relative_error(got, expected.reshape(got.shape)), bounds.output(name))
+    yield from gradient_errors(golden, case, chunks, bounds.gradients, model=networks.layout.groups)
+
+
+def gradient_errors(golden: Golden, case: GoldenCase, chunks: list, bound: float, *, model: ParallelGroups) -> Iterator[Error]:
+    """Raw gradients of loss.sum(); ours are of the mean over the batch."""
+    gradients = gather_main_grads(chunks)
+    module = chunks[0].module
+    names = {id(p): name for name, p in module.named_parameters()}
+    full = dict(gather_full(module, tp_group=model.tp, getter=lambda p: gradients[names[id(p)]]))
+    if model.tp_rank == 0:
+        scale = len(golden.x0)
+        ours = {name: scale * g for name, g in from_internal(full, model_config(golden), "nvlabs", partial=True)}
+        ours = {name.removeprefix("net."): g for name, g in ours.items()}
+        total = torch.sqrt(sum(g.double().square().sum() for g in ours.values()))
+        yield Error("grad_norm", abs(total.item() / case.grad_norm - 1), bound)
+        for name, expected in case.gradients.items():
+            yield Error(f"grad/{name}", relative_error(ours[name].reshape(expected.shape), expected), bound)
+
+
+def network_errors(golden: Golden, networks: Networks) -> Iterator[Error]:
+    """The bare network and its tangent on the file's ``net/…``, on the whole batch."""
+    net, layout = golden.net, networks.layout
+    x = Dual.pack(layout.shard(net["x"]), layout.shard(net["t_x"]))
+    timestep = Dual.pack(net["timestep"].T.contiguous(), net["t_timestep"].T.contiguous())
+    (v,) = evaluate(networks.student, [NetworkInput(x, timestep, golden.cond.transpose(0, 1).contiguous())])
+    yield Error("net/v", relative_error(layout.gather(v.primal), net["v"]), NETWORK_BOUND)
+    yield Error("net/t_v", relative_error(layout.gather(v.tangent), net["t_v"]), NETWORK_BOUND)
+
+
+def build(golden: Golden, parallel: ParallelConfig) -> Networks:
+    groups, model = initialize_parallel(parallel), model_config(golden)
+    channels, frames, height, width = golden.x0.shape[1:]
+    latent = LatentConfig(channels=channels, frames=frames, height=height, width=width)
+
+    def network(name: str, *, trained: bool) -> list:
+        built = build_model(model, latent, parallel, groups=groups, params_dtype=torch.float32)
+        load_weights(built, golden.weights[name])
+        return wrap_ddp([built], built.config) if trained else [built.requires_grad_(False)]
+
+    student = network("student", trained=True)
+    return Networks(
+        layout=student[0].module.layout,
+        student=student,
+        teacher=network("teacher", trained=False),
+        fake_score=network("fake_score", trained=True),
+    )
+
+
+def conform(path: str, parallel: ParallelConfig, *, micro_batch_size: int = 1, cases: list[str] | None = None) -> dict:
+    """Errors per case name, as this rank sees them (gradients on tensor-parallel rank 0)."""
+    golden = load_golden(path)
+    platform.init_distributed()
+    networks = build(golden, parallel)
+    chosen = [case for case in golden.cases if not cases or case.name in cases]
+    report = {"network": list(network_errors(golden, networks))}
+    for case in chosen:
+        report[case.name] = list(replay(golden, case, networks, micro_batch_size=micro_batch_size))
+    return report
+
+
+def summary(errors: list[Error]) -> str:
+    """One line: the largest error of each kind with its bound, and what failed."""
+    parts = []
+    for kind in ("net", "loss", "out", "grad"):
+        group = [e for e in errors if e.name.startswith(kind)]
+        if group:
+            worst = max(group, key=lambda e: e.error / e.bound)
+            parts.append(f"{worst.name} {worst.error:.1e} (bound {worst.bound:.0e})")
+    failed = [f"{e.name}={e.error:.1e}>{e.bound:.0e}" for e in errors if not e.passed]
+    return "; ".join(parts) + ("  FAILED " + ", ".join(failed) if failed else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file")
+    parser.add_argument("overrides", nargs="*", help="tp= ring= ulysses= micro_batch_size=; data parallel is what remains")
+    parser.add_argument("--case", action="append", help="only this case (repeatable)")
+    args = parser.parse_args(argv)
+    options = {key: int(value) for key, value in (item.split("=") for item in args.overrides)}
+    micro_batch_size = options.pop("micro_batch_size", 1)
+    report = conform(args.file, ParallelConfig(**options), micro_batch_size=micro_batch_size, cases=args.case)
+    passed = torch.tensor(all(e.passed for errors in report.values() for e in errors), dtype=torch.int)
+    if dist.get_rank() == 0:
+        for name, errors in report.items():
+            print(f"{name:24s} {summary(errors)}", flush=True)
+    dist.all_reduce(passed, op=dist.ReduceOp.MIN)
+    dist.destroy_process_group()
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
