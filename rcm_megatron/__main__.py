@@ -13,7 +13,7 @@ CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "internal")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a configuration that cannot run is one message on stderr and exit status 2."""
+    """Run one command; bad input is one message on stderr: exit status 2 for a configuration, 1 for files."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -60,9 +60,15 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     config = _load(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    from rcm_megatron.checkpoint.errors import CheckpointError
+    from rcm_megatron.data.manifest import DatasetError
+    from rcm_megatron.data.samples import SampleError
     from rcm_megatron.training import trainer
 
-    trainer.main(config)
+    try:
+        trainer.main(config)
+    except (CheckpointError, DatasetError, SampleError) as error:  # may strike one rank only: each says which it is
+        raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
@@ -110,7 +116,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             model_fields={name: value for name, value in fields.items() if value is not None},
         )
     except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+        raise SystemExit(f"{arguments.prog}: {error}") from None
 
 
 if __name__ == "__main__":

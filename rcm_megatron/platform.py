@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
+
     from rcm_megatron.config import ModelConfig, ParallelConfig
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,13 @@ REWRITTEN_FUNCTIONS = {
 }
 """Module -> how many of its functions hold one of LITERALS, in MEGATRON_VERSION."""
 
-if not torch.cuda.is_available():
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+_NO_NEWS = (
+    r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls
+    r"`torch\.jit\.script",
+)
+_NO_NEWS_ON_CPU = ("Transformer Engine and Apex are not installed", "When using sequence parallelism it is recommended to set")
+for _message in _NO_NEWS if torch.cuda.is_available() else _NO_NEWS + _NO_NEWS_ON_CPU:
+    warnings.filterwarnings("ignore", message=_message)
 
 
 def device() -> torch.device:

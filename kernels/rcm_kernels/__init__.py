@@ -1,1 +1,4 @@
-"""Attention kernels of rcm_megatron. Depends on torch (and triton) alone; each op has a plain PyTorch reference beside it."""
+"""Attention kernels of rcm_megatron. Depends on torch (and triton) alone.
+
+Each op has a plain PyTorch reference beside it.
+"""

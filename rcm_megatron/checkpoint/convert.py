@@ -19,6 +19,7 @@ from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.checkpoint.formats import (
     Source,
+    check_divides,
     check_format,
     checked_entries,
     from_internal,
@@ -26,6 +27,7 @@ from rcm_megatron.checkpoint.formats import (
     read_internal,
     to_internal,
 )
+from rcm_megatron.checkpoint.key_map_wan import Entry
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.writers import DEFAULT_SHARD_BYTES, check_target, write_file, write_folder
 from rcm_megatron.config import ModelConfig
@@ -64,7 +66,7 @@ def load_into(
     if not partial:
         faults += name_keys("in the file, absent from the model", set(entries) - set(parameters), parameters)
     for name in parameters.keys() & entries.keys():
-        need = _local_shape(entries[name].internal_shape, partition_dim(parameters[name]), tp_size)
+        need = _local_shape(entries[name], partition_dim(parameters[name]), tp_size)
         if tuple(parameters[name].shape) != need:
             got = list(parameters[name].shape)
             faults += f"\n  {name!r}: the model has shape {got}, the file gives {list(need)} on each of {tp_size} ranks"
@@ -193,9 +195,11 @@ def partition_dim(parameter: nn.Parameter) -> int | None:
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
-def _local_shape(shape: tuple[int, ...], dim: int | None, size: int) -> tuple[int, ...]:
+def _local_shape(entry: Entry, dim: int | None, size: int) -> tuple[int, ...]:
+    shape = entry.internal_shape
     if dim is None:
         return shape
+    check_divides(entry, dim, size)
     return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
 
 

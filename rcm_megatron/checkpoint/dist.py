@@ -25,10 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-
-from rcm_megatron import platform  # before megatron.core: silences its import warnings
-
-# isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -338,15 +334,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads the types that a torch_dist `.metadata` consists of and refuses every other."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or module == "torch.distributed.checkpoint.metadata" or (module, name) in _METADATA_TYPES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(
             f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
         )
 
 
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata",)
-_METADATA_NAMES = ()
+_METADATA_TYPES = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+}
 
 
 def _require_harmless_metadata(checkpoint: Path) -> None:

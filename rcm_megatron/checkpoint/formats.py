@@ -75,16 +75,22 @@ def read_internal(
     """One internal parameter, or part `rank` of `size` along `partition_dim`, reading no more than that of the file."""
     if partition_dim is None or size == 1:
         return entry.join([source.read(name) for name in entry.external])
+    check_divides(entry, partition_dim, size)
     rows = entry.external_shape[partition_dim]
-    unit = entry.head_dim if entry.fused else 1
-    if rows % (size * unit) or (entry.fused and partition_dim != 0):
-        raise CheckpointError(
-            f"{entry.internal!r}: {rows // unit} {'heads' if entry.fused else 'rows'} of dimension {partition_dim} do "
-            f"not divide over {size} tensor-parallel ranks; need a tp that divides them"
-        )
     start, stop = rank * rows // size, (rank + 1) * rows // size
     parts = [source.read(name, dim=partition_dim, start=start, stop=stop) for name in entry.external]
     return entry.join(parts) if entry.fused else parts[0]
+
+
+def check_divides(entry: Entry, partition_dim: int, size: int) -> None:
+    """Tensor parallelism cuts whole heads of a fused projection, and equal parts of everything else."""
+    heads = entry.external_shape[0] // entry.head_dim
+    amount, unit = (heads, "heads") if entry.fused else (entry.internal_shape[partition_dim], "elements")
+    if amount % size or (entry.fused and partition_dim != 0):
+        raise CheckpointError(
+            f"{entry.internal!r}: {amount} {unit} of dimension {partition_dim} do not divide over {size} tensor-parallel "
+            "ranks; set parallel.tp to a divisor"
+        )
 
 
 def from_internal(

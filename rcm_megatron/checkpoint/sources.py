@@ -168,8 +168,12 @@ def _open_folder(folder: Path) -> CheckpointSource:
 
 def _open_index(index_path: Path) -> CheckpointSource:
     weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index_path}: no 'weight_map' in it")
+    if (
+        not isinstance(weight_map, dict)
+        or not all(isinstance(file, str) for file in weight_map.values())
+        or not weight_map
+    ):
+        raise CheckpointError(f"{index_path}: no 'weight_map' from keys to file names in it")
     tensors: dict[str, LazyTensor] = {}
     metadata: Mapping[str, str] = {}
     for name in sorted(set(weight_map.values())):

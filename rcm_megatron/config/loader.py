@@ -79,7 +79,10 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not key=value; write e.g. trainer.log_every=10")
-        _set(result, key.split("."), _parse(text), override)
+        try:
+            _set(result, key.split("."), _parse(text))
+        except ConfigError as error:
+            raise ConfigError(f"override {override!r}: {error}") from None
     return result
 
 
@@ -89,13 +92,13 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
+def _set(node: Any, keys: Sequence[str], value: Any) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            key = _index(node, key, override)
+            key = _index(node, key)
         elif not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {_describe(node)}, it has no keys")
+            raise ConfigError(f"{'.'.join(keys[:depth])} is {_describe(node)}, it has no keys")
         elif not last and node.get(key) is None:
             node[key] = {}
         if last:
@@ -104,12 +107,10 @@ def _set(node: Any, keys: Sequence[str], value: Any, override: str) -> None:
             node = node[key]
 
 
-def _index(items: list[Any], key: str, override: str) -> int:
+def _index(items: list[Any], key: str) -> int:
     if key.isdigit() and int(key) < len(items):
         return int(key)
-    raise ConfigError(
-        f"override {override!r}: got index {key!r} into a list of {len(items)}; use 0 to {len(items) - 1}"
-    )
+    raise ConfigError(f"got index {key!r} into a list of {len(items)}; use 0 to {len(items) - 1}")
 
 
 def build(cls: type[T], data: Mapping[str, Any], *, path: str = "", root: type | None = None) -> T:
@@ -135,7 +136,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _convert(value: Any, hint: Any, path: str, root: type) -> Any:
+def _convert(value: Any, hint: Any, path: str, root: type, *, accepts_null: bool = False) -> Any:
     """`value` as type `hint`, or ConfigError. Only an int widens (to float) and a list becomes a tuple."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
@@ -145,7 +146,7 @@ def _convert(value: Any, hint: Any, path: str, root: type) -> Any:
         if value is None:
             return None
         (inner,) = (option for option in get_args(hint) if option is not type(None))
-        return _convert(value, inner, path, root)
+        return _convert(value, inner, path, root, accepts_null=True)
     elif origin is Literal:
         if any(value == option and type(value) is type(option) for option in get_args(hint)):
             return value
@@ -156,7 +157,8 @@ def _convert(value: Any, hint: Any, path: str, root: type) -> Any:
         return float(value)
     elif type(value) is hint and hint is not float:
         return value
-    raise ConfigError(f"{path}: got {_describe(value)}, need {_type_name(hint)}{_hint_for(value, hint)}")
+    or_null = ", or null" if accepts_null else ""
+    raise ConfigError(f"{path}: got {_describe(value)}, need {_type_name(hint)}{or_null}{_hint_for(value, hint)}")
 
 
 def _convert_tuple(items: Sequence[Any], hint: Any, path: str, root: type) -> tuple[Any, ...]:

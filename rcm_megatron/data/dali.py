@@ -245,7 +245,7 @@ def _build_pipeline(
         from nvidia.dali import Pipeline, fn, types
     except ImportError as error:
         raise ImportError(
-            "NVIDIA DALI is needed to read training data; install it with: pip install nvidia-dali-cuda120"
+            "NVIDIA DALI is needed to read training data; install it with: pip install nvidia-dali-cuda130"
         ) from error
     on_gpu = device.type == "cuda"
     device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None

@@ -3,7 +3,7 @@
 The classifier has one head for each direction, which reads the class of the digit moving that way, or "none". Its last
 hidden layer gives the features of a Fréchet distance (as FID has it, arXiv 1706.08500, with this network for Inception).
 
-Shapes: B batch, C channels, T frames, H, W, N videos, F features, R directions, K classes (ten digits and "none").
+Shapes: B batch, C channels, T frames, H, W, N videos, F features, R directions, S statistics, K classes (ten digits and "none").
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rcm_megatron.data.synthetic import (
     DIGIT_WORDS,
     DIRECTION_STEPS,
     DIRECTIONS,
-    SPEEDS,
+    SPEED,
     Sample,
     make_samples,
     parse_caption,
@@ -34,13 +34,13 @@ CLASSIFIER_SEED = 9_000_001
 
 
 class VideoClassifier(nn.Module):
-    """Undo each possible motion, then read a digit from what stands still; one small trunk for all motions.
+    """Undo each possible motion, then read a digit from what stands still; one small trunk for all four.
 
     A digit that moves as supposed is the same in all aligned frames, so their minimum shows it nearly alone. The
     convolutions are circular, because the canvas is a torus.
     """
 
-    def __init__(self, *, width: int = 32) -> None:
+    def __init__(self, *, width: int = 16) -> None:
         super().__init__()
 
         def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -48,47 +48,34 @@ class VideoClassifier(nn.Module):
             return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
         self.trunk = nn.Sequential(
-            *block(3, width, 2), *block(width, 2 * width, 1), *block(2 * width, 2 * width, 1), *block(2 * width, 4 * width, 2)
+            *block(3, width, 2),
+            *block(width, 2 * width, 1),
+            *block(2 * width, 2 * width, 1),
+            *block(2 * width, 4 * width, 2),
         )
         self.to_features = nn.Linear(4 * width, NUM_FEATURES // len(DIRECTIONS))
         self.to_digits = nn.Linear(NUM_FEATURES // len(DIRECTIONS), len(DIGIT_WORDS))
 
     def features(self, video_BCTHW: Tensor) -> Tensor:
-        """Last hidden layer [B, F]: for each direction in turn, the features at its likelier speed."""
-        return self._best_motion(video_BCTHW)[0].flatten(1)
+        """Last hidden layer [B, F], an equal share for each direction."""
+        aligned_BRSHW = aligned_statistics(video_BCTHW)
+        map_XDHW = self.trunk(aligned_BRSHW.flatten(0, 1))
+        features_XF = self.to_features(map_XDHW.amax(dim=(2, 3)))
+        return features_XF.unflatten(0, (-1, len(DIRECTIONS))).flatten(1)
 
     def forward(self, video_BCTHW: Tensor) -> Tensor:
         """Logits [B, R, K] over the digit that moves in each direction; the last class is "none", whose logit is 0."""
-        return functional.pad(self._best_motion(video_BCTHW)[1], (0, 1))
-
-    def _best_motion(self, video_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(features [B, R, F / R], digit logits [B, R, 10]) at the speed whose digits score highest."""
-        aligned = aligned_statistics(video_BCTHW)
-        motions = aligned.shape[1]
-        map_XDHW = self.trunk(aligned.flatten(0, 1))
-        features_BMF = self.to_features(map_XDHW.amax(dim=(2, 3))).unflatten(0, (-1, motions))
-        digits_BMK = self.to_digits(functional.relu(features_BMF))
-        shape = (len(DIRECTIONS), len(SPEEDS))
-        best_BR = digits_BMK.logsumexp(-1).unflatten(1, shape).argmax(-1)
-        return tuple(_take_speed(x.unflatten(1, shape), best_BR) for x in (features_BMF, digits_BMK))
-
-
-def _take_speed(x_BRSF: Tensor, speed_BR: Tensor) -> Tensor:
-    """x[b, r, speed[b, r], :] for all b and r: [B, R, F]."""
-    index = speed_BR[..., None, None].expand(-1, -1, 1, x_BRSF.shape[-1])
-    return x_BRSF.gather(2, index).squeeze(2)
+        features_BRF = self.features(video_BCTHW).unflatten(1, (len(DIRECTIONS), -1))
+        return functional.pad(self.to_digits(functional.relu(features_BRF)), (0, 1))
 
 
 def aligned_statistics(video_BCTHW: Tensor) -> Tensor:
-    """Per supposed motion (direction, then speed), frames shifted back by it: their min, mean and max, [B, M, 3, H, W]."""
-    motions = [(rows * speed, columns * speed) for rows, columns in DIRECTION_STEPS.values() for speed in SPEEDS]
+    """For each direction, frames shifted back as if all had moved that way: their min, mean and max, [B, R, 3, H, W]."""
     video_BTHW = video_BCTHW.squeeze(1)
     stacks = []
-    for rows, columns in motions:
-        frames = [
-            video_BTHW[:, t].roll((-rows * t, -columns * t), dims=(1, 2)) for t in range(video_BTHW.shape[1])
-        ]
-        aligned_BTHW = torch.stack(frames, dim=1)
+    for rows, columns in DIRECTION_STEPS.values():
+        back = [(-rows * SPEED * t, -columns * SPEED * t) for t in range(video_BTHW.shape[1])]
+        aligned_BTHW = torch.stack([video_BTHW[:, t].roll(shift, dims=(1, 2)) for t, shift in enumerate(back)], dim=1)
         stacks.append(torch.stack([aligned_BTHW.amin(1), aligned_BTHW.mean(1), aligned_BTHW.amax(1)], dim=1))
     return torch.stack(stacks, dim=1)
 
@@ -103,7 +90,7 @@ def head_labels(samples: Sequence[Sample]) -> Tensor:
 
 
 def train_classifier(
-    *, steps: int = 500, batch: int = 64, seed: int = CLASSIFIER_SEED, cache: Path | None = None
+    *, steps: int = 350, batch: int = 64, seed: int = CLASSIFIER_SEED, cache: Path | None = None
 ) -> VideoClassifier:
     """A classifier trained on real videos of the train split (about 30 s on one core), frozen and in eval mode.
 
@@ -152,7 +139,9 @@ def captioned_digit_accuracy(
 ) -> float:
     """Share of videos in which the head of the captioned direction reads the captioned digit (of 11 answers)."""
     if len(videos_NCTHW) != len(captions):
-        raise ValueError(f"got {len(videos_NCTHW)} videos and {len(captions)} captions; give one caption for each video")
+        raise ValueError(
+            f"got {len(videos_NCTHW)} videos and {len(captions)} captions; give one caption for each video"
+        )
     read_NR = torch.cat([classifier(part.float()).argmax(-1) for part in videos_NCTHW.split(batch)])
     asked = [parse_caption(caption) for caption in captions]
     right = [int(read_NR[row, DIRECTIONS.index(way)]) == digit for row, (digit, way) in enumerate(asked)]
@@ -181,7 +170,9 @@ def spread_within_captions(features_NF: Tensor, captions: Sequence[str]) -> floa
         rows_of[caption].append(row)
     spreads = [functional.pdist(features_NF[rows]).mean() for rows in rows_of.values() if len(rows) > 1]
     if not spreads:
-        raise ValueError(f"no caption occurs twice among {len(captions)} videos; generate several videos of each caption")
+        raise ValueError(
+            f"no caption occurs twice among {len(captions)} videos; generate several videos of each caption"
+        )
     return float(torch.stack(spreads).mean())
 
 

@@ -2,12 +2,12 @@
 
 Draws come in as tensors, times go out in TrigFlow (0 ... pi/2), fp64, shape `[b]` unless stated.
 
-sigma_max (80 for Wan 1.3B, 200 for 14B) is the noise level sigma = tan(t) at which the *student's sampler* starts:
-NVlabs/rcm hands it to `atan` for the first time of inference (README there: larger values "reduce diversity but may
-enhance quality"). Training does not use it there: p_G is not clamped although its class stores a sigma_max, and the
-rollouts of DMD and critic start from pure noise at t = pi/2. So it is optional here: `start_time(None)` is the
-convention of training and of the golden files; `start_time(80.0)` is NVlabs' sampler; `lognormal_time(sigma_max=...)`
-clamps p_G for who wants training to end where the sampler starts.
+sigma_max (80 for Wan2.1 1.3B, 200 for 14B) is the noise level sigma = tan(t) at which *sampling* starts. NVlabs/rcm
+(5b41aa9) starts the student's sampler at t = atan(sigma_max) (README there: larger values "reduce diversity but may
+enhance quality"), and the teacher's, whose own script uses 5000, at s = sigma_max / (1 + sigma_max). The losses do not
+use it: p_G is not clamped, and the rollouts of DMD and critic start from pure noise at t = pi/2. So it is
+optional here: `start_time(None)` is the convention of the losses and of the golden files; `start_time(80.0)` is NVlabs'
+sampler; `lognormal_time(sigma_max=...)` clamps p_G for who wants training to end where the sampler starts.
 """
 
 import math

@@ -14,7 +14,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from rcm_megatron.data.synthetic import VOCABULARY
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+QUICKSTART_VOCABULARY = (*_DIGITS, "moving", "left", "right", "up", "down")
+"""The words of `rcm_megatron.data.synthetic`'s captions. Their order is part of a trained checkpoint."""
 
 EMPTY_WORD = "<empty>"
 """Stands for the caption "", so that "no caption" is a vector of its own and not a row of zeros."""
@@ -85,7 +87,7 @@ class WordTextEncoder:
     def __init__(
         self,
         *,
-        vocabulary: Sequence[str] = VOCABULARY,
+        vocabulary: Sequence[str] = QUICKSTART_VOCABULARY,
         text_dim: int = 32,
         text_len: int = 6,
         seed: int = 0,
@@ -115,3 +117,20 @@ class WordTextEncoder:
             known = ", ".join(list(self._row_of_word)[1:])
             raise ValueError(f"unknown word {unknown[0]!r} in caption {caption!r}; the vocabulary is: {known}")
         return [self._row_of_word[word] for word in words]
+
+
+def build_video_encoder(kind: str, *, channels: int) -> VideoEncoder:
+    """The video encoder that `encoders.video` names; ValueError for one that cannot encode."""
+    if kind != "pixels":
+        raise ValueError(f"got encoders.video={kind!r}, need a video encoder here; set encoders.video to pixels")
+    return PixelVideoEncoder(channels=channels)
+
+
+def build_text_encoder(kind: str, *, text_len: int, text_dim: int) -> TextEncoder:
+    """The text encoder that `encoders.text` names; ValueError for one that cannot encode."""
+    if kind != "words":
+        raise ValueError(
+            f"got encoders.text={kind!r}, need a text encoder here; set encoders.text to words, or give "
+            "data.negative_embedding and captions as embeddings"
+        )
+    return WordTextEncoder(text_len=text_len, text_dim=text_dim)

@@ -1,16 +1,18 @@
 """Context parallelism: self-attention over a sequence that is split over ranks, by a ring, by Ulysses, or by both.
 
-Rank r of cp holds the r-th contiguous piece of the tokens, with padding at the global end; r = ring_rank * ulysses_size + ulysses_rank. Ulysses (arXiv 2309.14509)
-trades heads for tokens with one all-to-all each way, after which the ring (arXiv 2310.01889) passes blocks of keys and values round, merging
-partial results. Shapes: S tokens of this rank, B batch, N heads of this rank, K head dim.
+Rank r of cp holds the r-th contiguous piece of the tokens, with padding at the global end; r = ring_rank * ulysses_size +
+ulysses_rank. Ulysses (arXiv 2309.14509) trades heads for tokens with one all-to-all each way; between the two, the ring
+(arXiv 2310.01889) passes blocks of keys and values round, and each rank merges its partial results. The ring's backward
+is primal only: blocks of k and v go round again, each followed by its gradient, which makes one more hop, home.
 
-The ring's backward is primal only (DESIGN, section 5): blocks of k and v go round again, each with its gradient, which makes one extra hop home.
+All tensors are [s, b, n, d]: tokens of this rank, batch, heads of this rank (num_heads / tp), head dim.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
 from rcm_kernels.flash_attention import attention, attention_backward, attention_forward
 from rcm_kernels.flash_attention_jvp import attention_jvp
 
@@ -67,20 +69,17 @@ class ContextParallel:
         if heads % self.ulysses_size:
             divisors = [str(i) for i in range(1, heads + 1) if heads % i == 0]
             raise ValueError(
-                f"got {heads} heads on this rank (num_heads / tp) and ulysses={self.ulysses_size}; need a Ulysses degree that divides the "
-                f"heads; fix: set ulysses to one of {', '.join(divisors)} and use ring for the rest"
+                f"got {heads} heads on this rank (num_heads / tp) and ulysses={self.ulysses_size}; need a Ulysses degree that "
+                f"divides the heads; fix: set ulysses to one of {', '.join(divisors)} and use ring for the rest"
             )
         total = s_local * self.size
         valid_tokens = total if valid_tokens is None else valid_tokens
         if not 0 < valid_tokens <= total:
             raise ValueError(
-                f"got valid_tokens={valid_tokens}; need 1..{total} = {s_local} tokens a rank x cp={self.size}; fix: pass the global count of "
-                "tokens without padding"
+                f"got valid_tokens={valid_tokens}; need 1..{total} = {s_local} tokens a rank x cp={self.size}; fix: pass the "
+                "global count of tokens without padding"
             )
         return valid_tokens
-
-
-# ---- Ulysses ----------------------------------------------------------------------------------------------------------------
 
 
 def _all_to_all(group, buffer):
@@ -126,9 +125,6 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return None, *_scatter_heads(ctx.group, *grads)
-
-
-# ---- ring -------------------------------------------------------------------------------------------------------------------
 
 
 def _post_hop(group, send, receive):
@@ -204,19 +200,21 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
-        grads = torch.zeros(2, *k.shape, dtype=lse.dtype, device=q.device)  # dk, dv of the block at hand: they travel with it
-        spare, hop = torch.empty_like(grads), []
+        rank, hop = dist.get_rank(ctx.group), []
+        dq, arriving = q.new_zeros(q.shape, dtype=lse.dtype), k.new_empty((2, *k.shape), dtype=lse.dtype)
         for owner, block in _rotate(ctx.group, torch.stack((k, v))):
             valid_keys = _valid_in_block(owner, k, ctx.valid_tokens)
-            own = attention_backward(do, q, block[0], block[1], o, lse, valid_keys=valid_keys) if valid_keys else None
+            dq_block, dk, dv = attention_backward(do, q, block[0], block[1], o, lse, valid_keys=valid_keys)
+            dq += dq_block
+            grads = torch.stack((dk, dv)).to(lse.dtype)
+            if owner == rank:
+                home = grads  # of the own block, the first: they need not travel
+                continue
+            _wait(hop)
             if hop:
-                _wait(hop)
-                grads, spare = spare, grads
-            if own is not None:
-                dq += own[0]
-                grads[0] += own[1]
-                grads[1] += own[2]
-            hop = _post_hop(ctx.group, grads, spare)
-        _wait(hop)  # the hop home: after the last block, `spare` holds this rank's own dk, dv
-        return dq.to(q.dtype), spare[0].to(k.dtype), spare[1].to(v.dtype), None, None
+                grads += arriving  # what the ranks before have found for this block
+            travelling = grads  # not to be freed before the hop has ended
+            hop = _post_hop(ctx.group, travelling, arriving)
+        _wait(hop)  # the hop home
+        home += arriving
+        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None

@@ -103,7 +103,7 @@ def owned_shards(optimizer: MegatronOptimizer) -> list[OwnedShard]:
 def _parameters_and_mains(part) -> list[tuple[Parameter, Tensor]]:
     """(model parameter, fp32 main shard) of one DistributedOptimizer.
 
-    Its own lookup by index pairs them wrongly where a group holds both bf16 and fp32 parameters; these lists are parallel."""
+    Its own lookup by index pairs them wrongly where bf16 parameters come before fp32 ones; these lists are parallel."""
     pairs = []
     for parameters, mains in (
         (part.model_float16_groups, part.shard_fp32_from_float16_groups),

@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-
-from rcm_megatron import platform  # before megatron.core: silences its import warnings
-
-# isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor, nn
 
+from rcm_megatron import platform
 from rcm_megatron.parallel.optimizer_shards import owned_shards
 
 if TYPE_CHECKING:

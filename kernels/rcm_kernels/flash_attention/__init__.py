@@ -1,4 +1,4 @@
-"""Plain softmax attention with log-sum-exp, whose backward takes an output and log-sum-exp from outside (a ring's merged ones).
+"""Plain softmax attention with log-sum-exp, whose backward takes both from outside: a ring merges them.
 
 `attention` is the autograd function; `attention_forward` and `attention_backward` are its two halves, for the ring.
 All tensors are [s, b, n, d] (strided views are fine), lse is [b, n, s] in fp32 (fp64 for fp64).

@@ -2,8 +2,8 @@
 
     forward(q, k, v, scale) -> (o, lse)        backward(do, q, k, v, o, lse, scale) -> (dq, dk, dv)
 
-on [s, b, n, d] tensors with a dense last dimension and at least one key; lse is [b, n, s]. `aten_cpu` needs that guard: torch 2.13's
-operator dies of a floating point exception (SIGFPE) on zero keys.
+on [s, b, n, d] tensors with a dense last dimension and at least one key; lse is [b, n, s]. (On zero keys the operator behind
+`aten_cpu`, torch 2.13, dies of a floating point exception.)
 """
 
 import functools
@@ -30,11 +30,12 @@ class Backend:
 
 
 def select_backend(name):
-    """Force one backend for this process ("auto" undoes it). It must be able to run what it is then given: no silent fallback."""
+    """Force one backend for this process; "auto" undoes it. It is then given everything: there is no silent fallback."""
     global _forced
     if name != "auto" and name not in _LOADERS:
         raise ValueError(
-            f"got attention backend {name!r}; need one of auto, {', '.join(_LOADERS)}; fix: set one of these, 'auto' to choose by device"
+            f"got attention backend {name!r}; need one of auto, {', '.join(_LOADERS)}; "
+            "fix: set one of these, 'auto' to choose by device"
         )
     if name != "auto":
         _load(name)
@@ -99,9 +100,6 @@ def _checked(backend):
     return backend
 
 
-# ---- torch's own ------------------------------------------------------------------------------------------------------------
-
-
 def _heads_first(*tensors):
     return [x.permute(1, 2, 0, 3) for x in tensors]  # [s, b, n, d] -> [b, n, s, d], a view
 
@@ -149,17 +147,15 @@ def _pad_head_dim(*tensors):
     return [F.pad(x, (0, missing)) for x in tensors] if missing else tensors
 
 
-# ---- the flash-attn packages: [b, s, n, d] ----------------------------------------------------------------------------------
-
-
 def _batch_first(*tensors):
-    return [x.transpose(0, 1) for x in tensors]
+    return [x.transpose(0, 1) for x in tensors]  # [s, b, n, d] -> [b, s, n, d], the flash-attn packages' layout
 
 
 def _flash_attn_2():
     from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
-    plain = {"dropout_p": 0.0, "causal": False, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+    plain = {"dropout_p": 0.0, "causal": False, "softcap": 0.0, "alibi_slopes": None}
+    plain |= {"window_size_left": -1, "window_size_right": -1}
 
     def forward(q, k, v, scale):
         padded = _batch_first(*_pad_head_dim(q, k, v))

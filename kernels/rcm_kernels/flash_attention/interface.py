@@ -1,4 +1,4 @@
-"""`attention` and its two halves: valid keys, empty blocks and layout are dealt with here, so that a backend need not."""
+"""`attention` and its two halves. Valid keys, empty blocks and layout are dealt with here, so that a backend need not."""
 
 import torch
 
@@ -21,7 +21,7 @@ def attention_forward(q, k, v, *, valid_keys=None, scale=None):
 def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None):
     """Gradients (dq, dk, dv) in q's dtype for this block of keys; `o` and `lse` may be those of a larger set of keys.
 
-    With P = exp(scale q k^T - lse) and delta = sum(do * o): dv = P^T do, dS = P * (do v^T - delta), dq = scale dS k, dk = scale dS^T q.
+    With P = exp(scale q k^T - lse) and dS = P * (do v^T - sum(do * o)): dv = P^T do, dq = scale dS k, dk = scale dS^T q.
     Gradients of keys past `valid_keys` are 0.
     """
     num_keys = _count_keys(k, valid_keys)
@@ -33,7 +33,7 @@ def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None):
 
 
 def attention(q, k, v, *, valid_keys=None, scale=None):
-    """softmax(scale q k^T) v with autograd. q: [s, b, n, d]; k, v: [l, b, n, d]; the first `valid_keys` of the l keys exist."""
+    """softmax(scale q k^T) v with autograd. q: [s, b, n, d]; k, v: [l, b, n, d], of which the first `valid_keys` exist."""
     return _Attention.apply(q, k, v, valid_keys, scale)
 
 
@@ -55,7 +55,9 @@ def _count_keys(k, valid_keys):
     if valid_keys is None:
         return k.shape[0]
     if not 0 <= valid_keys <= k.shape[0]:
-        raise ValueError(f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count keys of this block only")
+        raise ValueError(
+            f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count the keys of this block only"
+        )
     return valid_keys
 
 

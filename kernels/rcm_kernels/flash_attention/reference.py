@@ -1,4 +1,4 @@
-"""Plain attention and its backward in PyTorch, tiled over queries: any device and dtype, for what the fast backends refuse."""
+"""Plain attention and its backward in PyTorch, tiled over queries: for devices and dtypes that the fast backends refuse."""
 
 import torch
 

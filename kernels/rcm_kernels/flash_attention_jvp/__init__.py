@@ -1,7 +1,7 @@
-"""Attention and its Jacobian-vector product in one pass: `attention_jvp`, `merge_blocks`, and the choice of the backend.
+"""Attention and its Jacobian-vector product in one pass: `attention_jvp`, `merge_blocks`, the choice of the backend.
 
-A backend is a function with the signature and the contract of `reference.attention_jvp`. A Triton kernel adds one entry to `_LOADERS`: its name and
-a function that imports it and returns it, raising ImportError or RuntimeError with the reason where it cannot run.
+A backend is a function with the signature and the contract of `reference.attention_jvp`. A Triton kernel adds one entry to
+`_LOADERS`: its name and a function that imports and returns it, raising ImportError or RuntimeError where it cannot run.
 """
 
 import logging
@@ -23,12 +23,11 @@ def available_backends() -> tuple[str, ...]:
 
 
 def select_backend(name):
-    """Choose the implementation behind `attention_jvp` for this process; logged. Raises ValueError where it cannot run."""
+    """Choose, and log, the implementation behind `attention_jvp` in this process. ValueError where it cannot run."""
     global _selected
     if name not in _LOADERS:
         raise ValueError(
-            f"got attention_jvp backend {name!r}; need one of {', '.join(_LOADERS)}; fix: choose one of these, or install "
-            "the package that provides it"
+            f"got attention_jvp backend {name!r}; need one of {', '.join(_LOADERS)}; fix: choose one of these"
         )
     try:
         _selected = _LOADERS[name]()
@@ -41,7 +40,7 @@ def select_backend(name):
 
 
 def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None, **blocks):
-    """Softmax attention and its tangent through the selected backend ("reference" unless `select_backend` said otherwise).
+    """Softmax attention and its tangent by the selected backend: "reference" unless `select_backend` said otherwise.
 
     Arguments and results as in `reference.attention_jvp`: `(o, to, lse, mu)`.
     """

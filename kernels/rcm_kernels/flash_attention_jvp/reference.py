@@ -1,6 +1,6 @@
 """Attention with its tangent in plain PyTorch, tiled over heads, queries and keys. Runs anywhere, in fp64 too.
 
-Shapes: S queries, L keys, B batch, N heads, K head dim. With softmax weights P over keys and tS = scale (tq k^T + q tk^T),
+Shapes: s queries, l keys, b batch, n heads, d head dim. With softmax weights P over keys, tS = scale (tq k^T + q tk^T),
 
     o = P v        mu = sum_keys P * tS        to = P tv + (P * (tS - mu)) v        lse = logsumexp(scale q k^T)
 
@@ -9,10 +9,10 @@ Shapes: S queries, L keys, B batch, N heads, K head dim. With softmax weights P 
 
 import torch
 
-# Measured on one core of an EPYC (2 MiB L2) for 64..4096 tokens, see kernels/README.md: a tile of scores is to stay in L2.
+# Measured on one core of an EPYC for 64..4096 tokens, see kernels/README.md: a tile of scores stays in the L2 cache.
 BLOCK_QUERIES = 256
 BLOCK_KEYS = 1024
-TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
+TILE_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}
 
 
 @torch.no_grad()
@@ -32,18 +32,21 @@ def attention_jvp(
 ):
     """Softmax attention and its Jacobian-vector product over one block of keys.
 
-    q, tq: [s, b, n, d]; k, v, tk, tv: [l, b, n, d]; strided views are fine. `tk = tv = None` means that keys and values have no
-    tangent (cross-attention): no zero tensors are made, four matmuls instead of six. `valid_keys` (int) is the number of leading keys
-    that exist, `scale` is 1/sqrt(d) by default. `carry` is the result of other blocks of keys, merged in; it is not modified.
+    q, tq: [s, b, n, d]; k, v, tk, tv: [l, b, n, d]; strided views are fine. `tk = tv = None` means that keys and values
+    have no tangent (cross-attention): no zero tensors are made, four matmuls instead of six. `valid_keys` (int) is the
+    number of leading keys that exist; `scale` is 1/sqrt(d) by default. `carry` is the result of other blocks of keys,
+    merged in; it is not modified.
 
-    Returns o, to [s, b, n, d] and lse, mu [b, n, s], all fp32 (fp64 for fp64 inputs). Without a valid key: lse = -inf, the
-    others 0. No gradient flows.
+    Returns o, to [s, b, n, d] and lse, mu [b, n, s], all fp32 (fp64 for fp64 inputs). Without a valid key lse = -inf and
+    the others are 0. No gradient flows.
     """
     if (tk is None) != (tv is None):
-        raise ValueError("got only one of tk and tv; need both or neither; fix: pass torch.zeros_like for the missing one")
+        raise ValueError("got only one of tk and tv; need both or neither; fix: pass zeros for the missing one")
     num_keys = k.shape[0] if valid_keys is None else valid_keys
     if not 0 <= num_keys <= k.shape[0]:
-        raise ValueError(f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count keys of this block only")
+        raise ValueError(
+            f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count the keys of this block only"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if num_keys == 0:
@@ -89,7 +92,7 @@ def _attend(q, tq, k, v, tk, tv, scale, block_queries, block_keys):
     """Tiles of [heads, queries, keys]; q.. are [B, s, d]. Returns o, to [s, B, d] and lse, mu [B, s]."""
     (rows, s, d), num_keys = q.shape, k.shape[1]
     qb, kb = min(block_queries, s), min(block_keys, num_keys)
-    hb = min(rows, max(1, TILE_ELEMENTS.get(q.device.type, 2**17) // max(1, qb * kb)))
+    hb = min(rows, max(1, TILE_ELEMENTS.get(q.device.type, 2**26) // max(1, qb * kb)))
     workspace = q.new_empty(2, hb * qb * kb)
     o, to, lse, mu = q.new_empty(s, rows, d), q.new_empty(s, rows, d), q.new_empty(rows, s), q.new_empty(rows, s)
     for h in range(0, rows, hb):
@@ -106,7 +109,7 @@ def _attend(q, tq, k, v, tk, tv, scale, block_queries, block_keys):
 
 
 def _tile(q, tq, k, v, tk, tv, scale, workspace):
-    """One tile, all of whose keys are valid: o, to [h, s, d] and lse, mu [h, s, 1]. Exponentials are normalised at the end."""
+    """One tile, whose keys are all valid: o, to [h, s, d] and lse, mu [h, s, 1]. Normalised at the end, by the row's total."""
     shape = (q.shape[0], q.shape[1], k.shape[1])
     scores, tangent = (x[: shape[0] * shape[1] * shape[2]].view(shape) for x in workspace)
     k_T = k.transpose(1, 2)

@@ -1,0 +1,83 @@
+"""Sampling from trained networks on any layout: noise is drawn per sample, denoised in token shards, gathered at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rcm_megatron.config import SamplingConfig
+from rcm_megatron.diffusion import samplers, trigflow
+from rcm_megatron.diffusion.noise import SeededDraws
+from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Draws videos from one network for the captions in ``text_LBD`` [L, B, D].
+
+    Noise depends on (seed, sample index) alone, so every network, step count and layout starts from the same.
+    """
+
+    chunks: Sequence[nn.Module]
+    layout: TokenLayout
+    text_LBD: Tensor
+    null_text_LBD: Tensor
+    seed: int
+    sample_indices: Sequence[int]
+
+    def student(self, *, steps: int, mid_times: Sequence[float], sigma_max: float | None) -> Tensor:
+        """Latents [B, C, T, H, W] in ``steps`` network evaluations."""
+        x_SBP = samplers.student_sample(
+            self._denoise,
+            self._noise("sample_noise"),
+            steps=steps,
+            fresh_noise=lambda j: self._noise(f"sample_renoise/{j}"),
+            mid_times=mid_times,
+            sigma_max=sigma_max,
+        )
+        return self.layout.gather(x_SBP).float()
+
+    def teacher(self, *, steps: int, guidance: float, shift: float, method: Literal["euler", "unipc"]) -> Tensor:
+        """Latents [B, C, T, H, W]; with guidance above 1 every step takes two network evaluations."""
+
+        def velocity(x_SBP: Tensor, s: float) -> Tensor:
+            return self._guided_velocity(x_SBP, s, guidance=guidance)
+
+        solve = {"euler": samplers.euler_sample, "unipc": samplers.unipc_sample}[method]
+        return self.layout.gather(solve(velocity, self._noise("sample_noise"), steps=steps, shift=shift)).float()
+
+    def _noise(self, purpose: str) -> Tensor:
+        draws = SeededDraws(self.seed, 0, self.sample_indices)
+        return self.layout.shard(draws.normal(purpose, self.layout.latent_shape)).to(self.text_LBD.device)
+
+    def _denoise(self, xt_SBP: Tensor, t: Tensor) -> Tensor:
+        t_1B1 = t.expand(1, xt_SBP.shape[1], 1)
+        x_in, timestep = trigflow.precondition(xt_SBP, t_1B1)
+        (v,) = evaluate(self.chunks, [NetworkInput(x_in, timestep[..., 0], self.text_LBD)])
+        return trigflow.denoised(xt_SBP, v, t_1B1)
+
+    def _guided_velocity(self, x_SBP: Tensor, s: float, *, guidance: float) -> Tensor:
+        text = self.text_LBD
+        if trigflow.needs_guidance(guidance):
+            x_SBP, text = x_SBP.repeat(1, 2, 1), torch.cat([text, self.null_text_LBD], dim=1)
+        timestep = torch.full((1, x_SBP.shape[1]), trigflow.TIMESTEP_SCALE * s, dtype=torch.float32, device=x_SBP.device)
+        (v,) = evaluate(self.chunks, [NetworkInput(x_SBP, timestep, text)])
+        if not trigflow.needs_guidance(guidance):
+            return v
+        return trigflow.guided(*v.double().chunk(2, dim=1), scale=guidance)
+
+
+def teacher_evaluations(steps: int, *, guidance: float) -> int:
+    """Network evaluations of a teacher sample."""
+    return steps * (2 if trigflow.needs_guidance(guidance) else 1)
+
+
+def student_videos(sampler: Sampler, settings: SamplingConfig) -> dict[int, Tensor]:
+    """Student latents by number of steps."""
+    return {
+        steps: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)
+        for steps in settings.student_steps
+    }

@@ -1,0 +1,265 @@
+"""The training loop: stages, updates, metrics, checkpoints, resume.
+
+State that a checkpoint must hold is in ``Progress`` and in the networks' optimizers; everything random follows from (seed, iteration,
+global sample index, purpose), so there is no generator to save and every layout of a run computes the same numbers.
+"""
+
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rcm_megatron import platform
+from rcm_megatron.checkpoint.dist import NetworkState, find_latest, load_checkpoint, save_checkpoint
+from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
+from rcm_megatron.data.dali import Batch, LatentLoader
+from rcm_megatron.data.manifest import load_or_build_manifest
+from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.diffusion.noise import SeededDraws
+from rcm_megatron.models.encoders import build_text_encoder
+from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.parallel.pipeline import reduce_gradients
+from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
+from rcm_megatron.training.networks import build_networks
+from rcm_megatron.training.objectives import MicroBatch
+from rcm_megatron.training.optimizer import (
+    StepResult,
+    build_optimizer,
+    optimizer_step,
+    set_learning_rate,
+    warmup_learning_rate,
+    zero_gradients,
+)
+from rcm_megatron.training.step import Step, accumulate_step, plan_step
+from rcm_megatron.training.timers import Timers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Counters are over the whole run."""
+
+    iteration: int = 0
+    student_updates: int = 0
+    fake_score_updates: int = 0
+    refused_updates: int = 0
+    nan_samples: int = 0
+    skipped_samples: int = 0
+
+
+def stage_at(run: RunConfig, iteration: int) -> tuple[StageConfig, int]:
+    """The stage of the run's ``iteration`` and the iteration within it."""
+    for stage in run.stages:
+        if iteration < stage.steps:
+            return stage, iteration
+        iteration -= stage.steps
+    raise ValueError(f"iteration {iteration} lies past the last stage")
+
+
+class Trainer:
+    """One run on this rank's share of the layout. Build it on all ranks, call :meth:`train`, then :meth:`close`."""
+
+    def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
+        self.run, self.groups, self.progress, self.timers = run, groups, Progress(), Timers()
+        self.networks = build_networks(run, groups)
+        self.layout = self.networks.layout
+        self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
+        if self.networks.fake_score is not None:
+            self.optimizers["fake_score"] = build_optimizer(self.networks.fake_score, run.fake_score_optimizer)
+        self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
+        self.loader = build_loader(run, groups)
+        self.null_text_L1D = load_null_text(run).to(platform.device())
+        self._resume()
+        self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
+
+    @property
+    def last_iteration(self) -> int:
+        return min(self.run.total_steps, self.run.trainer.stop_after or self.run.total_steps)
+
+    def train(self) -> None:
+        """Run to the last iteration; saves at the configured interval and at the end."""
+        trainer, saved = self.run.trainer, self.progress.iteration
+        while self.progress.iteration < self.last_iteration:
+            self._iterate()
+            done = self.progress.iteration
+            if done % trainer.checkpoint_every == 0 or done == self.last_iteration:
+                self.save()
+                saved = done
+        if saved != self.progress.iteration:
+            self.save()
+
+    def close(self) -> None:
+        self.loader.close()
+        self.logger.close()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the whole run and delete the ones that are too many."""
+        start = time.perf_counter()
+        path = save_checkpoint(
+            checkpoint_folder(self.run),
+            iteration=self.progress.iteration,
+            networks=self._states(),
+            progress={"counters": asdict(self.progress), "data": self.loader.state_dict()},
+        )
+        if dist.get_rank() == 0:
+            remove_old_checkpoints(checkpoint_folder(self.run), keep=self.run.trainer.keep_checkpoints)
+        self.logger.message(f"saved {path} in {time.perf_counter() - start:.1f} s")
+        return path
+
+    def _iterate(self) -> None:
+        start, iteration = time.perf_counter(), self.progress.iteration
+        stage, within = stage_at(self.run, iteration)
+        step = plan_step(stage, within, max_rollout_steps=self.run.distillation.max_rollout_steps)
+        with self.timers("data"):
+            loaded = [next(self.loader) for _ in range(self.loader.num_micro_batches)]
+        batches = [self._micro_batch(batch) for batch in loaded]
+        optimizer = self.optimizers[step.trained]
+        chunks = getattr(self.networks, step.trained)
+        zero_gradients(optimizer)
+        results = accumulate_step(
+            step, self.networks, batches, stage=stage, settings=self.run.distillation, timers=self.timers
+        )
+        with self.timers("reduce"):
+            reduce_gradients(chunks)
+        with self.timers("optimizer"):
+            outcome, lr = self._update(step, stage)
+        metrics = reduce_objectives(results, self.groups)
+        self.progress.nan_samples += int(sum(v for k, v in metrics.items() if k.endswith("/nan_samples")))
+        self.progress.skipped_samples += self._sum_over_dp(sum(batch.num_skipped for batch in loaded))
+        self.progress.iteration += 1
+        if iteration % self.run.trainer.log_every == 0:
+            self._log(iteration, step, stage, metrics, outcome, lr, time.perf_counter() - start)
+
+    def _update(self, step: Step, stage: StageConfig) -> tuple[StepResult, float]:
+        """Optimizer and EMA. Non-finite gradients leave every weight as it was, and are counted."""
+        student = step.trained == "student"
+        config: OptimizerConfig = self.run.student_optimizer if student else self.run.fake_score_optimizer
+        peak = (stage.student_lr if student else stage.fake_score_lr) or config.lr
+        updates = self.progress.student_updates if student else self.progress.fake_score_updates
+        lr = warmup_learning_rate(updates, peak=peak, warmup_updates=config.lr_warmup_steps)
+        optimizer = self.optimizers[step.trained]
+        set_learning_rate(optimizer, lr)
+        outcome = optimizer_step(optimizer, self.groups, clip_grad=config.clip_grad)
+        if not outcome.updated:
+            self.progress.refused_updates += 1
+        elif student:
+            self.progress.student_updates += 1
+            if self.ema is not None:
+                self.ema.update(self.progress.student_updates)
+        else:
+            self.progress.fake_score_updates += 1
+        return outcome, lr
+
+    def _log(self, iteration, step, stage, metrics, outcome, lr, seconds) -> None:
+        record = {"stage": stage.name, "trained": step.trained, **metrics}
+        record |= {"learning_rate": lr, "gradient_norm": outcome.gradient_norm, "updated": outcome.updated}
+        record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
+        record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
+        record |= {f"seconds/{name}": value for name, value in self.timers.pop().items()}
+        samples = self.run.trainer.global_batch_size
+        record |= {"seconds/step": seconds, "samples_per_second": samples / seconds}
+        record |= {"tokens_per_second": samples * self.layout.num_tokens / seconds, "peak_memory_gib": peak_memory_gib()}
+        self.logger.log(iteration, record)
+
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
+        device, samples = platform.device(), batch.latent_BCTHW.shape[0]
+        return MicroBatch(
+            self.layout.shard(batch.latent_BCTHW.to(device)),
+            batch.text_LBD.to(device),
+            self.null_text_L1D.expand(-1, samples, -1),
+            SeededDraws(self.run.seed, self.progress.iteration, batch.sample_indices.tolist()),
+        )
+
+    def _sum_over_dp(self, value: int) -> int:
+        total = torch.tensor(value, device=platform.device())
+        dist.all_reduce(total, group=self.groups.dp)
+        return int(total)
+
+    def _states(self) -> dict[str, NetworkState]:
+        return {
+            name: NetworkState(
+                chunks=getattr(self.networks, name),
+                optimizer=optimizer,
+                ema=self.ema.shards if name == "student" and self.ema is not None else None,
+            )
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def _resume(self) -> None:
+        latest = find_latest(checkpoint_folder(self.run)) if self.run.trainer.resume else None
+        if latest is None:
+            return
+        saved = load_checkpoint(latest, networks=self._states())
+        self.progress = Progress(**saved["counters"])
+        self.loader.load_state_dict(saved["data"])
+        if dist.get_rank() == 0:
+            print(f"resuming at iteration {self.progress.iteration} from {latest}", flush=True)
+
+
+def checkpoint_folder(run: RunConfig) -> Path:
+    return Path(run.output_dir) / "checkpoints"
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int) -> None:
+    """Delete all but the ``keep`` newest complete checkpoints."""
+    complete = sorted(path for path in folder.glob("iter_*") if path.is_dir() and "." not in path.name)
+    for path in complete[: max(len(complete) - keep, 0)]:
+        shutil.rmtree(path)
+
+
+def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
+    """The loader of this data-parallel rank; rank 0 indexes the shards first if nobody has."""
+    folder, on_error = run.data.folder, run.data.on_error
+    if dist.get_rank() == 0:
+        load_or_build_manifest(folder, on_error=on_error)
+    dist.barrier()
+    return LatentLoader(
+        load_or_build_manifest(folder, on_error=on_error),
+        micro_batch_size=run.trainer.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        global_batch_size=run.trainer.global_batch_size,
+        seed=run.seed,
+        latent_shape=run.latent.shape_CTHW,
+        text_len=run.model.text_len,
+        text_dim=run.model.text_dim,
+        num_threads=run.data.num_threads,
+        prefetch=run.data.prefetch,
+        on_error=on_error,
+        device=platform.device(),
+    )
+
+
+def load_null_text(run: RunConfig) -> Tensor:
+    """Embedding ``[L, 1, D]`` of the unconditional branch: from the configured file, or the text encoder's negative prompt."""
+    model = run.model
+    if run.data.negative_embedding is not None:
+        text = load_negative_embedding(run.data.negative_embedding, text_len=model.text_len, text_dim=model.text_dim)
+        return text[:, None]
+    encoder = build_text_encoder(run.encoders.text, text_len=model.text_len, text_dim=model.text_dim)
+    return encoder.encode([encoder.negative_prompt]).transpose(0, 1)
+
+
+def main(run: RunConfig) -> None:
+    """Train ``run`` on the ranks of the environment (torchrun, srun or one process)."""
+    platform.install()
+    platform.init_distributed()
+    logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
+    logging.getLogger("rcm_megatron").setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
+    groups = initialize_parallel(run.parallel)
+    if dist.get_rank() == 0:
+        Path(run.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(run.output_dir) / "config.yaml").write_text(to_yaml(run))
+    trainer = Trainer(run, groups)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    dist.destroy_process_group()

@@ -1,0 +1,161 @@
+"""File to file through every format: bit-exact, loadable by the official class, streaming into shards."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from rcm_megatron.checkpoint import configs
+from rcm_megatron.checkpoint.convert import convert
+from rcm_megatron.checkpoint.formats import KEY_MAPS, from_internal, internal_shapes, to_internal
+from rcm_megatron.checkpoint.sources import open_checkpoint
+from tests.interop.wan_networks import CONFIG, TINY, assert_same_tensors, save_tiny
+
+GOLDEN = Path(os.environ.get("RCM_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
+
+
+def run(source, target, target_format, **options):
+    return convert(source, target, target_format=target_format, progress=False, **options)
+
+
+def test_diffusers_to_internal_and_back_is_bit_exact_and_runs(tiny, tmp_path):
+    folder, state = tiny
+    config = run(folder, tmp_path / "internal", "internal")
+    assert config == CONFIG
+    run(tmp_path / "internal", tmp_path / "back", "diffusers")
+    assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))
+    models = [WanTransformer3DModel.from_pretrained(path) for path in (folder, tmp_path / "back")]
+    x, text = torch.randn(2, 3, 3, 4, 6), torch.randn(2, 5, 10)
+    with torch.no_grad():
+        v, v_back = [model(x, torch.tensor([17, 803]), text).sample for model in models]
+    assert torch.isfinite(v).all()
+    assert torch.equal(v, v_back)
+
+
+def test_chain_through_all_formats_is_bit_exact(tiny, tmp_path):
+    folder, state = tiny
+    paths = [
+        folder,
+        tmp_path / "wan",
+        tmp_path / "rcm.pt",
+        tmp_path / "rcm.safetensors",
+        tmp_path / "int",
+        tmp_path / "hf",
+    ]
+    for source, target, form in zip(
+        paths, paths[1:], ("wan", "nvlabs", "nvlabs", "internal", "diffusers"), strict=False
+    ):
+        heads = {"num_heads": 4} if source.suffix else None
+        assert run(source, target, form, model_fields=heads) == CONFIG
+    assert_same_tensors(state, dict(open_checkpoint(paths[-1])))
+    wan, nvlabs = open_checkpoint(paths[1]), open_checkpoint(paths[2])
+    assert wan.shape("patch_embedding.weight") == (24, 3, 1, 2, 2)
+    assert wan.format == "wan"
+    assert nvlabs.shape("patch_embedding.weight") == (24, 12)
+    assert nvlabs.format == "nvlabs"
+    assert all(name.startswith("net.") for name in torch.load(paths[2], weights_only=True))
+    assert torch.equal(wan["blocks.1.norm3.bias"], state["blocks.1.norm2.bias"])
+
+
+def test_qkv_rows_are_interleaved_per_head(tiny):
+    folder, state = tiny
+    internal = dict(to_internal(open_checkpoint(folder), CONFIG))
+    for kind in ("weight", "bias"):
+        fused, fused_kv = (
+            internal[f"blocks.1.self_attn.linear_qkv.{kind}"],
+            internal[f"blocks.1.cross_attn.linear_kv.{kind}"],
+        )
+        for row in range(3 * 24):  # row = (head * 3 + which) * d + channel
+            head, which, channel = row // 18, row // 6 % 3, row % 6
+            expected = state[f"blocks.1.attn1.to_{'qkv'[which]}.{kind}"][head * 6 + channel]
+            assert torch.equal(fused[row], expected), f"qkv row {row}"
+        for row in range(2 * 24):
+            head, which, channel = row // 12, row // 6 % 2, row % 6
+            expected = state[f"blocks.1.attn2.to_{'kv'[which]}.{kind}"][head * 6 + channel]
+            assert torch.equal(fused_kv[row], expected), f"kv row {row}"
+
+
+def test_patch_embedding_linear_equals_the_convolution(tiny):
+    folder, state = tiny
+    internal = dict(to_internal(open_checkpoint(folder), CONFIG))
+    x_BCTHW = torch.randn(2, 3, 2, 4, 6)
+    conv = torch.nn.functional.conv3d(x_BCTHW, state["patch_embedding.weight"], stride=(1, 2, 2))
+    tokens = x_BCTHW.view(2, 3, 2, 1, 2, 2, 3, 2).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, -1, 12)
+    linear = tokens @ internal["patch_embedding.weight"].T
+    torch.testing.assert_close(linear, conv.flatten(2).transpose(1, 2))
+
+
+def test_without_cross_attention_norm(tmp_path):
+    state = save_tiny(tmp_path / "hf", cross_attn_norm=False)
+    assert not any("norm2" in name for name in state)
+    config = run(tmp_path / "hf", tmp_path / "int", "internal")
+    assert not config.cross_attn_norm
+    assert not any("norm3" in name for name in internal_shapes(config))
+    run(tmp_path / "int", tmp_path / "rcm.pth", "nvlabs")
+    run(tmp_path / "rcm.pth", tmp_path / "back", "diffusers", model_fields={"num_heads": 4})
+    assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))
+
+
+def test_sharded_source_and_target(tmp_path):
+    state = save_tiny(tmp_path / "hf", max_shard_size="30KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    run(tmp_path / "hf", tmp_path / "int", "internal", max_shard_bytes=20_000)
+    run(tmp_path / "int", tmp_path / "back", "diffusers", max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "back" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in state.values())
+    shards = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert shards[0].endswith(f"-00001-of-{len(shards):05d}.safetensors")
+    assert_same_tensors(state, WanTransformer3DModel.from_pretrained(tmp_path / "back").state_dict())
+
+
+def test_dtype_is_kept_unless_asked_for(tiny, tmp_path):
+    folder, state = tiny
+    run(folder, tmp_path / "bf16", "internal", dtype="bf16")
+    run(tmp_path / "bf16", tmp_path / "back", "diffusers")
+    assert_same_tensors(
+        {name: tensor.bfloat16() for name, tensor in state.items()}, dict(open_checkpoint(tmp_path / "back"))
+    )
+    assert open_checkpoint(tmp_path / "back").metadata["format"] == "pt"
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files in {GOLDEN}; set RCM_GOLDEN")
+def test_golden_weights_and_gradients_convert_with_one_map():
+    weights = open_checkpoint(GOLDEN / "nvlabs_rcm_small.safetensors", prefix="student/")
+    config = configs.ModelConfig(**weights.model_fields(overrides={"num_heads": 4}))
+    assert (config.hidden_size, config.num_layers, config.text_dim, config.freq_dim) == (64, 2, 32, 64)
+    back = dict(from_internal(to_internal(weights, config), config, "nvlabs"))
+    assert_same_tensors({f"net.{name}": tensor for name, tensor in weights.items()}, back)
+    gradients = open_checkpoint(GOLDEN / "nvlabs_rcm_small.safetensors", prefix="scm/grad/")
+    internal = dict(to_internal(weights, config))
+    written = {name.removeprefix("net."): value for name, value in from_internal(internal, config, "nvlabs")}
+    assert all(gradients.shape(name) == tuple(written[name].shape) for name in gradients)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "wan", "nvlabs", "internal"])
+def test_every_map_is_a_bijection(form):
+    entries = KEY_MAPS[form].entries(CONFIG)
+    external = [name for entry in entries.values() for name in entry.external]
+    assert len(external) == len(set(external))
+    assert set(entries) == set(internal_shapes(CONFIG))
+    assert len(external) == 15 + 2 * (27 if form != "internal" else 21)
+
+
+def test_configurations_translate_both_ways(tiny):
+    folder, _ = tiny
+    stored = json.loads((folder / "config.json").read_text())
+    written = configs.diffusers_config(CONFIG)
+    assert {k: v for k, v in written.items() if k[0] != "_"} == {k: v for k, v in stored.items() if k[0] != "_"}
+    assert (
+        configs.ModelConfig(**configs.model_config_from_diffusers({**TINY, "_class_name": "WanTransformer3DModel"}))
+        == CONFIG
+    )
+    assert configs.ModelConfig(**configs.model_config_from_wan(configs.wan_config(CONFIG))) == CONFIG
+    released = {"_class_name": "WanModel", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960, "freq_dim": 256, "in_dim": 16}
+    released |= {"model_type": "t2v", "num_heads": 12, "num_layers": 30, "out_dim": 16, "text_len": 512}
+    fields = configs.model_config_from_wan(released)
+    assert fields["text_dim"] == 4096
+    assert fields["patch_size"] == (1, 2, 2)

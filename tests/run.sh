@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs into .venv if needed, lints, runs the tests. Arguments go to pytest: bash tests/run.sh tests/unit -k config
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup_venv.sh
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+ruff check .
+ruff format --check .
+exec python -m pytest --durations=25 "$@" </dev/null

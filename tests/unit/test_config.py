@@ -1,0 +1,251 @@
+"""The configuration: what is accepted, and that each mistake is named with its full path, before anything is loaded."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rcm_megatron.config import ConfigError, RunConfig, as_dict, build, load_config, to_yaml, validate
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "model_configs"
+WORLD_SIZES = {"quickstart": (2,), "wan2.1_t2v_1.3b_480p": (8, 32, 256), "wan2.1_t2v_14b_480p": (8, 64, 512)}
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+def error_of(*overrides: str, path: Path = QUICKSTART, world_size: int = 2) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config(path, overrides), world_size)
+    return str(caught.value)
+
+
+def dataclasses_of(cls: type, seen: set[type]) -> set[type]:
+    seen.add(cls)
+    for field in dataclasses.fields(cls):
+        name = str(field.type).removeprefix("tuple[").split(" ")[0].split(",")[0]
+        inner = getattr(sys.modules["rcm_megatron.config"], name, None)
+        if dataclasses.is_dataclass(inner):
+            dataclasses_of(inner, seen)
+    return seen
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid_complete_and_says_what_it_costs(path):
+    config = load_config(path)
+    for world_size in WORLD_SIZES[path.stem]:
+        validate(config, world_size)
+    header = path.read_text().partition("\nname:")[0]
+    assert all(f"# {label}:" in header for label in ("GPUs", "cost", "command"))
+    given = yaml.safe_load(path.read_text())
+    for section in (
+        "model",
+        "latent",
+        "parallel",
+        "precision",
+        "init",
+        "student_optimizer",
+        "data",
+        "sampling",
+        "logging",
+    ):
+        missing = as_dict(config)[section].keys() - given[section].keys()
+        assert not missing, f"{section} leaves {missing} to defaults"
+
+
+def test_the_configs_hold_the_published_hyperparameters():
+    small = load_config(CONFIGS / "wan2.1_t2v_1.3b_480p.yaml")
+    large = load_config(CONFIGS / "wan2.1_t2v_14b_480p.yaml")
+    for config, lr, critic_lr, freq, warmup, mean, sigma_max, frames, batch in (
+        (small, 2e-6, 4e-7, 5, 1000, 0.7, 80.0, 20, 256),
+        (large, 1e-6, 1e-7, 10, 0, 1.5, 200.0, 21, 64),
+    ):
+        (stage,) = config.stages
+        assert (config.student_optimizer.lr, config.fake_score_optimizer.lr) == (lr, critic_lr)
+        assert (stage.student_update_freq, stage.tangent_warmup) == (freq, warmup)
+        assert (stage.losses.scm, stage.losses.dmd) == (100.0, 1.0)
+        assert (config.distillation.p_g.mean, config.distillation.p_g.std) == (mean, 1.6)
+        assert config.distillation.p_d.shift == config.distillation.teacher_guidance == 5.0
+        assert (config.sampling.sigma_max, config.latent.frames) == (sigma_max, frames)
+        assert config.trainer.global_batch_size == batch
+        for optimizer in (config.student_optimizer, config.fake_score_optimizer):
+            assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.0, 0.999), 0.01, 0.0)
+        assert (config.ema.relative_width, config.model.head_dim, config.model.patch_dim) == (0.1, 128, 64)
+    assert small.latent.num_tokens(small.model.patch_size) == 31_200
+    assert large.latent.num_tokens(large.model.patch_size) == 32_760
+
+
+def test_yaml_round_trip_keeps_every_value(tmp_path):
+    config = load_config(QUICKSTART, ["distillation.fixed_rollout_times=[1.5, 1.4, 1]", "student_optimizer.eps=1e-4"])
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert build(RunConfig, as_dict(config)) == config
+
+
+def test_no_class_has_more_than_25_fields_and_all_are_frozen():
+    classes = dataclasses_of(RunConfig, set())
+    assert len(classes) >= 15
+    for cls in classes:
+        assert len(dataclasses.fields(cls)) <= 25, cls
+        assert cls.__dataclass_params__.frozen, cls
+        assert all(field.kw_only for field in dataclasses.fields(cls)), cls
+
+
+def test_overrides():
+    overrides = ["parallel.tp=2", "stages.0.steps=7", "stages.1.losses.dmd=0.5", "init.student=some/folder"]
+    config = load_config(QUICKSTART, [*overrides, "student_optimizer.lr=2e-5", "distillation.flow.caption_dropout=0"])
+    assert config.parallel.tp == 2
+    assert (config.stages[0].steps, config.stages[1].losses.dmd) == (7, 0.5)
+    assert config.init.student == "some/folder"
+    assert (config.student_optimizer.lr, config.fake_score_optimizer.lr) == (2e-5, 3e-4)
+    assert config.distillation.flow.caption_dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("paralel.tp=2", ["unknown key paralel", "did you mean parallel?"]),
+        ("parallel.rign=2", ["unknown key parallel.rign", "did you mean parallel.ring?"]),
+        ("ulysses=2", ["unknown key ulysses", "did you mean parallel.ulysses?"]),
+        ("stages.1.losses.scmm=2", ["unknown key stages.1.losses.scmm", "did you mean stages.1.losses.scm?"]),
+        ("parallel.zzz=2", ["unknown key parallel.zzz", "tp, ring, ulysses"]),
+        ("trainer.log_every=1.5", ["trainer.log_every: got 1.5", "need an integer"]),
+        ("trainer.log_every=true", ["trainer.log_every: got True", "need an integer"]),
+        ("trainer.resume=1", ["trainer.resume: got 1", "need true or false"]),
+        ("student_optimizer.lr=fast", ["student_optimizer.lr: got 'fast'", "need a finite number"]),
+        ("student_optimizer.lr=.nan", ["student_optimizer.lr: got nan", "need a finite number"]),
+        ("student_optimizer.betas=[0.9]", ["student_optimizer.betas: got 1 values", "a list of 2"]),
+        ("model.patch_size=[1, 4, x]", ["model.patch_size.2: got 'x'", "need an integer"]),
+        (
+            "precision.params_dtype=bf61",
+            ["precision.params_dtype: got 'bf61'", "one of bf16, fp32", "did you mean bf16?"],
+        ),
+        (
+            "distillation.fixed_rollout_times=1.5",
+            ["fixed_rollout_times: got 1.5", "need a list, each a finite number, or null"],
+        ),
+        ("name=2024", ["name: got 2024", "'2024'"]),
+        ("model=null", ["model: got null", "a mapping with num_layers"]),
+        ("trainer=[]", ["trainer: got []", "a mapping"]),
+        ("init.student={", ["init.student={", "not valid YAML"]),
+        ("trainer.log_every", ["is not key=value"]),
+        ("trainer.log_every.x=1", ["trainer.log_every is 1", "no keys"]),
+        ("stages.7.steps=1", ["got index '7'", "a list of 2"]),
+    ],
+)
+def test_a_wrong_key_or_type_is_named(override, parts):
+    message = error_of(override)
+    for part in parts:
+        assert part in message
+
+
+def test_missing_keys_are_named(tmp_path):
+    data = yaml.safe_load(QUICKSTART.read_text())
+    del data["model"]["num_heads"], data["model"]["text_dim"]
+    with pytest.raises(ConfigError, match=r"missing required model.num_heads \(an integer\), model.text_dim"):
+        build(RunConfig, data)
+
+
+def test_a_file_that_is_no_configuration(tmp_path):
+    for text, part in (("a: 1\na: 2", "'a' is given twice"), ("- 1", "need a mapping"), ("a: [", "not valid YAML")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=part):
+            load_config(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "parts"),
+    [
+        (["parallel.tp=4"], 8, ["num_heads=6 must divide by parallel.tp=4", "1, 2, 3 or 6"]),
+        (["parallel.ulysses=4"], 8, ["num_heads=6 must divide by parallel.ulysses*tp=4", "parallel.ring"]),
+        (["parallel.tp=2", "parallel.ulysses=2"], 8, ["num_heads=6 must divide by parallel.ulysses*tp=4", "1 or 3"]),
+        (["parallel.tp=2", "model.ffn_hidden_size=577"], 4, ["ffn_hidden_size=577 must divide by parallel.tp=2"]),
+        (["parallel.tp=0"], 2, ["parallel.tp=0 must be greater than 0"]),
+        (["parallel.pp=2"], 4, ["parallel.pp=2", "not supported", "set both to 1"]),
+        ([], 3, ["got 3 processes", "1*2*1*1 = 2", "start 4 processes"]),
+        (["trainer.micro_batch_size=3"], 2, ["global_batch_size=16", "3*1 = 3", "set it to 18"]),
+        (["trainer.micro_batch_size=1", "trainer.global_batch_size=5"], 8, ["1*4 = 4", "dp = 8 processes / 2"]),
+        (["model.hidden_size=190"], 2, ["hidden_size=190 must divide by model.num_heads=6", "192"]),
+        (["model.hidden_size=198"], 2, ["= 33 must be even"]),
+        (["latent.width=18"], 2, ["latent.width=18 must divide by 4", "16 or 20"]),
+        (["latent.channels=2"], 2, ["latent.channels=2 must equal model.in_channels=1"]),
+        (["model.out_channels=2"], 2, ["model.out_channels=2 must equal model.in_channels=1"]),
+        (["model.rope_max_seq_len=3"], 2, ["more than model.rope_max_seq_len=3"]),
+        (["init.teacher=null"], 2, ["init.teacher=null"]),
+        (["fake_score_optimizer=null"], 2, ["fake_score_optimizer=null"]),
+        (["encoders.text=none"], 2, ["data.negative_embedding=null"]),
+        (["distillation.p_g.mean=null"], 2, ["p_g.mean is required when distillation.p_g.kind=lognormal"]),
+        (["distillation.p_d.std=1"], 2, ["p_d.std=1.0 has no meaning"]),
+        (["distillation.fixed_rollout_times=[1.0, 1.4, 1.5]"], 2, ["fixed_rollout_times", "must fall"]),
+        (["distillation.fixed_rollout_times=[1.5]"], 2, ["got 1 times, need at least 3 for 4 steps"]),
+        (["sampling.student_steps=[8]"], 2, ["sampling.student_times", "need at least 7 for 8 steps"]),
+        (["stages.0.losses={}"], 2, ["stages.0 (scm).losses are all 0"]),
+        (["stages.0.losses.flow=1"], 2, ["stages.0 (scm).losses: flow=1.0", "stage of its own"]),
+        (["stages.1.student_update_freq=1"], 2, ["never trains the critic"]),
+        (["stages.0.student_update_freq=5"], 2, ["stages.0 (scm).student_update_freq=5"]),
+        (["stages.1.losses={dmd: 1}", "stages.1.tangent_warmup=5"], 2, ["tangent_warmup=5 needs an scm weight"]),
+        (["stages.1.name=scm"], 2, ["'scm' is used twice"]),
+        (["stages=[]"], 2, ["stages is empty"]),
+        (["student_optimizer.betas=[0, 1]"], 2, ["betas=[0.0, 1.0]"]),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_at_once(overrides, world_size, parts):
+    start = time.perf_counter()
+    message = error_of(*overrides, world_size=world_size)
+    assert time.perf_counter() - start < 1.0
+    for part in parts:
+        assert part in message
+
+
+def test_all_problems_are_reported_together():
+    message = error_of("parallel.tp=4", "latent.width=18", "init.teacher=null")
+    assert len(message.splitlines()) >= 3
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        "[{name: dcm, steps: 500, losses: {dcm: 1}}, {name: scm, steps: 2000, losses: {scm: 100}, tangent_warmup: 1000},"
+        " {name: rcm, steps: 8000, losses: {scm: 100, dmd: 1}, student_update_freq: 5}]",
+        "[{name: pure_scm, steps: 10, losses: {scm: 100}}]",
+        "[{name: pure_dmd, steps: 10, losses: {dmd: 1}, student_update_freq: 5, student_lr: 1e-6}]",
+        "[{name: flow, steps: 10, losses: {flow: 1}}]",
+    ],
+    ids=["staged", "pure_scm", "pure_dmd", "flow"],
+)
+def test_recipes_that_can_be_expressed(stages):
+    validate(load_config(QUICKSTART, [f"stages={stages}"]), 2)
+
+
+def test_flow_matching_needs_no_teacher_and_no_critic():
+    overrides = ["stages=[{name: f, steps: 10, losses: {flow: 1}}]", "init.teacher=null", "fake_score_optimizer=null"]
+    config = load_config(QUICKSTART, overrides)
+    validate(config, 2)
+    assert not config.needs_teacher
+    assert not config.needs_fake_score
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rcm_megatron", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_cli_reports_one_clean_message_and_imports_no_torch():
+    result = run_cli("check", str(QUICKSTART), "parallel.tp=4", "--world-size", "8")
+    assert result.returncode == 2
+    assert "num_heads=6 must divide by parallel.tp=4" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "| torch" not in result.stderr
+
+
+def test_cli_check_prints_the_complete_configuration(tmp_path):
+    result = run_cli("check", str(QUICKSTART), "--world-size", "2")
+    assert result.returncode == 0
+    (tmp_path / "printed.yaml").write_text(result.stdout)
+    assert load_config(tmp_path / "printed.yaml") == load_config(QUICKSTART)

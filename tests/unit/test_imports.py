@@ -1,0 +1,105 @@
+"""Imports point one way (lower parts know nothing of higher ones): read from the source with ast, nothing is imported here."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "rcm_megatron"
+KERNELS = ROOT / "kernels" / "rcm_kernels"
+
+MODELS = {"config", "dual", "parallel", "models", "rcm_kernels"}
+ALLOWED = {
+    "config": {"config"},
+    "dual": set(),
+    "platform": {"config"},
+    "diffusion": {"diffusion"},
+    "data": {"data"},
+    "parallel": {"config", "dual", "parallel", "rcm_kernels"},
+    "models": MODELS,
+    "checkpoint": MODELS | {"platform", "checkpoint"},
+    "training": MODELS | {"platform", "checkpoint", "diffusion", "data", "training"},
+}
+"""Part of the program -> the parts it may import."""
+
+EXTERNAL = {
+    "config": {"yaml"},
+    "dual": {"torch"},
+    "diffusion": {"torch", "diffusers"},
+    "rcm_kernels": {"torch", "triton", "flash_attn", "flash_attn_interface"},
+}
+"""Parts that are kept to these libraries, beside Python's own."""
+
+
+def imported_names(path: Path) -> Iterator[tuple[str, int]]:
+    """(absolute dotted name, line) of every import in a file, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the full name"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(part, file) of the program. A part is a module or subpackage of rcm_megatron, or rcm_kernels."""
+    found = [("rcm_kernels", path) for path in KERNELS.rglob("*.py")]
+    for path in PACKAGE.rglob("*.py"):
+        found.append((path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path))
+    return sorted(found)
+
+
+def part_of(name: str) -> str | None:
+    """The part of our program that an imported name belongs to, or None."""
+    head, _, rest = name.partition(".")
+    if head == "rcm_kernels":
+        return head
+    return rest.split(".")[0] if head == "rcm_megatron" else None
+
+
+def test_every_part_has_a_rule():
+    parts = {part for part, _ in sources()}
+    assert {"config", "dual", "diffusion", "parallel", "models", "rcm_kernels"} <= parts
+    assert parts - ALLOWED.keys() <= {"__init__", "__main__", "rcm_kernels"}
+
+
+@pytest.mark.parametrize("part", [*ALLOWED, "rcm_kernels", "__init__"])
+def test_our_imports_point_one_way(part):
+    allowed = ALLOWED.get(part, {part} if part == "rcm_kernels" else set())
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for owner, path in sources()
+        if owner == part
+        for name, line in imported_names(path)
+        if part_of(name) not in (None, *allowed)
+    ]
+    assert not wrong, f"{part} may import {sorted(allowed) or 'nothing of ours'}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", EXTERNAL)
+def test_libraries_of_the_lower_parts(part):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for owner, path in sources()
+        if owner == part
+        for name, line in imported_names(path)
+        if part_of(name) is None and name.split(".")[0] not in EXTERNAL[part] | sys.stdlib_module_names
+    ]
+    assert not wrong, f"{part} may import {sorted(EXTERNAL[part])}:\n" + "\n".join(wrong)
+
+
+def test_megatron_core_only():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for _, path in sources()
+        for name, line in imported_names(path)
+        if name.split(".")[0] == "megatron" and not name.startswith("megatron.core")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would hide PyPI's `kernels`, which transformers imports"
