@@ -57,6 +57,11 @@ def primal_of(value: "Tensor | Dual") -> Tensor:
     return value.primal if isinstance(value, Dual) else value
 
 
+def shape_of(value: "Tensor | Dual") -> torch.Size:
+    """The shape of a tensor, or of a dual's stack: twice the batch."""
+    return value.stacked.shape if isinstance(value, Dual) else value.shape
+
+
 def map_linear(function: Callable[[Tensor], Tensor], value: "Tensor | Dual") -> "Tensor | Dual":
     """Apply a linear, bias-free function to a tensor or to both halves of a dual."""
     return value.linear(function) if isinstance(value, Dual) else function(value)

@@ -57,7 +57,10 @@ _NO_NEWS = (
     r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls
     r"`torch\.jit\.script",
 )
-_NO_NEWS_ON_CPU = ("Transformer Engine and Apex are not installed", "When using sequence parallelism it is recommended to set")
+_NO_NEWS_ON_CPU = (
+    "Transformer Engine and Apex are not installed",
+    "When using sequence parallelism it is recommended to set",
+)
 for _message in _NO_NEWS if torch.cuda.is_available() else _NO_NEWS + _NO_NEWS_ON_CPU:
     warnings.filterwarnings("ignore", message=_message)
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.golden import Golden, GoldenCase, ReplayDraws, load_golden, relative_error  # noqa: E402
-
-from rcm_megatron import platform  # noqa: E402
+from rcm_megatron import platform
+from tools.golden import Golden, GoldenCase, ReplayDraws, load_golden, relative_error
 
 platform.install()
 
@@ -122,7 +121,9 @@ def micro_batches(golden: Golden, case: GoldenCase, networks: Networks, *, micro
     groups, layout = networks.layout.groups, networks.layout
     samples = len(golden.x0)
     if samples % (groups.dp_size * micro_batch_size):
-        raise SystemExit(f"a batch of {samples} does not divide by dp*micro_batch_size = {groups.dp_size}*{micro_batch_size}")
+        raise SystemExit(
+            f"a batch of {samples} does not divide by dp*micro_batch_size = {groups.dp_size}*{micro_batch_size}"
+        )
     share = samples // groups.dp_size
     batches = []
     for start in range(groups.dp_rank * share, (groups.dp_rank + 1) * share, micro_batch_size):
@@ -185,7 +186,9 @@ def replay(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_
     yield from gradient_errors(golden, case, chunks, bounds.gradients, model=networks.layout.groups)
 
 
-def gradient_errors(golden: Golden, case: GoldenCase, chunks: list, bound: float, *, model: ParallelGroups) -> Iterator[Error]:
+def gradient_errors(
+    golden: Golden, case: GoldenCase, chunks: list, bound: float, *, model: ParallelGroups
+) -> Iterator[Error]:
     """Raw gradients of loss.sum(); ours are of the mean over the batch."""
     gradients = gather_main_grads(chunks)
     module = chunks[0].module
@@ -257,7 +260,9 @@ def summary(errors: list[Error]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file")
-    parser.add_argument("overrides", nargs="*", help="tp= ring= ulysses= micro_batch_size=; data parallel is what remains")
+    parser.add_argument(
+        "overrides", nargs="*", help="tp= ring= ulysses= micro_batch_size=; data parallel is what remains"
+    )
     parser.add_argument("--case", action="append", help="only this case (repeatable)")
     args = parser.parse_args(argv)
     options = {key: int(value) for key, value in (item.split("=") for item in args.overrides)}

@@ -11,12 +11,11 @@ sampler; `lognormal_time(sigma_max=...)` clamps p_G for who wants training to en
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.diffusion.trigflow import to_trigflow
 
 PURE_NOISE_TIME = float(torch.tensor(math.pi / 2, dtype=torch.float32))
@@ -52,24 +51,25 @@ def start_time(sigma_max: float | None = None) -> float:
 
 
 def rollout_times(
-    draws: Draws,
     *,
+    batch_size: int,
     steps: int,
-    shift: float = 5.0,
+    draw: Callable[[str], Tensor],
     mid_times: Sequence[float] | None = None,
     sigma_max: float | None = None,
 ) -> list[Tensor]:
     """Times of an n-step rollout (backward simulation), n tensors `[b]`, never increasing.
 
-    The first is `start_time(sigma_max)`. Each later one is a draw from p_D ("rollout_time/{j}", j = 0 ... n-2), but
-    at most the previous time of that sample; or, with `mid_times`, the first n-1 of those, rounded to fp32.
+    The first is `start_time(sigma_max)`. Each later one is a draw from p_D (`draw("rollout_time/{j}")`, TrigFlow times
+    `[b]`, j = 0 ... n-2), but at most the previous time of that sample; or, with `mid_times`, the first n-1 of those,
+    rounded to fp32.
     """
-    times = [torch.full((draws.batch_size,), start_time(sigma_max), dtype=torch.float64)]
+    times = [torch.full((batch_size,), start_time(sigma_max), dtype=torch.float64)]
     if mid_times is not None:
         fixed = torch.tensor(_mid_times(steps, mid_times), dtype=torch.float32).double()
-        return times + [t.expand(draws.batch_size) for t in fixed]
+        return times + [t.expand(batch_size) for t in fixed]
     for j in range(steps - 1):
-        drawn = uniform_shift_time(draws.uniform(f"rollout_time/{j}"), shift=shift)
+        drawn = draw(f"rollout_time/{j}")
         times.append(torch.minimum(drawn, times[-1].to(drawn.device)))
     return times
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rcm_megatron.dual import Dual
+from rcm_megatron.dual import Dual, shape_of
 
 aten = torch.ops.aten
 
@@ -37,12 +37,14 @@ def layer_norm(
 
     The Jacobian of the normalisation is symmetric, so its JVP *is* its backward: one fused kernel gives the tangent.
     """
-    shape = list(primal_shape(x)[-1:])
+    shape = list(shape_of(x)[-1:])
     if not isinstance(x, Dual):
         return F.layer_norm(upcast(x), shape, weight, bias, eps)
     primal, tangent = upcast(x.primal).contiguous(), upcast(x.tangent).contiguous()
     normed, mean, rstd = torch.native_layer_norm(primal, shape, None, None, eps)
-    t_normed, _, _ = aten.native_layer_norm_backward(tangent, primal, shape, mean, rstd, None, None, [True, False, False])
+    t_normed, _, _ = aten.native_layer_norm_backward(
+        tangent, primal, shape, mean, rstd, None, None, [True, False, False]
+    )
     if weight is not None:
         normed, t_normed = normed * weight, t_normed * weight
     return Dual.pack(normed if bias is None else normed + bias, t_normed)
@@ -91,7 +93,9 @@ def gated_residual(h: Tensor | Dual, x: Tensor | Dual, gate: Tensor | Dual) -> T
         return torch.addcmul(h.to(gate.dtype), x.to(gate.dtype), gate).to(h.dtype)
     dtype, wide = h.stacked.dtype, gate.stacked.dtype
     primal = torch.addcmul(h.primal.to(wide), x.primal.to(wide), gate.primal)
-    tangent = torch.addcmul(h.tangent.to(wide), x.tangent.to(wide), gate.primal).addcmul_(x.primal.to(wide), gate.tangent)
+    tangent = torch.addcmul(h.tangent.to(wide), x.tangent.to(wide), gate.primal).addcmul_(
+        x.primal.to(wide), gate.tangent
+    )
     return Dual.pack(primal.to(dtype), tangent.to(dtype))
 
 
@@ -102,7 +106,3 @@ def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
 def upcast(x: Tensor) -> Tensor:
     """fp32 for statistics; fp64 stays fp64 (the oracle tests run in it)."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def primal_shape(x: Tensor | Dual) -> torch.Size:
-    return x.stacked.shape if isinstance(x, Dual) else x.shape

@@ -107,7 +107,9 @@ class AffineLayerNorm(nn.Module):
 class RMSNormAcrossHeads(nn.Module):
     """Wan's q/k norm over all heads; each tensor-parallel rank holds the weights of its own heads."""
 
-    def __init__(self, num_heads: int, head_dim: int, *, eps: float, dtype: torch.dtype, tp_group: ProcessGroup) -> None:
+    def __init__(
+        self, num_heads: int, head_dim: int, *, eps: float, dtype: torch.dtype, tp_group: ProcessGroup
+    ) -> None:
         super().__init__()
         self.eps, self.num_features = eps, num_heads * head_dim
         self.shape = (num_heads // tp_group.size(), head_dim)
@@ -135,7 +137,9 @@ def split_heads(x: Tensor | Dual, parts: int, head_dim: int) -> tuple[Tensor | D
 class SelfAttention(nn.Module):
     """Self-attention with fused qkv, norm over all heads, RoPE and context parallelism."""
 
-    def __init__(self, model, *, config: TransformerConfig, spec: LayerSpec, context: ContextParallel, tp_group) -> None:
+    def __init__(
+        self, model, *, config: TransformerConfig, spec: LayerSpec, context: ContextParallel, tp_group
+    ) -> None:
         super().__init__()
         self.head_dim, self.context = model.head_dim, context
         hidden, norm = model.hidden_size, partial(RMSNormAcrossHeads, model.num_heads, model.head_dim)
@@ -180,7 +184,7 @@ class CrossAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if isinstance(q, Dual):
             o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent)
-            o_SBNK = Dual.pack(o, to)
+            o_SBNK = Dual.pack(o.to(k.dtype), to.to(k.dtype))
         else:
             o_SBNK = attention(q, k, v)
         return project(self.linear_proj, map_linear(partial(torch.flatten, start_dim=2), o_SBNK))

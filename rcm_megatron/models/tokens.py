@@ -51,7 +51,9 @@ class TokenLayout:
     def patchify(self, x_BCTHW: Tensor) -> Tensor:
         """All tokens ``[T'H'W', B, P]`` of whole latents."""
         if tuple(x_BCTHW.shape[1:]) != self.latent_shape:
-            raise ValueError(f"latents of {tuple(x_BCTHW.shape[1:])} do not have the layout's shape {self.latent_shape}")
+            raise ValueError(
+                f"latents of {tuple(x_BCTHW.shape[1:])} do not have the layout's shape {self.latent_shape}"
+            )
         (t, h, w), (pt, ph, pw) = self.grid, self.patch
         x = x_BCTHW.reshape(-1, self.latent_shape[0], t, pt, h, ph, w, pw)
         return x.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(self.num_tokens, -1, self.patch_features)

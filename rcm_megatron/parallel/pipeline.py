@@ -15,8 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
-from rcm_megatron.dual import BATCH_DIM, Dual
-from rcm_megatron.models.dual_ops import primal_shape
+from rcm_megatron.dual import BATCH_DIM, Dual, shape_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +57,8 @@ def _run(chunks, inputs, losses, *, forward_only: bool) -> list:
         data_iterator=iter(list(zip(inputs, losses, strict=True))),
         model=list(chunks),
         num_microbatches=len(inputs),
-        seq_length=primal_shape(inputs[0].x_SBP)[0],
-        micro_batch_size=primal_shape(inputs[0].x_SBP)[BATCH_DIM],
+        seq_length=shape_of(inputs[0].x_SBP)[0],
+        micro_batch_size=shape_of(inputs[0].x_SBP)[BATCH_DIM],
         forward_only=forward_only,
     )
 

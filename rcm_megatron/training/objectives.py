@@ -7,6 +7,7 @@ token shards x_SBP (rcm_megatron.models.tokens); t_1B1 are TrigFlow times [1, B,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -256,14 +257,18 @@ class Rollout:
     G: list[Tensor]
 
 
+def _draw_p_d(draws: Draws, settings: DistillationConfig, purpose: str) -> Tensor:
+    return draw_time(draws, purpose, settings.p_d)
+
+
 def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: DistillationConfig, *, steps: int) -> Rollout:
     """Backward simulation: ``steps`` student steps from pure noise, re-noised in between, without gradient."""
     layout, text = networks.layout, [b.text_LBD for b in batches]
     times = [
         timesteps.rollout_times(
-            b.draws,
+            batch_size=b.draws.batch_size,
             steps=steps,
-            shift=settings.p_d.shift,
+            draw=partial(_draw_p_d, b.draws, settings),
             mid_times=settings.fixed_rollout_times,
         )
         for b in batches

@@ -63,7 +63,9 @@ class Sampler:
         text = self.text_LBD
         if trigflow.needs_guidance(guidance):
             x_SBP, text = x_SBP.repeat(1, 2, 1), torch.cat([text, self.null_text_LBD], dim=1)
-        timestep = torch.full((1, x_SBP.shape[1]), trigflow.TIMESTEP_SCALE * s, dtype=torch.float32, device=x_SBP.device)
+        timestep = torch.full(
+            (1, x_SBP.shape[1]), trigflow.TIMESTEP_SCALE * s, dtype=torch.float32, device=x_SBP.device
+        )
         (v,) = evaluate(self.chunks, [NetworkInput(x_SBP, timestep, text)])
         if not trigflow.needs_guidance(guidance):
             return v

@@ -165,7 +165,10 @@ class Trainer:
         record |= {f"seconds/{name}": value for name, value in self.timers.pop().items()}
         samples = self.run.trainer.global_batch_size
         record |= {"seconds/step": seconds, "samples_per_second": samples / seconds}
-        record |= {"tokens_per_second": samples * self.layout.num_tokens / seconds, "peak_memory_gib": peak_memory_gib()}
+        record |= {
+            "tokens_per_second": samples * self.layout.num_tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(),
+        }
         self.logger.log(iteration, record)
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:

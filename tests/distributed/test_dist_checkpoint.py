@@ -64,9 +64,10 @@ class Training:
                 for key, parameter in network.chunks[0].module.named_parameters():
                     dist.all_reduce(local[key], group=self.student.groups.dp_cp)
                     local[key] = local[key].view(parameter.shape)
-                found |= {f"{name}.{kind}.{key}": value for key, value in gather_full(local, self.student.groups).items()}
+                found |= {
+                    f"{name}.{kind}.{key}": value for key, value in gather_full(local, self.student.groups).items()
+                }
         return found
-
 
     def forget(self):
         """Overwrite every tensor and step count that a checkpoint must restore."""

@@ -141,7 +141,9 @@ def ema_of_a_run(steps):
         run.train([step])
         ema.update(step)
         beta = (1 - 1 / (step + 1)) ** (ema.gamma + 1)
-        expected = [beta * e + (1 - beta) * s.main.detach().double().numpy() for e, s in zip(expected, shards, strict=True)]
+        expected = [
+            beta * e + (1 - beta) * s.main.detach().double().numpy() for e, s in zip(expected, shards, strict=True)
+        ]
     own, mains = run.weights(), [shard.main.detach().clone() for shard in shards]
     averages = [average.clone() for average in ema.shards]
     try:

@@ -18,7 +18,9 @@ MODEL = types.SimpleNamespace(num_layers=3, hidden_size=24, num_heads=4, ffn_hid
 
 
 def config(parallel=None, **options):
-    return platform.transformer_config(MODEL, parallel or ParallelConfig(), **{"params_dtype": torch.bfloat16} | options)
+    return platform.transformer_config(
+        MODEL, parallel or ParallelConfig(), **{"params_dtype": torch.bfloat16} | options
+    )
 
 
 # ---- failing loudly: in fresh ranks, because install() acts on the process
@@ -31,7 +33,11 @@ def install_twice():
     from megatron.core.optimizer import distrib_optimizer
 
     code = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups.__code__
-    return torch.cuda.current_device is before, torch.ones(2).cuda().device.type, "torch.cuda.FloatTensor" in code.co_consts
+    return (
+        torch.cuda.current_device is before,
+        torch.ones(2).cuda().device.type,
+        "torch.cuda.FloatTensor" in code.co_consts,
+    )
 
 
 def test_install_is_idempotent():
@@ -78,7 +84,10 @@ def test_another_number_of_places_is_an_error_that_names_the_module_and_changes_
 
 
 def test_a_missing_function_is_an_error():
-    assert "megatron.core.tensor_parallel.random: got no _get_cuda_rng_state" in run_ranks(install_without_a_function, 1)[0]
+    assert (
+        "megatron.core.tensor_parallel.random: got no _get_cuda_rng_state"
+        in run_ranks(install_without_a_function, 1)[0]
+    )
 
 
 # ---- random state

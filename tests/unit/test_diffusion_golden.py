@@ -175,7 +175,12 @@ class Replay:
 
     def rollout(self):
         case = self.case
-        times = timesteps.rollout_times(self.draws, steps=case.rollout_steps, mid_times=case.mid_times)
+        times = timesteps.rollout_times(
+            batch_size=self.draws.batch_size,
+            steps=case.rollout_steps,
+            draw=lambda purpose: timesteps.uniform_shift_time(self.draws.uniform(purpose)),
+            mid_times=case.mid_times,
+        )
         with torch.no_grad():
             return samplers.rollout(
                 lambda xt, t: self.student.denoise(xt, t, self.golden.cond),

@@ -71,7 +71,10 @@ def test_student_steps_are_those_of_rectified_flow(steps, sigma_max):
 def test_four_step_rollout_written_out():
     """n = 4 with times of its own for each sample; in token layout; only the last step is left to the caller."""
     draws = SeededDraws(9, 0, range(3))
-    times = [t.view(1, 3, 1) for t in timesteps.rollout_times(draws, steps=4)]
+    drawn = timesteps.rollout_times(
+        batch_size=3, steps=4, draw=lambda p: timesteps.uniform_shift_time(draws.uniform(p))
+    )
+    times = [t.view(1, 3, 1) for t in drawn]
     noise = draws.normal("rollout_init", (5, 7)).transpose(0, 1)
     fresh = [draws.normal(f"rollout_noise/{j}", (5, 7)).transpose(0, 1) for j in range(3)]
     calls = []

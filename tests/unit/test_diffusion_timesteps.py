@@ -37,10 +37,17 @@ def test_start_time():
         timesteps.start_time(-1)
 
 
+def _rollout_times(draws, **options):
+    def draw(purpose):
+        return timesteps.uniform_shift_time(draws.uniform(purpose))
+
+    return timesteps.rollout_times(batch_size=draws.batch_size, draw=draw, **options)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_rollout_times_are_draws_capped_by_the_previous_time(steps):
     draws = SeededDraws(3, 5, range(64))
-    times = timesteps.rollout_times(draws, steps=steps)
+    times = _rollout_times(draws, steps=steps)
     assert [t.shape for t in times] == [(64,)] * steps
     for sample in range(64):
         previous = timesteps.PURE_NOISE_TIME
@@ -53,11 +60,11 @@ def test_rollout_times_are_draws_capped_by_the_previous_time(steps):
 
 def test_fixed_rollout_times():
     draws = SeededDraws(0, 0, range(3))
-    times = timesteps.rollout_times(draws, steps=3, mid_times=(1.5, 1.4, 1.0), sigma_max=80.0)
+    times = _rollout_times(draws, steps=3, mid_times=(1.5, 1.4, 1.0), sigma_max=80.0)
     expected = [math.atan(80.0), torch.tensor(1.5).item(), torch.tensor(1.4).item()]
     assert [t.tolist() for t in times] == [[value] * 3 for value in expected]
     with pytest.raises(ValueError, match="got steps=5"):
-        timesteps.rollout_times(draws, steps=5, mid_times=(1.5, 1.4, 1.0))
+        _rollout_times(draws, steps=5, mid_times=(1.5, 1.4, 1.0))
 
 
 def test_sampler_times():
