@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from rcm_megatron.config import ConfigError, RunConfig, load_config, to_yaml, validate
+from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, load_config, to_yaml, validate
 
 CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "internal")
 
@@ -31,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_sample(commands)
+    _add_export(commands)
     _add_check(commands)
     _add_convert(commands)
     return parser
@@ -68,6 +73,87 @@ def _train(arguments: argparse.Namespace) -> None:
     try:
         trainer.main(config)
     except (CheckpointError, DatasetError, SampleError) as error:  # may strike one rank only: each says which it is
+        raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
+
+
+def _load_for_inference(arguments: argparse.Namespace) -> RunConfig:
+    """The run's configuration; one process needs no parallel layout, for checkpoints load on any."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(arguments.config, arguments.overrides)
+    if world_size == 1:
+        config = dataclasses.replace(config, parallel=ParallelConfig())
+    validate(config, world_size)
+    return config
+
+
+def _add_weights(parser: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
+    parser.add_argument("--weights", choices=choices, default="ema", help="default: ema")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint or a folder of them; default: the run's latest")
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "sample", _sample, "Sample videos; one process, or torchrun on any layout.")
+    _add_config(parser)
+    _add_weights(parser, ("ema", "student", "teacher"))
+    parser.add_argument(
+        "--steps", type=int, help="default: the most of sampling.student_steps, or sampling.teacher_steps"
+    )
+    parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with a caption on each line")
+    parser.add_argument(
+        "--embedding", action="append", default=[], type=Path, metavar="FILE", help="an encoded caption [L, D]"
+    )
+    parser.add_argument("--copies", type=int, default=1, help="videos of each caption; default: 1")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for MP4s and latents")
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    config = _load_for_inference(arguments)
+    from rcm_megatron.training.sample import SampleRequest, sample
+
+    default = config.sampling.teacher_steps if arguments.weights == "teacher" else max(config.sampling.student_steps)
+    lines = arguments.prompts.read_text().splitlines() if arguments.prompts else []
+    request = SampleRequest(
+        weights=arguments.weights,
+        output=arguments.output,
+        steps=default if arguments.steps is None else arguments.steps,
+        checkpoint=arguments.checkpoint,
+        prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
+        embeddings=arguments.embedding,
+        copies=arguments.copies,
+    )
+    with _named_errors(arguments):
+        sample(config, request)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "export", _export, "Write a trained network as a diffusers folder.")
+    _add_config(parser)
+    _add_weights(parser, ("ema", "student", "fake_score", "teacher"))
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    parser.add_argument("--force", action="store_true", help="replace the folder")
+    parser.add_argument("--verify", action="store_true", help="load it with diffusers and compare the two networks")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    config = _load_for_inference(arguments)
+    from rcm_megatron.training.export import ExportRequest, export
+
+    fields = ("weights", "output", "checkpoint", "dtype", "force", "verify")
+    with _named_errors(arguments):
+        export(config, ExportRequest(**{name: getattr(arguments, name) for name in fields}))
+
+
+@contextlib.contextmanager
+def _named_errors(arguments: argparse.Namespace) -> Iterator[None]:
+    """Bad input as one line instead of a traceback."""
+    from rcm_megatron.checkpoint.errors import CheckpointError
+    from rcm_megatron.training.inference import InputError
+
+    try:
+        yield
+    except (CheckpointError, InputError) as error:
         raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
 
 

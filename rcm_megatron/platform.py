@@ -56,9 +56,11 @@ REWRITTEN_FUNCTIONS = {
 _NO_NEWS = (
     r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls
     r"`torch\.jit\.script",
+    "`load_state_dict` is deprecated",  # Megatron's dist_checkpointing calls it on torch's
 )
 _NO_NEWS_ON_CPU = (
     "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
     "When using sequence parallelism it is recommended to set",
 )
 for _message in _NO_NEWS if torch.cuda.is_available() else _NO_NEWS + _NO_NEWS_ON_CPU:
@@ -185,8 +187,10 @@ def use_adam(adam_class: type[torch.optim.Optimizer]) -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    if distrib_optimizer.HAVE_APEX_OR_TE and distrib_optimizer.Adam is not adam_class:
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
+    if torch.cuda.is_available():
+        log.info("neither Apex nor Transformer Engine is installed: Adam is %s", adam_class.__name__)
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = adam_class, False
     distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = adam_class, True
     distrib_optimizer.USING_APEX_OPTIMIZER = True

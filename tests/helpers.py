@@ -1,6 +1,11 @@
-"""Assertions shared by the tests."""
+"""What the tests share: assertions, and where the golden files are."""
+
+from pathlib import Path
 
 import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+"""Numbers of the official implementation; see tests/golden/README.md."""
 
 
 def relative_error(ref, out):

@@ -3,7 +3,7 @@
     python tools/conformance.py FILE                                       # one process
     torchrun --nproc-per-node 4 tools/conformance.py FILE tp=2 ring=2      # the same on four
 
-The file's format is that of shared/golden/README.md; width, depth, batch and token count are read from it. Prints a line per case
+The file's format is that of tests/golden/README.md; width, depth, batch and token count are read from it. Prints a line per case
 with the largest relative Frobenius error of the loss, of each stored output and of each stored gradient; the exit status is 1 when
 one is past its bound (twice the bound of the README when the sums run over more than one rank).
 """

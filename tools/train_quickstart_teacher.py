@@ -85,7 +85,11 @@ def flow_matching_loss(velocity_BCTHW: Tensor, x0_BCTHW: Tensor, noise_BCTHW: Te
 
 
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' weight matrices, AdamW for the rest: after 250 steps at a loss of 0.465, AdamW alone at 0.502."""
+    """Muon for the blocks' weight matrices, AdamW for the rest.
+
+    This model on a harder version of the videos (any place, four directions), loss after 250 steps: 0.465 so, 0.502 with
+    AdamW alone at `adam_rate`, for 4% more time.
+    """
     is_matrix = {id(p) for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
     matrices = [p for p in model.parameters() if id(p) in is_matrix]
     others = [p for p in model.parameters() if id(p) not in is_matrix]

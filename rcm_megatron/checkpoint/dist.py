@@ -5,18 +5,11 @@ A checkpoint holds, for every trained network NAME, tensors under `NAME.model.*`
 trace of dp, so tp, pp, cp and dp may all change; and in common.pt the run's plain state. Megatron's own `fully_reshardable`
 optimizer format is not used: it gathers everything on every rank, and it misplaces parameters of a buffer with several
 buckets. Here each rank writes the parameters that begin in its own piece, after receiving the ends of those that it shares.
-
-    root/iter_0000200/     complete: it was renamed from iter_0000200.tmp after its last byte reached the disk
-    root/latest            names the checkpoint to resume from
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import pickle
-import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,14 +27,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from rcm_megatron.checkpoint.folders import find_latest, prepare, publish
 from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
 
-log = logging.getLogger(__name__)
+__all__ = ["NetworkState", "find_latest", "load_checkpoint", "load_weights", "save_checkpoint"]
 
 FORMAT = 1
-_FOLDER = re.compile(r"iter_(\d{7,})")
-_FILES = ("common.pt", ".metadata", "metadata.json")
-"""Without these a folder is no checkpoint; metadata.json is written last."""
 
 
 @dataclass(kw_only=True)
@@ -62,12 +53,7 @@ def save_checkpoint(
     `progress` is the run's plain state, equal on all ranks: dicts, lists, tuples, numbers, strings, None and tensors (iteration,
     stage, data position, counters, random state). Killed at any moment, it leaves the earlier checkpoints as they were."""
     _require_plain(progress, "progress")
-    final = Path(root) / f"iter_{iteration:07d}"
-    partial = final.with_name(final.name + ".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    partial, final = prepare(root, iteration=iteration)
     state: dict[str, Any] = {
         "format": FORMAT,
         "progress": progress,
@@ -78,9 +64,7 @@ def save_checkpoint(
         weights = _weights(name, network.chunks)
         state["tensors"] |= weights | _optimizer_tensors(network, weights)
     dist_checkpointing.save(state, str(partial), sharded_strategy=_SynchronousWriter())
-    if dist.get_rank() == 0:
-        _publish(partial, final)
-    dist.barrier()
+    publish(partial, final)
     return final
 
 
@@ -90,6 +74,7 @@ def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkSta
     Raises CheckpointingException where the checkpoint and `networks` differ in a tensor's presence or shape."""
     checkpoint = Path(checkpoint)
     _require_harmless_metadata(checkpoint)
+    common = _common_state(checkpoint, networks)
     tensors: dict[str, ShardedTensor] = {}
     partial: dict[str, tuple[OwnedShard, Tensor]] = {}
     for name, network in networks.items():
@@ -99,17 +84,13 @@ def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkSta
             tensors[key] = sharded
             if not shard.whole:
                 partial[key] = (shard, target)
-    state = dist_checkpointing.load({"tensors": tensors}, str(checkpoint), strict=StrictHandling.RAISE_ALL)
-    if state["format"] != FORMAT:
-        raise RuntimeError(
-            f"{checkpoint}: got format {state['format']}; need {FORMAT}; fix: resume with the version that wrote it"
-        )
+    loaded = dist_checkpointing.load({"tensors": tensors}, str(checkpoint), strict=StrictHandling.RAISE_ALL)
     for key, (shard, target) in partial.items():
-        target.copy_(state["tensors"][key].view(-1)[shard.start : shard.stop])
+        target.copy_(loaded["tensors"][key].view(-1)[shard.start : shard.stop])
     for name, network in networks.items():
         for group in network.optimizer.param_groups:
-            group["step"] = state["adam_steps"][name]
-    return state["progress"]
+            group["step"] = common["adam_steps"][name]
+    return common["progress"]
 
 
 def load_weights(checkpoint: str | Path, model_chunks: Iterable[nn.Module], *, network: str, kind: str) -> None:
@@ -123,61 +104,20 @@ def load_weights(checkpoint: str | Path, model_chunks: Iterable[nn.Module], *, n
     dist_checkpointing.load({"tensors": tensors}, str(checkpoint), validate_access_integrity=False)
 
 
-def find_latest(root: str | Path) -> Path | None:
-    """The checkpoint to resume from, the same on all ranks; None when there is none.
-
-    The one that `latest` names, or, if that is missing or incomplete, the complete one with the most iterations."""
-    found: list[Path | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        found = [_find_latest(Path(root))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-# ---- folders
-
-
-def _find_latest(root: Path) -> Path | None:
-    complete = []
-    for folder in sorted(root.glob("iter_*")):
-        if _FOLDER.fullmatch(folder.name) and all((folder / file).is_file() for file in _FILES):
-            complete.append(folder)
-        else:
-            log.warning("skipping %s: an unfinished checkpoint", folder)
-    pointer = root / "latest"
-    named = root / pointer.read_text().strip() if pointer.is_file() else None
-    if named in complete:
-        return named
-    if named is not None:
-        log.warning("%s names %s, which is not a complete checkpoint", pointer, named.name)
-    return max(complete, key=lambda folder: int(_FOLDER.fullmatch(folder.name)[1]), default=None)
-
-
-def _publish(partial: Path, final: Path) -> None:
-    """Make a fully written folder a checkpoint, then the latest one. Each step leaves a state that can be resumed from."""
-    for file in _FILES:
-        _sync(partial / file)
-    _sync(partial)
-    replaced = final.with_name(final.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    pointer = final.parent / "latest.tmp"
-    pointer.write_text(final.name + "\n")
-    _sync(pointer)
-    pointer.rename(final.parent / "latest")
-    _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _common_state(checkpoint: Path, networks: Mapping[str, NetworkState]) -> dict[str, Any]:
+    """common.pt: format, progress and step counts, of the format and networks that are asked for."""
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    if common["format"] != FORMAT:
+        raise ValueError(
+            f"{checkpoint}: got format {common['format']}; need {FORMAT}; fix: load it with the version of "
+            "rcm_megatron that wrote it"
+        )
+    if common["adam_steps"].keys() != networks.keys():
+        raise ValueError(
+            f"{checkpoint}: got the networks {sorted(common['adam_steps'])}; need {sorted(networks)}; fix: the run's "
+            "objectives decide which networks it trains: resume with the configuration that wrote the checkpoint"
+        )
+    return common
 
 
 # ---- tensors

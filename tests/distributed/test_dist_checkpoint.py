@@ -1,5 +1,6 @@
 """Whole-run checkpoints: bit-identical resume, every other layout, unfinished and hostile files."""
 
+import contextlib
 import logging
 import os
 import pickle
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from rcm_megatron.checkpoint import dist as checkpoints
 from rcm_megatron.checkpoint.dist import NetworkState, find_latest, load_checkpoint, load_weights, save_checkpoint
+from rcm_megatron.checkpoint.folders import remove_old
 from rcm_megatron.parallel.optimizer_shards import owned_shards
 from rcm_megatron.training.ema import PowerEMA
 from tests.distributed.harness import RankError, run_ranks
@@ -48,26 +51,25 @@ class Training:
         """All tensors of the run, whole, by name: the same in every layout."""
         found = {}
         for name, network in self.networks.items():
-            weights = self.student.weights() if name == "student" else self.fake_score.weights()
-            found |= {f"{name}.model.{key}": value for key, value in weights.items()}
-            shards = owned_shards(network.optimizer)
-            for kind in ("main", "exp_avg", "exp_avg_sq", "ema"):
-                if kind == "ema" and network.ema is None:
-                    continue
-                local = {}
-                for key, parameter in network.chunks[0].module.named_parameters():
-                    local[key] = torch.zeros(parameter.numel())
-                for index, shard in enumerate(shards):
-                    state = {"main": shard.main.detach(), **shard.adam_state()}
-                    values = network.ema[index] if kind == "ema" else state[kind]
-                    local[shard.name][shard.start : shard.stop] = values
-                for key, parameter in network.chunks[0].module.named_parameters():
-                    dist.all_reduce(local[key], group=self.student.groups.dp_cp)
-                    local[key] = local[key].view(parameter.shape)
-                found |= {
-                    f"{name}.{kind}.{key}": value for key, value in gather_full(local, self.student.groups).items()
-                }
+            weights = dict(network.chunks[0].module.named_parameters())
+            kinds = {"model": weights} | {
+                kind: self.local_tensors(network, kind, weights)
+                for kind in ("main", "exp_avg", "exp_avg_sq") + (("ema",) if network.ema else ())
+            }
+            for kind, tensors in kinds.items():
+                whole = gather_full(tensors, self.student.groups)
+                found |= {f"{name}.{kind}.{key}": value for key, value in whole.items()}
         return found
+
+    def local_tensors(self, network, kind, weights):
+        """One kind of optimizer tensor, put together over dp*cp, in the shapes of this rank's parameters."""
+        local = {key: torch.zeros(weight.numel()) for key, weight in weights.items()}
+        for index, shard in enumerate(owned_shards(network.optimizer)):
+            state = {"main": shard.main.detach(), **shard.adam_state()}
+            local[shard.name][shard.start : shard.stop] = network.ema[index] if kind == "ema" else state[kind]
+        for tensor in local.values():
+            dist.all_reduce(tensor, group=self.student.groups.dp_cp)
+        return {key: tensor.view(weights[key].shape) for key, tensor in local.items()}
 
     def forget(self):
         """Overwrite every tensor and step count that a checkpoint must restore."""
@@ -165,14 +167,21 @@ def test_ema_weights_load_alone(checkpoint):
         assert_equal({name: checkpoint.saved[f"student.ema.{name}"] for name in weights}, weights)
 
 
-def resume_without_the_fake_score(root):
-    training = Training(tp=1, cp=1)
-    load_checkpoint(find_latest(root), networks={"student": training.networks["student"]})
+def errors_of_other_contents(root):
+    networks = Training(tp=1, cp=1).networks
+    latest, messages = find_latest(root), []
+    networks["student"].ema = None
+    for asked in ({"student": networks["student"]}, networks):
+        with pytest.raises((ValueError, CheckpointingException)) as caught:
+            load_checkpoint(latest, networks=asked)
+        messages.append(str(caught.value))
+    return messages
 
 
-def test_a_checkpoint_with_other_tensors_is_an_error_that_names_them(checkpoint):
-    with pytest.raises(RankError, match=r"fake_score\.model\.head"):
-        run_ranks(resume_without_the_fake_score, 1, str(checkpoint.root))
+def test_a_checkpoint_of_other_contents_is_an_error_that_names_them(checkpoint):
+    [(networks, tensors)] = run_ranks(errors_of_other_contents, 1, str(checkpoint.root))
+    assert "got the networks ['fake_score', 'student']; need ['student']" in networks
+    assert "student.ema.head" in tensors
 
 
 # ---- killed while saving
@@ -186,13 +195,11 @@ def killed_while_saving(root, place):
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    module, name = {"writing": (checkpoints.torch_checkpoint, "save"), "publishing": (checkpoints, "_publish")}[place]
+    module, name = {"writing": (checkpoints.torch_checkpoint, "save"), "publishing": (checkpoints, "publish")}[place]
     original = getattr(module, name)
     setattr(module, name, die)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         save_checkpoint(root, iteration=2, networks=training.networks, progress={"iteration": 2})
-    except KeyboardInterrupt:
-        pass
     setattr(module, name, original)
     found = find_latest(root).name
     save_checkpoint(root, iteration=2, networks=training.networks, progress={"iteration": 2})
@@ -221,12 +228,28 @@ def test_latest_is_followed_and_unfinished_folders_are_named_in_the_log(tmp_path
     (complete_folder(tmp_path, "iter_0000400") / "metadata.json").unlink()
     with caplog.at_level(logging.WARNING):
         assert find_latest(tmp_path) == second
+    second.rename(tmp_path / "iter_0000200.replaced")
+    assert find_latest(tmp_path).name == "iter_0000200.replaced", "a kill between two renames"
+    (tmp_path / "iter_0000200.replaced").rename(second)
     assert "iter_0000300.tmp: an unfinished checkpoint" in caplog.text
     assert "iter_0000400: an unfinished checkpoint" in caplog.text
     (tmp_path / "latest").write_text("iter_0000100\n")
     assert find_latest(tmp_path) == first, "a run that went back goes on from where it went back to"
     (tmp_path / "latest").write_text("../elsewhere")
     assert find_latest(tmp_path) == second
+
+
+def test_old_checkpoints_go_but_never_the_latest(tmp_path):
+    for iteration in (100, 200, 300, 400):
+        complete_folder(tmp_path, f"iter_{iteration:07d}")
+    (tmp_path / "latest").write_text("iter_0000100\n")
+    remove_old(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "iter_0000100",
+        "iter_0000300",
+        "iter_0000400",
+        "latest",
+    ]
 
 
 # ---- trust

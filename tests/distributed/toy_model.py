@@ -1,7 +1,8 @@
 """A small network with every kind of parameter that a layout treats differently, trained on fixed data.
 
-bf16 (or fp32) tensor-parallel weights, a norm weight that is a tensor-parallel slice, replicated biases, and fp32 parameters that are replicated over
-tp with partial gradients. Sizes are odd, so that pieces of the distributed optimizer begin and end inside parameters.
+bf16 (or fp32) tensor-parallel weights, a norm weight that is a tensor-parallel slice, replicated biases, and fp32
+parameters that are replicated over tp with partial gradients. Sizes are odd, so that pieces of the distributed
+optimizer begin and end inside parameters.
 """
 
 import copy

@@ -1,8 +1,6 @@
 """File to file through every format: bit-exact, loadable by the official class, streaming into shards."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.formats import KEY_MAPS, from_internal, internal_shapes, to_internal
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from tests.helpers import GOLDEN
 from tests.interop.wan_networks import CONFIG, TINY, assert_same_tensors, save_tiny
-
-GOLDEN = Path(os.environ.get("RCM_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 
 
 def run(source, target, target_format, **options):
@@ -122,7 +119,6 @@ def test_dtype_is_kept_unless_asked_for(tiny, tmp_path):
     assert open_checkpoint(tmp_path / "back").metadata["format"] == "pt"
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files in {GOLDEN}; set RCM_GOLDEN")
 def test_golden_weights_and_gradients_convert_with_one_map():
     weights = open_checkpoint(GOLDEN / "nvlabs_rcm_small.safetensors", prefix="student/")
     config = configs.ModelConfig(**weights.model_fields(overrides={"num_heads": 4}))

@@ -1,27 +1,23 @@
 """Replays every case of the golden files: the pure functions of diffusion/ around diffusers' Wan network, in fp32.
 
-Layout [b, c, t, h, w]. The golden directory comes from RCM_GOLDEN or lies beside the repository (shared/golden).
+Layout [b, c, t, h, w]. The golden files are in tests/golden.
 """
 
 import math
-import os
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rcm_megatron.diffusion import losses, samplers, timesteps, trigflow
+from tests.helpers import GOLDEN
 from tools.golden import BOUNDS, ReplayDraws, load_golden, relative_error
 
-GOLDEN = Path(os.environ.get("RCM_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
 FILES = ("nvlabs_rcm_small.safetensors", "nvlabs_rcm_deep.safetensors")
 CASES = sorted(BOUNDS)
 BATCH_SUM = losses.batch_sum(0)
-
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden files in {GOLDEN}; set RCM_GOLDEN")
 
 
 class Fp64Sinusoid(torch.nn.Module):

@@ -1,0 +1,143 @@
+"""Networks of a run without its training: weights from a checkpoint on any layout, and batches of samples from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch import Tensor
+
+from rcm_megatron import platform
+from rcm_megatron.checkpoint import dist as run_checkpoints
+from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.config import RunConfig
+from rcm_megatron.models.encoders import build_text_encoder
+from rcm_megatron.models.wan import WanModel
+from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.training.networks import DTYPES, build_model, load_weights
+from rcm_megatron.training.sampling import Sampler
+from rcm_megatron.training.trainer import checkpoint_folder
+
+Weights = Literal["student", "ema", "fake_score", "teacher"]
+_STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_score": ("fake_score", "main")}
+"""Where a run's checkpoint holds them: (network, kind), in fp32."""
+
+
+class InputError(ValueError):
+    """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""
+
+
+def join(run: RunConfig) -> ParallelGroups:
+    """Join the process group of the environment and form the groups of ``run``; quiet on all ranks but the first."""
+    platform.install()
+    platform.init_distributed()
+    logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
+    return initialize_parallel(run.parallel)
+
+
+def resolve_checkpoint(run: RunConfig, checkpoint: str | Path | None = None) -> Path:
+    """A complete checkpoint: `checkpoint` itself, the latest in that folder, or the run's latest. Call on all ranks."""
+    root = checkpoint_folder(run) if checkpoint is None else Path(checkpoint)
+    if (root / "metadata.json").is_file():
+        return root
+    latest = run_checkpoints.find_latest(root)
+    if latest is None:
+        raise CheckpointError(
+            f"{root} holds no complete checkpoint; train the run first, or name one with --checkpoint"
+        )
+    return latest
+
+
+def load_network(
+    run: RunConfig,
+    groups: ParallelGroups,
+    *,
+    weights: Weights,
+    checkpoint: Path | None = None,
+    dtype: torch.dtype | None = None,
+) -> WanModel:
+    """One frozen network of ``run`` on this rank, in `dtype` (default: the run's).
+
+    The teacher comes from ``init.teacher``; the others from `checkpoint` (of `resolve_checkpoint`), whose fp32 values are rounded.
+    """
+    dtype = dtype or DTYPES[run.precision.params_dtype]
+    network = build_model(
+        run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute_blocks=False
+    ).requires_grad_(False)
+    if weights == "teacher":
+        if run.init.teacher is None:
+            raise CheckpointError(
+                "init.teacher=null: this run has no teacher; choose other --weights or set init.teacher"
+            )
+        return load_weights(network, open_checkpoint(run.init.teacher))
+    name, kind = _STORED[weights]
+    try:
+        run_checkpoints.load_weights(checkpoint, [network], network=name, kind=kind)
+    except CheckpointingException as error:
+        raise CheckpointError(f"{checkpoint} does not hold the {weights} weights of this network: {error}") from error
+    return network
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBatches:
+    """Samples for many captions, `batch_size` at a time.
+
+    Sample i has noise of (seed, i) alone, so it is the same for every network, layout and batch size. A data-parallel rank takes
+    samples dp_rank, dp_rank + dp_size, ...; all ranks that share a sample return it whole.
+    """
+
+    text_LBD: Tensor
+    """[L, N, D] for all N samples."""
+    null_text_L1D: Tensor
+    seed: int
+    batch_size: int
+
+    def __call__(self, network: WanModel, draw: Callable[[Sampler], Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+        """(sample indices, latents [B, C, T, H, W]) of each batch; `draw` calls one of `Sampler`'s methods."""
+        groups, device = network.layout.groups, platform.device()
+        mine = list(range(groups.dp_rank, self.text_LBD.shape[1], groups.dp_size))
+        for start in range(0, len(mine), self.batch_size):
+            indices = mine[start : start + self.batch_size]
+            text_LBD = self.text_LBD[:, indices].to(device)
+            null_LBD = self.null_text_L1D.to(device).expand(-1, len(indices), -1)
+            yield indices, draw(Sampler([network], network.layout, text_LBD, null_LBD, self.seed, indices))
+
+    def all(self, network: WanModel, draw: Callable[[Sampler], Tensor]) -> Tensor:
+        """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""
+        mine = [(indices, latents.cpu()) for indices, latents in self(network, draw)]
+        parts: list = [None] * network.layout.groups.dp_size
+        dist.all_gather_object(parts, mine, group=network.layout.groups.dp)
+        pairs = [pair for part in parts for pair in part]
+        order = torch.tensor([index for indices, _ in pairs for index in indices])
+        return torch.cat([latents for _, latents in pairs])[order.argsort()]
+
+
+def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -> Callable[[Sampler], Tensor]:
+    """Sampling of the teacher as ``run.sampling`` says."""
+    settings = run.sampling
+    guidance = settings.guidance if guidance is None else guidance
+    return lambda sampler: sampler.teacher(
+        steps=steps, guidance=guidance, shift=settings.teacher_shift, method=settings.teacher_sampler
+    )
+
+
+def student_draw(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:
+    """Sampling of the student as ``run.sampling`` says."""
+    settings = run.sampling
+    return lambda sampler: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)
+
+
+def encode_captions(run: RunConfig, captions: Sequence[str]) -> Tensor:
+    """Embeddings [L, N, D] by the run's text encoder; InputError where it has none or does not know a word."""
+    try:
+        encoder = build_text_encoder(run.encoders.text, text_len=run.model.text_len, text_dim=run.model.text_dim)
+        return encoder.encode(captions).transpose(0, 1)
+    except ValueError as error:
+        raise InputError(str(error)) from error

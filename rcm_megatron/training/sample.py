@@ -1,0 +1,112 @@
+"""`python -m rcm_megatron sample`: videos of a run's student or teacher as MP4 files and latents."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rcm_megatron.config import RunConfig
+from rcm_megatron.data.media import to_frames, write_mp4
+from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.models.encoders import build_video_encoder
+from rcm_megatron.training.inference import (
+    InputError,
+    SampleBatches,
+    Weights,
+    encode_captions,
+    join,
+    load_network,
+    resolve_checkpoint,
+    student_draw,
+    teacher_draw,
+)
+from rcm_megatron.training.sampling import teacher_evaluations
+from rcm_megatron.training.trainer import load_null_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What to sample. One video for each prompt and each embedding, `copies` times with other noise."""
+
+    weights: Weights
+    output: Path
+    steps: int
+    checkpoint: Path | None = None
+    """A checkpoint, or a folder of them; None: the run's latest."""
+    prompts: Sequence[str] = ()
+    """Captions for the run's text encoder."""
+    embeddings: Sequence[Path] = ()
+    """Files of encoded captions, [l, D] or [1, l, D]; the way for a run without a text encoder."""
+    copies: int = 1
+
+
+def sample(run: RunConfig, request: SampleRequest) -> None:
+    """Write `<number>_<caption>.mp4` (where the run has a video encoder) and `.safetensors` for each sample.
+
+    Any layout. Raises InputError for prompts that cannot be encoded, or step counts that the sampler does not have.
+    """
+    names, text_LBD = _conditions(run, request)
+    teacher = request.weights == "teacher"
+    _check_steps(run, request)
+    groups = join(run)
+    checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
+    network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
+    draw = (teacher_draw if teacher else student_draw)(run, steps=request.steps)
+    batches = SampleBatches(text_LBD, load_null_text(run), run.sampling.seed, run.trainer.micro_batch_size)
+    request.output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    for indices, latents_BCTHW in batches(network, draw):
+        if groups.token_shard == 0:
+            for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True):
+                _write(run, request, index, names[index], latent_CTHW.cpu())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        evaluations = teacher_evaluations(request.steps, guidance=run.sampling.guidance) if teacher else request.steps
+        seconds = (time.perf_counter() - start) / len(names)
+        source = run.init.teacher if teacher else checkpoint
+        print(f"{len(names)} samples of {request.weights} ({source}) in {request.output}: ", end="")
+        print(f"{evaluations} network evaluations, {seconds:.2f} s each")
+    dist.destroy_process_group()
+
+
+def _check_steps(run: RunConfig, request: SampleRequest) -> None:
+    most = len(run.sampling.student_times) + 1
+    if request.weights == "teacher":
+        most = request.steps
+    if not 1 <= request.steps <= most:
+        raise InputError(
+            f"got --steps {request.steps}, need 1 to {most} for {request.weights}; "
+            "sampling.student_times has one time for every step of the student but the first"
+        )
+
+
+def _conditions(run: RunConfig, request: SampleRequest) -> tuple[list[str], Tensor]:
+    """Name and text embedding [L, N, D] of every sample."""
+    model = run.model
+    if not (request.prompts or request.embeddings):
+        raise InputError("nothing to sample: give --prompt, --prompts or --embedding")
+    encoded = [encode_captions(run, request.prompts)] if request.prompts else []
+    for path in request.embeddings:
+        encoded.append(load_negative_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None])
+    names = [*request.prompts, *(path.stem for path in request.embeddings)]
+    names = [name for name in names for _ in range(request.copies)]
+    return names, torch.cat(encoded, dim=1).repeat_interleave(request.copies, dim=1)
+
+
+def _write(run: RunConfig, request: SampleRequest, index: int, name: str, latent_CTHW: Tensor) -> None:
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+    path = request.output / f"{index:04d}_{slug}.safetensors"
+    facts = {"prompt": name, "weights": request.weights, "steps": str(request.steps), "seed": str(run.sampling.seed)}
+    save_file({"latent": latent_CTHW.contiguous()}, path, metadata={**facts, "sample": str(index)})
+    if run.encoders.video != "none":
+        encoder = build_video_encoder(run.encoders.video, channels=run.latent.channels)
+        frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
+        write_mp4(path.with_suffix(".mp4"), frames_THWC, fps=run.sampling.fps)
