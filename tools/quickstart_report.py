@@ -25,11 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm_megatron import platform
+from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import digit_metrics, media
 from rcm_megatron.data.synthetic import DIGIT_WORDS, DIRECTIONS, all_captions, caption_of, make_samples
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.training.inference import (
+    InputError,
     SampleBatches,
     Weights,
     encode_captions,
@@ -334,7 +336,10 @@ def main() -> int:
     arguments = parser.parse_args()
     run = load_config(arguments.config, arguments.overrides)
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))
-    held = report(run, arguments)
+    try:
+        held = report(run, arguments)
+    except (CheckpointError, InputError) as error:
+        raise SystemExit(f"quickstart_report: {error}") from None
     return 0 if held or not arguments.strict else 1
 
 

@@ -104,7 +104,8 @@ def wrap_ddp(model_chunks: Sequence[nn.Module], transformer_config: TransformerC
 def build_optimizer(ddp_chunks: list[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
     """Distributed AdamW over `ddp_chunks`: fp32 main parameters and moments, each rank of dp*cp holding its share.
 
-    Weight decay acts on every parameter: Megatron would exempt biases and one-dimensional ones."""
+    Weight decay acts on every parameter: Megatron's scheduler, not used here, exempts biases and one-dimensional ones
+    through groups of their own, so the optimizer is told to make none."""
     platform.use_adam(FusedAdam)
     dtypes = {parameter.dtype for chunk in ddp_chunks for parameter in chunk.module.parameters()}
     megatron_config = MegatronOptimizerConfig(

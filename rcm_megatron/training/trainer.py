@@ -5,7 +5,6 @@ global sample index, purpose), so there is no generator to save and every layout
 """
 
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rcm_megatron import platform
+from rcm_megatron.checkpoint import folders
 from rcm_megatron.checkpoint.dist import NetworkState, find_latest, load_checkpoint, save_checkpoint
 from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
@@ -109,7 +109,7 @@ class Trainer:
             progress={"counters": asdict(self.progress), "data": self.loader.state_dict()},
         )
         if dist.get_rank() == 0:
-            remove_old_checkpoints(checkpoint_folder(self.run), keep=self.run.trainer.keep_checkpoints)
+            folders.remove_old(checkpoint_folder(self.run), keep=self.run.trainer.keep_checkpoints)
         self.logger.message(f"saved {path} in {time.perf_counter() - start:.1f} s")
         return path
 
@@ -208,13 +208,6 @@ class Trainer:
 
 def checkpoint_folder(run: RunConfig) -> Path:
     return Path(run.output_dir) / "checkpoints"
-
-
-def remove_old_checkpoints(folder: Path, *, keep: int) -> None:
-    """Delete all but the ``keep`` newest complete checkpoints."""
-    complete = sorted(path for path in folder.glob("iter_*") if path.is_dir() and "." not in path.name)
-    for path in complete[: max(len(complete) - keep, 0)]:
-        shutil.rmtree(path)
 
 
 def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
