@@ -36,6 +36,7 @@ from rcm_megatron.training.optimizer import (
     warmup_learning_rate,
     zero_gradients,
 )
+from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.step import Step, accumulate_step, plan_step
 from rcm_megatron.training.timers import Timers
 
@@ -134,8 +135,18 @@ class Trainer:
         self.progress.nan_samples += int(sum(v for k, v in metrics.items() if k.endswith("/nan_samples")))
         self.progress.skipped_samples += self._sum_over_dp(sum(batch.num_skipped for batch in loaded))
         self.progress.iteration += 1
+        self._preview(iteration, loaded[0])
         if iteration % self.run.trainer.log_every == 0:
             self._log(iteration, step, stage, metrics, outcome, lr, time.perf_counter() - start)
+
+    def _preview(self, iteration: int, batch: Batch) -> None:
+        every = self.run.trainer.sample_every
+        if every and (iteration + 1) % every == 0:
+            with self.timers("preview"):
+                videos = write_previews(
+                    self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
+                )
+            self.logger.log_videos(iteration, videos, fps=self.run.sampling.fps)
 
     def _update(self, step: Step, stage: StageConfig) -> tuple[StepResult, float]:
         """Optimizer and EMA. Non-finite gradients leave every weight as it was, and are counted."""

@@ -1,0 +1,60 @@
+"""Samples written while a run trains: the student's, and its EMA's, for captions of the current batch."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rcm_megatron import platform
+from rcm_megatron.config import RunConfig
+from rcm_megatron.data.dali import Batch
+from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
+from rcm_megatron.models.encoders import build_video_encoder
+from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.objectives import Networks
+from rcm_megatron.training.sampling import Sampler, student_videos
+
+
+def write_previews(
+    run: RunConfig, networks: Networks, ema: PowerEMA | None, batch: Batch, null_text_L1D: Tensor, *, iteration: int
+) -> dict[str, Path]:
+    """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: MP4 path}, others {}.
+
+    Captions are those of the first samples of the micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``,
+    the same at every iteration. Without a video encoder the latents are written, and no MP4.
+    """
+    count = min(run.sampling.num_samples, len(batch.prompts))
+    text_LBD = batch.text_LBD[:, :count].to(platform.device())
+    null_LBD = null_text_L1D.expand(-1, count, -1)
+    sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, run.sampling.seed, range(count))
+    folder, written = Path(run.output_dir) / "previews" / f"{iteration:07d}", {}
+    for weights, context in _weights(ema):
+        with context:
+            for steps, latents_BCTHW in student_videos(sampler, run.sampling).items():
+                if dist.get_rank() == 0:
+                    written |= _write(run, folder, f"{weights}_{steps}_steps", latents_BCTHW.cpu(), batch.prompts)
+    return written
+
+
+def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
+    yield "student", nullcontext()
+    if ema is not None:
+        yield "ema", ema.swapped_in()
+
+
+def _write(run: RunConfig, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...]) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
+    save_file({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
+    if run.encoders.video == "none":
+        return {}
+    encoder = build_video_encoder(run.encoders.video, channels=run.latent.channels)
+    videos = {}
+    for i, video_CTHW in enumerate(encoder.decode(latents_BCTHW)):
+        frames_THWC = to_frames(video_CTHW)
+        write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
+        videos[f"previews/{name}/{i}"] = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=run.sampling.fps)
+    return videos
