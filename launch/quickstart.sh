@@ -74,7 +74,7 @@ step 4 "distilling with rCM: $processes processes, ${layout[*]}, $threads thread
 on_all_processes -m rcm_megatron train "${settings[@]}"
 
 step 5 "sampling teacher and student from the same noise, and measuring"
-on_all_processes tools/quickstart_report.py "${settings[@]}"
+on_all_processes tools/quickstart_report.py "${settings[@]}" --classifier-cache "$output/report/classifier.pt"
 
 step 6 "exporting the student (EMA) to diffusers format, and comparing diffusers' network with the trained one"
 python -m rcm_megatron export "${settings[@]}" --output "$output/student" --force --verify
@@ -89,5 +89,5 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Results in $output:
   metrics.jsonl, wandb/         every step of the training (W&B is offline unless WANDB_API_KEY is set)
   checkpoints/                  to go on from
 More videos:
-  .venv/bin/python -m rcm_megatron sample ${settings[*]} --steps 2 --prompt "seven moving left" --output $output/more
+  .venv/bin/python -m rcm_megatron sample $output/config.yaml --steps 2 --prompt "seven moving left" --output $output/more
 END

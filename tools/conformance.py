@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         "overrides", nargs="*", help="tp= ring= ulysses= micro_batch_size=; data parallel is what remains"
     )
     parser.add_argument("--case", action="append", help="only this case (repeatable)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides may stand on either side of --case
     options = {key: int(value) for key, value in (item.split("=") for item in args.overrides)}
     micro_batch_size = options.pop("micro_batch_size", 1)
     report = conform(args.file, ParallelConfig(**options), micro_batch_size=micro_batch_size, cases=args.case)

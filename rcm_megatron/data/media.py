@@ -94,15 +94,33 @@ def draw_grid(
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     figure.figimage(picture, origin="upper")
-    figure.text(gap / width, 1 - gap / height, title, fontsize=13, va="top", weight="bold")
+    figure.text(gap / width, 1 - gap / height, title, fontsize=15, va="top", weight="bold")
     for column, caption in enumerate(captions):
         x = label_width + column * (cell_width + gap) + cell_width / 2
-        figure.text(x / width, 1 - (top - gap) / height, caption, fontsize=9, ha="center", va="bottom")
+        figure.text(x / width, 1 - (top - gap) / height, caption, fontsize=12, ha="center", va="bottom")
     for row, label in enumerate(row_labels):
         y = top + row * (cell_height + gap) + cell_height / 2
-        figure.text(gap / width, 1 - y / height, label, fontsize=10, va="center")
+        figure.text(gap / width, 1 - y / height, label, fontsize=13, va="center")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def still_grid(
+    rows: Sequence[tuple[str, Tensor]], *, captions: Sequence[str], title: str, scale: int | None = None
+) -> np.ndarray:
+    """`draw_grid` of videos with their frames from left to right; `rows`: (label, one video [C, T, H, W] a column)."""
+    cells = [[frame_strip(to_frames(video, scale=scale), gap=2) for video in videos] for _, videos in rows]
+    return draw_grid(cells, row_labels=[label for label, _ in rows], captions=captions, title=title)
+
+
+def moving_grid(
+    rows: Sequence[tuple[str, Tensor]], *, captions: Sequence[str], title: str, scale: int | None = None
+) -> np.ndarray:
+    """Frames [T, H, W, 3] of `draw_grid` in which every video plays."""
+    cells = [[to_frames(video, scale=scale) for video in videos] for _, videos in rows]
+    labels, times = [label for label, _ in rows], range(len(cells[0][0]))
+    frames = [[[cell_THWC[time] for cell_THWC in line] for line in cells] for time in times]
+    return np.stack([draw_grid(frame, row_labels=labels, captions=captions, title=title) for frame in frames])
 
 
 def grid_size(

@@ -22,7 +22,7 @@ PART = ["scm", "scm_semicontinuous", "dmd", "critic"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_deep_file(layout):
     ranks, parallel = LAYOUTS[layout]
-    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["deep"]), parallel), cases=set(BOUNDS))
+    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["deep"]), parallel, timeout=280), cases=set(BOUNDS))
 
 
 @pytest.mark.parametrize("layout", ["tp2_ring2", "ring2_ulysses2"])

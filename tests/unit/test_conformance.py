@@ -1,14 +1,13 @@
 """Both golden files on one process, and proof that the check can fail."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.distributed.conformance import FILES, assert_conforms, conformance_errors
 from tests.distributed.harness import run_ranks
-from tools.golden import BOUNDS, load_golden
+from tools.golden import BOUNDS, load_golden, relative_error
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -33,15 +32,15 @@ def errors_of_a_perturbed_network(path, network, parameter, factor, case):
 
 
 @pytest.mark.parametrize(
-    ("network", "case"), [("student", "scm"), ("teacher", "scm"), ("fake_score", "dmd"), ("fake_score", "critic")]
+    ("network", "case", "kind"),
+    [("student", "scm", "grad/"), ("teacher", "scm", "out/"), ("fake_score", "dmd", "grad/"), ("fake_score", "critic", "grad/")],
 )
-def test_a_weight_scaled_by_a_thousandth_fails(network, case):
-    """One matrix of eight in one network, 0.1 % off: gradients fail, and, where the network's outputs are stored, these too."""
+def test_a_weight_scaled_by_a_thousandth_fails(network, case, kind):
+    """One matrix of one network 0.1 % off. (The teacher's moves scm's gradients by less than their bound, and its output by four.)"""
     args = (str(FILES["small"]), network, "blocks.1.ffn.0.weight", 1.001, case)
     (report,) = run_ranks(errors_of_a_perturbed_network, 1, *args)
     failed = {name for name, error, bound in report[case] if not error <= bound}
-    assert any(name.startswith("grad/") for name in failed), report[case]
-    assert any(name.startswith("out/") for name in failed), report[case]
+    assert any(name.startswith(kind) for name in failed), report[case]
     net_failed = [name for name, error, bound in report["network"] if not error <= bound]
     assert net_failed == (["net/v", "net/t_v"] if network == "student" else [])
 
@@ -76,9 +75,6 @@ def test_the_command_line_prints_a_line_per_case_and_exits_by_the_bounds():
 
 
 def test_a_nan_fails():
-    from tools.golden import relative_error
-
     error = relative_error(torch.tensor([float("nan"), 1.0]), torch.ones(2))
-    with pytest.raises(AssertionError, match="loss"):
+    with pytest.raises(AssertionError, match="loss=nan > 1e-08"):
         assert_conforms([{"scm": [("loss", error, 1e-8)]}], cases={"scm"})
-    assert not SimpleNamespace(error=error, bound=1.0).error <= 1.0

@@ -21,7 +21,7 @@ ALLOWED = {
     "parallel": {"config", "dual", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"platform", "checkpoint"},
-    "training": MODELS | {"platform", "checkpoint", "diffusion", "data", "training"},
+    "training": MODELS | {"platform", "checkpoint", "diffusion", "data", "training", "__version__"},
 }
 """Part of the program -> the parts it may import."""
 
