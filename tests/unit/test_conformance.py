@@ -33,7 +33,12 @@ def errors_of_a_perturbed_network(path, network, parameter, factor, case):
 
 @pytest.mark.parametrize(
     ("network", "case", "kind"),
-    [("student", "scm", "grad/"), ("teacher", "scm", "out/"), ("fake_score", "dmd", "grad/"), ("fake_score", "critic", "grad/")],
+    [
+        ("student", "scm", "grad/"),
+        ("teacher", "scm", "out/"),
+        ("fake_score", "dmd", "grad/"),
+        ("fake_score", "critic", "grad/"),
+    ],
 )
 def test_a_weight_scaled_by_a_thousandth_fails(network, case, kind):
     """One matrix of one network 0.1 % off. (The teacher's moves scm's gradients by less than their bound, and its output by four.)"""
