@@ -1,0 +1,194 @@
+"""The student part of an sCM step: one dual pass that carries gradient, against the way NVlabs/rcm does it.
+
+    OMP_NUM_THREADS=2 .venv/bin/python tools/benchmark_scm_step.py --output docs/benchmark_scm_step.json
+
+`single`: a dual forward without a graph, each block's primal recomputed with gradient in the backward (rcm_megatron.dual).
+`separate`: a dual forward without gradient for the tangent, then a block-wise checkpointed primal forward and backward.
+Same network, inputs and process; repeats alternate. Prints the median of each, the median of the paired ratios, the peak of live
+tensor bytes beyond the weights and their gradients, and the largest difference between the two gradients; the ratio of the whole
+step adds the guided teacher pass that both share.
+
+Shapes: S tokens, B batch, P patch features, L text length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform as host
+import statistics
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from rcm_megatron import platform
+from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.dual import Dual
+from rcm_megatron.models.wan import WanModel
+from rcm_megatron.parallel.groups import initialize_parallel
+from rcm_megatron.training.networks import build_model, load_weights, seeded_weights
+
+
+class PeakBytes(TorchDispatchMode):
+    """Peak of the bytes held by storages that operations allocate while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for value in tree_iter(outputs):
+            if isinstance(value, Tensor):
+                self._track(value.untyped_storage())
+        return outputs
+
+    def _track(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class Bench:
+    """The two ways of one student step on one network."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        model = ModelConfig(
+            num_layers=args.layers,
+            hidden_size=args.hidden,
+            num_heads=args.hidden // 64,
+            ffn_hidden_size=4 * args.hidden,
+            in_channels=16,
+            out_channels=16,
+            patch_size=(1, 2, 2),
+            text_dim=256,
+            text_len=64,
+        )
+        latent = LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32)
+        groups = initialize_parallel(ParallelConfig())
+        self.network: WanModel = build_model(model, latent, ParallelConfig(), groups=groups, params_dtype=torch.float32)
+        load_weights(self.network, seeded_weights(model, seed=0))
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.network.layout.local_tokens, args.batch, self.network.layout.patch_features)
+        self.x, self.t_x, self.target = (torch.randn(shape, generator=generator) for _ in range(3))
+        self.timestep = 1000 * torch.rand(1, args.batch, generator=generator)
+        self.t_timestep = 100 * torch.rand(1, args.batch, generator=generator)
+        self.text = torch.randn(model.text_len, args.batch, model.text_dim, generator=generator)
+        self.gradients: dict[str, Tensor] = {}
+
+    def inputs(self) -> tuple[Dual, Dual, Tensor]:
+        return Dual.pack(self.x, self.t_x), Dual.pack(self.timestep, self.t_timestep), self.text
+
+    def backward(self, primal: Tensor, tangent: Tensor) -> None:
+        g = self.target - tangent
+        (primal - primal.detach() - g / (g.norm() + 0.1)).square().sum().backward()
+
+    def single(self) -> None:
+        v = self.network(*self.inputs())
+        self.backward(v.primal, v.tangent)
+
+    def separate(self) -> None:
+        with torch.no_grad():
+            tangent = self.network(*self.inputs()).tangent
+        self.backward(self.network(self.x, self.timestep, self.text), tangent)
+
+    def teacher(self) -> None:
+        with torch.no_grad():
+            both = (self.x.repeat(1, 2, 1), self.timestep.repeat(1, 2), self.text.repeat(1, 2, 1))
+            self.network(*both)
+
+    def gradient_of(self, step: Callable[[], None]) -> dict[str, Tensor]:
+        self.network.zero_grad(set_to_none=True)
+        step()
+        return {name: p.grad.clone() for name, p in self.network.named_parameters()}
+
+    def peak_mib(self, step: Callable[[], None]) -> float:
+        """Gradients exist already, so that only what the step holds in between is counted."""
+        with PeakBytes() as tracker:
+            step()
+        return tracker.peak / 2**20
+
+    def seconds(self, step: Callable[[], None]) -> float:
+        self.network.zero_grad(set_to_none=False)
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    return max(float((ours[name] - g).norm() / g.norm()) for name, g in theirs.items() if g.norm() > 0)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    bench = Bench(args)
+    difference = largest_difference(bench.gradient_of(bench.single), bench.gradient_of(bench.separate))
+    memory = {"single": bench.peak_mib(bench.single), "separate": bench.peak_mib(bench.separate)}
+    times: dict[str, list[float]] = {"single": [], "separate": [], "teacher": []}
+    for repeat in range(args.repeats):
+        for name in times:
+            times[name].append(bench.seconds(getattr(bench, name)))
+        print(f"{repeat + 1}/{args.repeats} " + " ".join(f"{k} {v[-1]:.2f} s" for k, v in times.items()), flush=True)
+    pairs = list(zip(times["single"], times["separate"], times["teacher"], strict=True))
+    return {
+        "gradient_difference": difference,
+        "median_seconds": {name: statistics.median(values) for name, values in times.items()},
+        "ratio_student_part": statistics.median(single / separate for single, separate, _ in pairs),
+        "ratio_whole_step": statistics.median((s + t) / (r + t) for s, r, t in pairs),
+        "peak_mib": memory,
+        "shape": {
+            "tokens": bench.network.layout.num_tokens,
+            **{k: vars(args)[k] for k in ("hidden", "layers", "batch")},
+        },
+    }
+
+
+def provenance() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else host.processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": "fp32",
+        "commit": commit.strip(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 64, the head dim")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024, help="a multiple of 256")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    args = parser.parse_args(argv)
+    platform.install()
+    platform.init_distributed()
+    result = {**measure(args), **provenance()}
+    print(json.dumps(result, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
