@@ -34,7 +34,7 @@ from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import initialize_parallel
-from rcm_megatron.training.networks import build_model, load_weights, seeded_weights
+from rcm_megatron.training.networks import DTYPES, build_model, load_weights, seeded_weights
 
 
 class PeakBytes(TorchDispatchMode):
@@ -73,7 +73,7 @@ class Bench:
         model = ModelConfig(
             num_layers=args.layers,
             hidden_size=args.hidden,
-            num_heads=args.hidden // 64,
+            num_heads=args.hidden // args.head_dim,
             ffn_hidden_size=4 * args.hidden,
             in_channels=16,
             out_channels=16,
@@ -83,22 +83,27 @@ class Bench:
         )
         latent = LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32)
         groups = initialize_parallel(ParallelConfig())
-        self.network: WanModel = build_model(model, latent, ParallelConfig(), groups=groups, params_dtype=torch.float32)
+        self.network: WanModel = build_model(
+            model, latent, ParallelConfig(), groups=groups, params_dtype=DTYPES[args.dtype]
+        )
         load_weights(self.network, seeded_weights(model, seed=0))
-        generator = torch.Generator().manual_seed(1)
+        generator, device = torch.Generator().manual_seed(1), platform.device()
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
         shape = (self.network.layout.local_tokens, args.batch, self.network.layout.patch_features)
-        self.x, self.t_x, self.target = (torch.randn(shape, generator=generator) for _ in range(3))
-        self.timestep = 1000 * torch.rand(1, args.batch, generator=generator)
-        self.t_timestep = 100 * torch.rand(1, args.batch, generator=generator)
-        self.text = torch.randn(model.text_len, args.batch, model.text_dim, generator=generator)
+        self.x, self.t_x, self.target = (normal(*shape) for _ in range(3))
+        self.timestep, self.t_timestep = 1000 * normal(1, args.batch).sigmoid(), 100 * normal(1, args.batch)
+        self.text = normal(model.text_len, args.batch, model.text_dim)
         self.gradients: dict[str, Tensor] = {}
 
     def inputs(self) -> tuple[Dual, Dual, Tensor]:
         return Dual.pack(self.x, self.t_x), Dual.pack(self.timestep, self.t_timestep), self.text
 
     def backward(self, primal: Tensor, tangent: Tensor) -> None:
-        g = self.target - tangent
-        (primal - primal.detach() - g / (g.norm() + 0.1)).square().sum().backward()
+        g = self.target - tangent.float()
+        (primal.float() - primal.detach().float() - g / (g.norm() + 0.1)).square().sum().backward()
 
     def single(self) -> None:
         v = self.network(*self.inputs())
@@ -121,15 +126,26 @@ class Bench:
 
     def peak_mib(self, step: Callable[[], None]) -> float:
         """Gradients exist already, so that only what the step holds in between is counted."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
         with PeakBytes() as tracker:
             step()
         return tracker.peak / 2**20
 
     def seconds(self, step: Callable[[], None]) -> float:
         self.network.zero_grad(set_to_none=False)
-        start = time.perf_counter()
+        start = self._now()
         step()
-        return time.perf_counter() - start
+        return self._now() - start
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -154,7 +170,7 @@ def measure(args: argparse.Namespace) -> dict:
         "peak_mib": memory,
         "shape": {
             "tokens": bench.network.layout.num_tokens,
-            **{k: vars(args)[k] for k in ("hidden", "layers", "batch")},
+            **{k: vars(args)[k] for k in ("hidden", "head_dim", "layers", "batch", "dtype")},
         },
     }
 
@@ -166,7 +182,7 @@ def provenance() -> dict:
         "cpu": names[0].split(":")[1].strip() if names else host.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "dtype": "fp32",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": commit.strip(),
         "command": " ".join(["python", *sys.argv]),
     }
@@ -174,7 +190,9 @@ def provenance() -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 64, the head dim")
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of the head dim")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024, help="a multiple of 256")
     parser.add_argument("--batch", type=int, default=1)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: the gpu tests, the attention benchmark, a student step of Wan2.1-1.3B's size.
+# Uses the python3 in PATH (with torch for CUDA); wheels in .whl/ (megatron-core, diffusers, DALI …) are unpacked first.
+# Results go to ${OUT:-runs/gpu}.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+out="${OUT:-runs/gpu}"
+mkdir -p "$out"
+if compgen -G ".whl/*.whl" >/dev/null; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl
+    export PYTHONPATH="/tmp/site:$PWD:$PWD/kernels"
+else
+    export PYTHONPATH="$PWD:$PWD/kernels"
+fi
+nvidia-smi --query-gpu=name,driver_version --format=csv | tee "$out/gpu.txt"
+python3 -m pytest -q -m gpu tests/gpu tests/unit 2>&1 | tee "$out/tests.txt" || failed=1
+python3 -m rcm_kernels.flash_attention_jvp.benchmark --device cuda 2>&1 | tee "$out/attention_jvp.txt"
+# the reference attention is a stand-in for the Triton kernel: 8,192 tokens keep it within minutes
+python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens 8192 --dtype bf16 --repeats 3 \
+    --output "$out/scm_step.json"
+exit "${failed:-0}"
