@@ -1,0 +1,102 @@
+"""What can go wrong in a step, put into a trainer: each function returns a dict that it fills during the run."""
+
+import os
+import signal
+
+import torch
+
+SCM_ITERATION, RCM_ITERATION = 2, 9
+"""A student step of the first stage, and one of the second (sCM and DMD)."""
+
+
+def _nan_once(trainer, module, iteration):
+    """The first pass of `module` in `iteration` gives one NaN: in the first sample, and on one rank alone."""
+    original, calls = module.forward, []
+
+    def forward(*args):
+        v = original(*args)
+        if trainer.progress.iteration == iteration and not calls:
+            calls.append(iteration)
+            if trainer.groups.token_shard == 0 and trainer.groups.dp_rank == 0:
+                v = v.clone()
+                v[0, 0, 0] = float("nan")
+        return v
+
+    module.forward = forward
+    return {}
+
+
+def nan_from_teacher(trainer):
+    return _nan_once(trainer, trainer.networks.teacher[0], SCM_ITERATION)
+
+
+def nan_from_fake_score(trainer):
+    return _nan_once(trainer, trainer.networks.fake_score[0].module, RCM_ITERATION)
+
+
+def nan_in_student(trainer):
+    """NaN latents that got past the loader: the student's output and gradient are NaN. Notes weights and moments around the step."""
+    from tests.distributed.tiny_run import whole_weights
+
+    noted, micro_batch, iterate = {}, trainer._micro_batch, trainer._iterate
+
+    def poisoned(batch):
+        made = micro_batch(batch)
+        if (
+            trainer.progress.iteration == RCM_ITERATION
+            and trainer.groups.token_shard == 0
+            and trainer.groups.dp_rank == 0
+        ):
+            made.x0_SBP[0, 0, 0] = float("nan")
+        return made
+
+    def watched():
+        iteration = trainer.progress.iteration
+        if iteration == RCM_ITERATION:
+            noted["before"] = state(trainer)
+        iterate()
+        if iteration == RCM_ITERATION:
+            noted["after"] = state(trainer)
+
+    def state(trainer):
+        moments = [
+            value.clone()
+            for part in trainer.optimizers["student"].chained_optimizers
+            for moments in part.optimizer.state.values()
+            for value in moments.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        return {
+            "weights": whole_weights(trainer)["student"],
+            "moments": moments,
+            "ema": [s.clone() for s in trainer.ema.shards],
+        }
+
+    trainer._micro_batch, trainer._iterate = poisoned, watched
+    return noted
+
+
+def main():
+    """`python -m rcm_megatron train` whose rank 1 kills itself in iteration 13, while the others reduce gradients; once."""
+    import sys
+
+    from rcm_megatron import __main__, platform
+
+    platform.install()
+    from rcm_megatron.training import trainer
+
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        reduce_gradients, calls = trainer.reduce_gradients, []
+
+        def reduce_or_die(chunks):
+            calls.append(1)
+            if len(calls) == 14:
+                os.kill(os.getpid(), signal.SIGKILL)
+            reduce_gradients(chunks)
+
+        trainer.reduce_gradients = reduce_or_die
+    sys.exit(__main__.main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

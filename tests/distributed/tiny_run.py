@@ -1,0 +1,125 @@
+"""A run of 20 steps in seconds: its data, teacher and configuration, the training as a function of a rank, what it left behind.
+
+Stages: 5 steps of sCM (3 of them warm-up), then 15 of sCM with DMD, every second one for the critic. AdamW's eps is 1e-4, so that
+rounding in a gradient near zero does not become a full step.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from rcm_megatron.config import ModelConfig, load_config
+
+STEPS = 20
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_heads": 4,
+    "ffn_hidden_size": 72,
+    "in_channels": 1,
+    "out_channels": 1,
+    "patch_size": [1, 4, 4],
+    "text_dim": 32,
+    "text_len": 6,
+    "freq_dim": 32,
+}
+ADAM = {"lr": 1e-3, "betas": [0.0, 0.999], "eps": 1e-4, "weight_decay": 0.01, "lr_warmup_steps": 4}
+
+
+def write_tiny_run(folder):
+    """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns the path of the latter."""
+    from rcm_megatron.checkpoint.convert import export_diffusers
+    from rcm_megatron.training.networks import seeded_weights
+    from tools.build_digits_dataset import write_digits_dataset
+
+    folder, model = Path(folder), model_config()
+    write_digits_dataset(folder / "data", num_samples=13, samples_per_shard=5, seed=0)
+    export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
+    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder), sort_keys=False))
+    return folder / "run.yaml"
+
+
+def model_config():
+    return ModelConfig(**(MODEL | {"patch_size": tuple(MODEL["patch_size"])}))
+
+
+def tiny_config(folder):
+    return {
+        "name": "tiny",
+        "seed": 3,
+        "output_dir": str(folder / "out"),
+        "model": MODEL,
+        "latent": {"channels": 1, "frames": 4, "height": 16, "width": 16},
+        "precision": {"params_dtype": "fp32"},
+        "init": {"teacher": str(folder / "teacher")},
+        "distillation": {
+            "teacher_guidance": 2.0,
+            "p_g": {"kind": "lognormal", "mean": 0.7, "std": 1.6},
+            "p_d": {"kind": "uniform_shift", "shift": 5.0},
+            "max_rollout_steps": 3,
+        },
+        "stages": [
+            {"name": "scm", "steps": 5, "losses": {"scm": 100.0}, "tangent_warmup": 3},
+            {"name": "rcm", "steps": 15, "losses": {"scm": 100.0, "dmd": 1.0}, "student_update_freq": 2},
+        ],
+        "student_optimizer": ADAM,
+        "fake_score_optimizer": ADAM,
+        "encoders": {"video": "pixels", "text": "words"},
+        "data": {"folder": str(folder / "data"), "num_threads": 1},
+        "trainer": {"global_batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 10},
+        "logging": {"wandb_mode": "disabled", "progress_bar": False},
+    }
+
+
+def train(config_path, overrides, fault=None):
+    """Train on this rank as `python -m rcm_megatron train` does; returns (counters, {network: whole weights}, what `fault` noted).
+
+    `fault` names a function of tests.distributed.faults, called with the trainer before it starts.
+    """
+    from rcm_megatron import platform
+
+    platform.install()
+    from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.training.trainer import Trainer
+    from tests.distributed import faults
+
+    run = load_config(config_path, overrides)
+    trainer = Trainer(run, initialize_parallel(run.parallel))
+    noted = {} if fault is None else getattr(faults, fault)(trainer)
+    trainer.train()
+    trainer.close()
+    return asdict(trainer.progress), whole_weights(trainer), noted
+
+
+def whole_weights(trainer):
+    """{network: {parameter: whole tensor}} on tensor-parallel rank 0, None for the parameters elsewhere."""
+    from rcm_megatron.checkpoint.convert import gather_full
+
+    weights = {}
+    for name in ("student", "fake_score"):
+        (chunk,) = getattr(trainer.networks, name)
+        gathered = gather_full(chunk.module, tp_group=trainer.groups.tp)
+        weights[name] = {key: None if value is None else value.clone() for key, value in gathered}
+    return weights
+
+
+def records(folder):
+    """The metrics of a run, one dict an iteration, without what depends on the machine."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    measured = ("seconds/", "samples_per_second", "tokens_per_second", "peak_memory_gib")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(measured)} for line in lines]
+
+
+def initial_weights():
+    """What student and fake score start from."""
+    from rcm_megatron.training.networks import seeded_weights
+
+    return seeded_weights(model_config(), seed=5)
+
+
+def flat_change(weights, initial):
+    """All parameters' change since the start, as one vector."""
+    return torch.cat([(weights[name] - initial[name]).flatten().double() for name in sorted(initial)])
