@@ -96,8 +96,8 @@ def _discard(folder: Path) -> None:
 def _make_final(partial: Path, final: Path) -> None:
     """Make a fully written folder a checkpoint, then the latest one. Each step leaves a state that can be resumed from."""
     for file in _FILES:
-        _sync(partial / file)
-    _sync(partial)
+        sync_to_disk(partial / file)
+    sync_to_disk(partial)
     replaced = final.with_name(final.name + ".replaced")  # find_latest knows it: a kill can come between two renames
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
@@ -105,14 +105,15 @@ def _make_final(partial: Path, final: Path) -> None:
     partial.rename(final)
     pointer = final.parent / "latest.tmp"
     pointer.write_text(final.name + "\n")
-    _sync(pointer)
+    sync_to_disk(pointer)
     pointer.rename(final.parent / "latest")
-    _sync(final.parent)
+    sync_to_disk(final.parent)
     if replaced.exists():
         _discard(replaced)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Return when a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

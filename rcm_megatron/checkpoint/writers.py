@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.folders import sync_to_disk
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -44,7 +45,7 @@ def replaced_when_done(path: Path) -> Iterator[Path]:
         if path.is_dir():
             path.rename(previous)
         temporary.rename(path)
-        _sync(path.parent)
+        sync_to_disk(path.parent)
     except BaseException:
         _remove(temporary)
         if previous.exists() and not path.exists():
@@ -75,7 +76,7 @@ def write_folder(
             shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
         _name_shards(folder, stem, shards)
         _write_json(folder / "config.json", config)
-        _sync(folder)
+        sync_to_disk(folder)
     return path
 
 
@@ -99,7 +100,7 @@ def write_file(
             _save_safetensors(tensors, temporary, {"format": "pt"})
         else:
             torch.save(tensors, temporary)
-            _sync(temporary)
+            sync_to_disk(temporary)
     return path
 
 
@@ -141,20 +142,12 @@ def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
     save_file(tensors, path, metadata=header)
-    _sync(path)
+    sync_to_disk(path)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(path)
 
 
 def _remove(path: Path) -> None:

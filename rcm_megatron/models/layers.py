@@ -27,39 +27,41 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def column_linear(spec: LayerSpec, in_features: int, out_features: int, *, config, tp_group: ProcessGroup) -> nn.Module:
+def column_linear(spec: LayerSpec, in_features: int, out_features: int, **options) -> nn.Module:
     """A Megatron linear whose output features are split over tensor-parallel ranks; its bias is left to :func:`project`."""
-    linear = spec.column_linear(
-        in_features,
-        out_features,
-        config=config,
-        init_method=config.init_method,
-        bias=True,
-        gather_output=False,
-        skip_bias_add=True,
-        is_expert=False,
-        tp_group=tp_group,
-    )
+    linear = _parallel_linear(spec.column_linear, in_features, out_features, gather_output=False, **options)
     for parameter in linear.parameters():
         mark_tensor_parallel(parameter, dim=0)
     return linear
 
 
-def row_linear(spec: LayerSpec, in_features: int, out_features: int, *, config, tp_group: ProcessGroup) -> nn.Module:
+def row_linear(spec: LayerSpec, in_features: int, out_features: int, **options) -> nn.Module:
     """A Megatron linear whose input features are split over tensor-parallel ranks; its bias is left to :func:`project`."""
-    linear = spec.row_linear(
+    linear = _parallel_linear(spec.row_linear, in_features, out_features, input_is_parallel=True, **options)
+    mark_tensor_parallel(linear.weight, dim=1)
+    return linear
+
+
+def _parallel_linear(
+    linear: type,
+    in_features: int,
+    out_features: int,
+    *,
+    config: TransformerConfig,
+    tp_group: ProcessGroup,
+    **layout: bool,
+) -> nn.Module:
+    return linear(
         in_features,
         out_features,
         config=config,
         init_method=config.init_method,
         bias=True,
-        input_is_parallel=True,
         skip_bias_add=True,
         is_expert=False,
         tp_group=tp_group,
+        **layout,
     )
-    mark_tensor_parallel(linear.weight, dim=1)
-    return linear
 
 
 def mark_tensor_parallel(parameter: nn.Parameter, *, dim: int) -> None:
