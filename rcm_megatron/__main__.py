@@ -17,7 +17,7 @@ CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "internal")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one message on stderr: exit status 2 for a configuration, 1 for files."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         arguments.run(arguments)
     except ConfigError as error:
@@ -25,6 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{arguments.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand after options, where argparse would not expect more positionals."""
+    parser = _parser()
+    arguments, extra = parser.parse_known_args(argv)
+    late = [item for item in extra if "=" in item and not item.startswith("-")]
+    if len(late) < len(extra) or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if late:
+        arguments.overrides += late
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -251,3 +251,11 @@ def test_cli_check_prints_the_complete_configuration(tmp_path):
     assert result.returncode == 0
     (tmp_path / "printed.yaml").write_text(result.stdout)
     assert load_config(tmp_path / "printed.yaml") == load_config(QUICKSTART)
+
+
+def test_cli_takes_overrides_after_options_and_refuses_what_is_none():
+    result = run_cli("check", str(QUICKSTART), "--world-size", "4", "parallel.ring=4")
+    assert result.stdout.startswith("# 4 processes: tp=1 cp=4 dp=1")
+    result = run_cli("check", str(QUICKSTART), "--world-size", "4", "--bogus")
+    assert result.returncode == 2
+    assert "unrecognized arguments: --bogus" in result.stderr
