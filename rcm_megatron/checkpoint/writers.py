@@ -142,6 +142,7 @@ def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
     save_file(tensors, path, metadata=header)
+    path.chmod(0o644)  # safetensors makes it readable by its owner alone
     sync_to_disk(path)
 
 
