@@ -12,6 +12,7 @@ from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
+from rcm_megatron.training.objectives import raw_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +56,7 @@ class Sampler:
 
     def _denoise(self, xt_SBP: Tensor, t: Tensor) -> Tensor:
         t_1B1 = t.expand(1, xt_SBP.shape[1], 1)
-        x_in, timestep = trigflow.precondition(xt_SBP, t_1B1)
-        (v,) = evaluate(self.chunks, [NetworkInput(x_in, timestep[..., 0], self.text_LBD)])
+        (v,) = raw_outputs(self.chunks, [xt_SBP], [t_1B1], [self.text_LBD])
         return trigflow.denoised(xt_SBP, v, t_1B1)
 
     def _guided_velocity(self, x_SBP: Tensor, s: float, *, guidance: float) -> Tensor:

@@ -86,15 +86,11 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last iteration; saves at the configured interval and at the end."""
-        trainer, saved = self.run.trainer, self.progress.iteration
         while self.progress.iteration < self.last_iteration:
             self._iterate()
             done = self.progress.iteration
-            if done % trainer.checkpoint_every == 0 or done == self.last_iteration:
+            if done % self.run.trainer.checkpoint_every == 0 or done == self.last_iteration:
                 self.save()
-                saved = done
-        if saved != self.progress.iteration:
-            self.save()
 
     def close(self) -> None:
         self.loader.close()

@@ -3,6 +3,17 @@
 from tests.helpers import GOLDEN
 
 FILES = {"small": GOLDEN / "nvlabs_rcm_small.safetensors", "deep": GOLDEN / "nvlabs_rcm_deep.safetensors"}
+LAYOUTS = {
+    "tp2": (2, {"tp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "ring2": (2, {"ring": 2}),
+    "ulysses2": (2, {"ulysses": 2}),
+    "ulysses4": (4, {"ulysses": 4}),
+    "ring2_ulysses2": (4, {"ring": 2, "ulysses": 2}),
+    "tp2_ring2": (4, {"tp": 2, "ring": 2}),
+    "dp2": (2, {}),
+}
+"""Name -> (processes, parallel degrees): what golden files and gradients are compared on."""
 
 
 def conformance_errors(path, parallel, micro_batch_size=1, cases=None):

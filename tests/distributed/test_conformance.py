@@ -2,20 +2,10 @@
 
 import pytest
 
-from tests.distributed.conformance import FILES, assert_conforms, conformance_errors
+from tests.distributed.conformance import FILES, LAYOUTS, assert_conforms, conformance_errors
 from tests.distributed.harness import run_ranks
 from tools.golden import BOUNDS
 
-LAYOUTS = {
-    "tp2": (2, {"tp": 2}),
-    "tp4": (4, {"tp": 4}),
-    "ring2": (2, {"ring": 2}),
-    "ulysses2": (2, {"ulysses": 2}),
-    "ulysses4": (4, {"ulysses": 4}),
-    "ring2_ulysses2": (4, {"ring": 2, "ulysses": 2}),
-    "tp2_ring2": (4, {"tp": 2, "ring": 2}),
-    "dp2": (2, {}),
-}
 PART = ["scm", "scm_semicontinuous", "dmd", "critic"]
 
 

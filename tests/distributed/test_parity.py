@@ -19,6 +19,7 @@ from rcm_megatron.config import (
     TimeDistribution,
 )
 from rcm_megatron.diffusion.noise import SeededDraws
+from tests.distributed.conformance import LAYOUTS as GOLDEN_LAYOUTS
 from tests.distributed.harness import run_ranks
 from tests.helpers import assert_close
 
@@ -37,17 +38,7 @@ MODEL = ModelConfig(
 LATENT = LatentConfig(channels=3, frames=3, height=6, width=10)
 SAMPLES, MICRO_BATCH_SIZE = 4, 2
 
-LAYOUTS = {
-    "tp2": (2, {"tp": 2}),
-    "tp4": (4, {"tp": 4}),
-    "ring2": (2, {"ring": 2}),
-    "ulysses2": (2, {"ulysses": 2}),
-    "ulysses4": (4, {"ulysses": 4}),
-    "ring2_ulysses2": (4, {"ring": 2, "ulysses": 2}),
-    "tp2_ring2": (4, {"tp": 2, "ring": 2}),
-    "dp2": (2, {}),
-    "tp2_dp2": (4, {"tp": 2}),
-}
+LAYOUTS = GOLDEN_LAYOUTS | {"tp2_dp2": (4, {"tp": 2})}
 
 # name: (weights, jvp_kind, iteration); iterations 3 and 5 of a stage with student_update_freq 2 train the critic
 OBJECTIVES = {
