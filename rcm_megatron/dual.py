@@ -77,6 +77,33 @@ def add_bias(value: "Tensor | Dual", bias: Tensor | None) -> "Tensor | Dual":
     return value + bias
 
 
+def as_message(value: "Tensor | Dual") -> Tensor:
+    """What a pipeline stage sends: the hidden state, or the whole stack of a dual; its gradient goes to the primal half."""
+    if not isinstance(value, Dual):
+        return value
+    return value.stacked if value.graph is None else _Stack.apply(value.graph, value.stacked)
+
+
+def from_message(message: Tensor, *, dual: bool) -> "Tensor | Dual":
+    """What the next stage works on. The gradient of a dual's message has a zero tangent half."""
+    if not dual:
+        return message
+    batch = message.shape[BATCH_DIM] // 2
+    return Dual(message.detach(), message.narrow(BATCH_DIM, 0, batch) if torch.is_grad_enabled() else None)
+
+
+class _Stack(torch.autograd.Function):
+    """The stack of a dual as a function of its primal."""
+
+    @staticmethod
+    def forward(ctx, primal, stacked):
+        return stacked.detach()
+
+    @staticmethod
+    def backward(ctx, grad_stacked):
+        return grad_stacked.narrow(BATCH_DIM, 0, grad_stacked.shape[BATCH_DIM] // 2), None
+
+
 def recomputed(function: Callable, *inputs: "Tensor | Dual") -> "Tensor | Dual":
     """Run ``function`` without a graph and recompute it, on the primals alone, in the backward.
 

@@ -34,7 +34,7 @@ from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import initialize_parallel
-from rcm_megatron.training.networks import DTYPES, build_model, load_weights, seeded_weights
+from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights, seeded_weights
 
 
 class PeakBytes(TorchDispatchMode):
@@ -83,10 +83,9 @@ class Bench:
         )
         latent = LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32)
         groups = initialize_parallel(ParallelConfig())
-        self.network: WanModel = build_model(
-            model, latent, ParallelConfig(), groups=groups, params_dtype=DTYPES[args.dtype]
-        )
-        load_weights(self.network, seeded_weights(model, seed=0))
+        chunks = build_chunks(model, latent, ParallelConfig(), groups=groups, params_dtype=DTYPES[args.dtype])
+        load_weights(chunks, seeded_weights(model, seed=0))
+        self.network: WanModel = chunks[0]
         generator, device = torch.Generator().manual_seed(1), platform.device()
 
         def normal(*shape: int) -> Tensor:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ _FOLDERS = {
 
 
 def load_into(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     source: Source,
     *,
     model_config: ModelConfig,
@@ -56,9 +56,10 @@ def load_into(
     The model is untouched unless everything fits. An optimizer with fp32 copies must then `reload_model_params`.
 
     Args:
-        model: with internal parameter names (wrappers' `module.` is removed); split ones carry `partition_dim`.
+        model: one module or this rank's pipeline chunks, with internal parameter names (wrappers' `module.` is removed); split
+            parameters carry `partition_dim`.
         source: an open checkpoint of any format, or a mapping in its naming.
-        partial: the model is one pipeline stage; parameters of the others are left out.
+        partial: the model is a pipeline stage; parameters of the others are left out.
     """
     source, entries = checked_entries(source, model_config)
     parameters = local_parameters(model)
@@ -72,33 +73,57 @@ def load_into(
             faults += f"\n  {name!r}: the model has shape {got}, the file gives {list(need)} on each of {tp_size} ranks"
     if faults:
         raise CheckpointError(f"{source.where} does not fit the built model:{faults}")
+    chunks = [model] if isinstance(model, nn.Module) else model
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            dim = partition_dim(parameter)
-            parameter.copy_(read_internal(source, entries[name], partition_dim=dim, rank=tp_rank, size=tp_size))
+        for name, first in parameters.items():
+            value = read_internal(source, entries[name], partition_dim=partition_dim(first), rank=tp_rank, size=tp_size)
+            for chunk in chunks:  # several hold the embedders
+                parameter = local_parameters(chunk).get(name)
+                if parameter is not None:
+                    parameter.copy_(value)
 
 
 def gather_full(
-    model: nn.Module,
+    chunks: nn.Module | Sequence[nn.Module],
     *,
-    tp_group: ProcessGroup | None,
+    tp_group: ProcessGroup | None = None,
+    pp_group: ProcessGroup | None = None,
     getter: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Stream (internal name, full tensor) on rank 0 of the tensor-parallel group, (name, None) on the others.
+    """Stream (internal name, full tensor) on the rank that is first in both groups, (name, None) on the others, stage by stage.
 
-    A collective: all ranks of the group must exhaust it. `getter` picks what is gathered: the parameter, or its
-    `main_grad` (with DistributedOptimizer valid on the shard's owner only: gather over data parallel first).
+    A collective: all ranks of the groups must exhaust it. `getter` picks what is gathered: the parameter, or its gradient
+    (`training.optimizer.gather_main_grads`). What several pieces hold is taken from the first of them.
     """
-    size = tp_group.size() if tp_group is not None else 1
-    for name, parameter in local_parameters(model).items():
+    parameters, seen = local_parameters(chunks), set()
+    for owner, catalogue in enumerate(_catalogues(parameters, pp_group, getter)):
+        for name, (shape, dim, dtype) in catalogue.items():
+            if name in seen:
+                continue
+            seen.add(name)
+            value = None
+            if pp_group is None or pp_group.rank() == owner:
+                value = _over_tensor_ranks(getter(parameters[name]).detach(), dim, tp_group)
+            if owner > 0 and (tp_group is None or tp_group.rank() == 0):
+                size = tp_group.size() if tp_group is not None else 1
+                whole = shape if dim is None else (*shape[:dim], shape[dim] * size, *shape[dim + 1 :])
+                value = _to_first_stage(value, whole, dtype, owner=owner, group=pp_group)
+            yield name, value
+
+
+def _catalogues(parameters: Mapping[str, nn.Parameter], pp_group: ProcessGroup | None, getter) -> list[dict]:
+    """Of each stage: {name: (local shape, split dimension, dtype)} of what `getter` gives."""
+    mine = {}
+    for name, parameter in parameters.items():
         value = getter(parameter)
         if value is None:
             raise CheckpointError(f"{name!r}: the getter returned None; has a backward pass run?")
-        dim = partition_dim(parameter)
-        if size > 1 and dim is not None:
-            yield name, _gather(value.detach(), dim, tp_group)
-        else:
-            yield name, value.detach() if size == 1 or tp_group.rank() == 0 else None
+        mine[name] = (tuple(value.shape), partition_dim(parameter), value.dtype)
+    if pp_group is None or pp_group.size() == 1:
+        return [mine]
+    catalogues: list = [None] * pp_group.size()
+    dist.all_gather_object(catalogues, mine, group=pp_group)
+    return catalogues
 
 
 def export_diffusers(
@@ -180,13 +205,17 @@ def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
 
 
-def local_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Internal name -> parameter of this rank; the `module.` of Megatron's wrappers is removed."""
-    parameters = {}
-    for name, parameter in model.named_parameters():
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
-        parameters[name] = parameter
+def local_parameters(chunks: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """Internal name -> parameter of this rank; the `module.` of Megatron's wrappers is removed.
+
+    Of a parameter that several chunks hold, the first chunk's.
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    for chunk in [chunks] if isinstance(chunks, nn.Module) else chunks:
+        for name, parameter in chunk.named_parameters():
+            while name.startswith("module."):
+                name = name.removeprefix("module.")
+            parameters.setdefault(name, parameter)
     return parameters
 
 
@@ -203,8 +232,27 @@ def _local_shape(entry: Entry, dim: int | None, size: int) -> tuple[int, ...]:
     return (*shape[:dim], shape[dim] // size, *shape[dim + 1 :])
 
 
-def _gather(shard: Tensor, dim: int, group: ProcessGroup) -> Tensor | None:
+def _over_tensor_ranks(shard: Tensor, dim: int | None, group: ProcessGroup | None) -> Tensor | None:
+    """The whole tensor on the group's first rank, None on the others."""
+    if group is None or group.size() == 1:
+        return shard
+    if dim is None:
+        return shard if group.rank() == 0 else None
     shard = shard.contiguous()
     shards = [torch.empty_like(shard) for _ in range(group.size())] if group.rank() == 0 else None
     dist.gather(shard, shards, group=group, group_dst=0)
     return torch.cat(shards, dim=dim) if shards is not None else None
+
+
+def _to_first_stage(
+    value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, *, owner: int, group: ProcessGroup
+) -> Tensor | None:
+    """`value` of the stage `owner` on the first stage, None on the others."""
+    if group.rank() == owner:
+        dist.send(value.contiguous(), group=group, group_dst=0)
+    if group.rank() != 0:
+        return None
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    received = torch.empty(shape, dtype=dtype, device=device)
+    dist.recv(received, group=group, group_src=owner)
+    return received

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 
@@ -80,7 +81,11 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline stages."""
     vpp: int = 1
-    """Virtual pipeline chunks on each stage; 1 is no interleaving."""
+    """Virtual pipeline chunks on each stage (interleaved schedule: a smaller bubble, vpp times the messages); 1 is no
+    interleaving. Chunk c of rank p is the network's piece c * pp + p."""
+    chunk_layers: tuple[int, ...] | None = None
+    """Blocks of each of the pp * vpp pieces, in the network's order; null: as even as possible, the larger ones in the middle
+    (the first piece also embeds patches, the last one projects and computes the loss)."""
 
     @property
     def cp(self) -> int:
@@ -92,9 +97,27 @@ class ParallelConfig:
         """Ranks that hold one replica of the networks: tp * cp * pp."""
         return self.tp * self.cp * self.pp
 
+    @property
+    def num_chunks(self) -> int:
+        """Pieces into which the network's blocks are cut: pp * vpp."""
+        return self.pp * self.vpp
+
+    def layer_ranges(self, num_layers: int) -> tuple[range, ...]:
+        """The blocks of each piece, in the network's order."""
+        counts = self.chunk_layers or _even_split(num_layers, self.num_chunks)
+        stops = list(accumulate(counts))
+        return tuple(range(stop - count, stop) for count, stop in zip(counts, stops, strict=True))
+
     def dp(self, world_size: int) -> int:
         """Data parallel degree in a world of `world_size` ranks (which model_parallel_size must divide)."""
         return world_size // self.model_parallel_size
+
+
+def _even_split(total: int, parts: int) -> tuple[int, ...]:
+    """Sizes that differ by one at most, the larger ones in the middle."""
+    small, larger = divmod(total, parts)
+    before = (parts - larger) // 2
+    return tuple(small + (before <= index < before + larger) for index in range(parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +126,9 @@ class PrecisionConfig:
     preconditioning and the tangent's normalisation fp64."""
 
     params_dtype: Literal["bf16", "fp32"]
+    linear_layers: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose tensor-parallel linears the blocks are built of. auto: Transformer Engine's where it is installed and there is CUDA,
+    else Megatron-Core's own."""
+    fp8: tuple[Literal["teacher", "fake_score"], ...] = ()
+    """Networks whose plain passes run their linears in FP8 (Transformer Engine on Hopper or newer). Saves about a third of their
+    time on paper, changes their outputs by FP8's rounding; never used for a tangent, so never for the student."""

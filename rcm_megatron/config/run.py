@@ -155,13 +155,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Batch, checkpoints and memory. Order of data, noise and times follow from the run's seed, not from ranks."""
+    """Batch and checkpoints. Order of data, noise and times follow from the run's seed, not from ranks."""
 
     global_batch_size: int
     """Samples of one update, over all data-parallel ranks and micro-batches."""
     micro_batch_size: int = 1
-    recompute: Literal["none", "full"] = "full"
-    """full: a block keeps only its input and runs again in the backward pass."""
     log_every: int = 1
     sample_every: int = 0
     """Iterations between sample videos; 0: none."""
@@ -172,6 +170,21 @@ class TrainerConfig:
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
     stop_after: int | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Time for memory, each policy with its price. The tables of docs/memory.md were measured."""
+
+    recompute: Literal["none", "selective", "full"] = "full"
+    """What plain passes keep for the backward pass (the dual pass always keeps a block's primal input alone).
+    none: every activation. selective: outputs of matmuls and attention, the rest again. full: the block's input; one more forward."""
+    teacher_weights: Literal["resident", "sharded", "offloaded"] = "resident"
+    """resident: whole on every rank. sharded: 1/(dp*cp) of each block on a rank, gathered block by block in each teacher pass.
+    offloaded: in host memory, copied block by block; a CUDA device only."""
+    offload_optimizer: tuple[Literal["student", "fake_score"], ...] = ()
+    """Networks whose fp32 main parameters and moments wait in pinned host memory between their updates: 12/(dp*cp) bytes a
+    parameter of device memory less, two copies over PCIe an update. A CUDA device only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +239,7 @@ class RunConfig:
     encoders: EncodersConfig
     data: DataConfig
     trainer: TrainerConfig
+    memory: MemoryConfig = MemoryConfig()
     sampling: SamplingConfig = SamplingConfig()
     logging: LoggingConfig = LoggingConfig()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig
@@ -102,11 +103,7 @@ def _layout(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     yield from bad
     if bad or model.num_heads <= 0:
         return
-    if parallel.pp != 1 or parallel.vpp != 1:
-        yield (
-            f"parallel.pp={parallel.pp}, parallel.vpp={parallel.vpp}: pipeline stages are not supported; "
-            "set both to 1 and use tp, ring or ulysses"
-        )
+    yield from _pipeline(parallel, model)
     if model.num_heads % parallel.tp:
         yield (
             f"model.num_heads={model.num_heads} must divide by parallel.tp={parallel.tp}; "
@@ -122,6 +119,26 @@ def _layout(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
             f"model.ffn_hidden_size={model.ffn_hidden_size} must divide by parallel.tp={parallel.tp}; "
             f"set parallel.tp to a divisor of both it and model.num_heads={model.num_heads}"
         )
+
+
+def _pipeline(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Blocks on stages. `parallel`'s degrees are positive."""
+    chunks = f"pp*vpp = {parallel.pp}*{parallel.vpp} = {parallel.num_chunks}"
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp={parallel.vpp} interleaves the chunks of 2 or more stages, got parallel.pp=1; set vpp to 1"
+    if parallel.num_chunks > model.num_layers:
+        yield (
+            f"model.num_layers={model.num_layers} cannot give each of parallel.{chunks} pieces a block; "
+            "lower parallel.pp or parallel.vpp"
+        )
+    elif parallel.chunk_layers is not None:
+        layers = list(parallel.chunk_layers)
+        even = [len(blocks) for blocks in replace(parallel, chunk_layers=None).layer_ranges(model.num_layers)]
+        if len(layers) != parallel.num_chunks or sum(layers) != model.num_layers or min(layers, default=0) < 1:
+            yield (
+                f"parallel.chunk_layers={layers} must hold {parallel.num_chunks} counts of 1 or more ({chunks}) whose sum is "
+                f"model.num_layers={model.num_layers}; e.g. {even}, or null"
+            )
 
 
 def _world(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -143,6 +160,21 @@ def _world(config: RunConfig, world_size: int) -> Iterator[str]:
             f"trainer.global_batch_size={trainer.global_batch_size} must divide by micro_batch_size*dp = "
             f"{trainer.micro_batch_size}*{dp} = {step} (dp = {world_size} processes / {size}); "
             f"set it to {math.ceil(trainer.global_batch_size / step) * step}"
+        )
+        return
+    yield from _micro_batches(config, dp)
+
+
+def _micro_batches(config: RunConfig, dp: int) -> Iterator[str]:
+    """The interleaved schedule wants whole rounds of pp micro-batches."""
+    parallel, trainer = config.parallel, config.trainer
+    count = trainer.global_batch_size // (trainer.micro_batch_size * dp)
+    if parallel.vpp > 1 and parallel.pp > 1 and count % parallel.pp:
+        step = trainer.micro_batch_size * dp * parallel.pp
+        yield (
+            f"parallel.vpp={parallel.vpp} needs a number of micro-batches that divides by parallel.pp={parallel.pp}, got {count} "
+            f"(global_batch_size / (micro_batch_size * dp)); set trainer.global_batch_size to "
+            f"{math.ceil(trainer.global_batch_size / step) * step}, or vpp to 1"
         )
 
 

@@ -15,13 +15,14 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
+from rcm_megatron.dual import BATCH_DIM, Dual, as_message, from_message, map_linear, recomputed
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm, modulate, silu
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
+from rcm_megatron.parallel.stages import Stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,18 +121,18 @@ class WanHead(nn.Module):
 
 
 class WanModel(MegatronModule):
-    """The network: velocity tokens from noisy tokens, timestep and text.
+    """The network, or one pipeline stage's piece of it: velocity tokens from noisy tokens, timestep and text.
+
+    The time and text embedders are on every piece, because every block needs them and a message carries the hidden state alone.
 
     Args:
         model: architecture.
         config: Megatron's configuration of the run (parallel sizes, dtypes).
         layout: how the tokens of one latent shape lie on the ranks.
         context: context-parallel attention of this run.
+        stage: which blocks this piece holds; by default all of them.
         recompute_blocks: recompute each block in the backward of plain passes (dual passes always do).
     """
-
-    model_type = ModelType.encoder_or_decoder
-    share_embeddings_and_output_weights = False
 
     def __init__(
         self,
@@ -140,37 +141,51 @@ class WanModel(MegatronModule):
         *,
         layout: TokenLayout,
         context: ContextParallel,
-        recompute_blocks: bool = True,
+        stage: Stage | None = None,
         spec: LayerSpec | None = None,
+        recompute_blocks: bool = True,
     ) -> None:
         super().__init__(config)
+        self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
         spec, dtype, tp_group = spec or local_layer_spec(), config.params_dtype, layout.groups.tp
         wide = wide_dtype(dtype)
         self.model, self.layout, self.recompute_blocks = model, layout, recompute_blocks
+        self.stage = stage or Stage(range(model.num_layers))
+        self.pre_process, self.post_process = (
+            self.stage.is_first,
+            self.stage.is_last,
+        )  # finalize_model_grads asks for them
         hidden = model.hidden_size
-        self.patch_embedding = ReplicatedLinear(layout.patch_features, hidden, dtype=dtype, on_token_shards=True)
+        if self.stage.is_first:
+            self.patch_embedding = ReplicatedLinear(layout.patch_features, hidden, dtype=dtype, on_token_shards=True)
         self.text_embedding = TextEmbedding(model, dtype=dtype)
         self.time_embedding = TimestepEmbedding(model, dtype=wide)
         self.time_projection = ReplicatedLinear(hidden, 6 * hidden, dtype=wide, on_token_shards=True)
         self.blocks = nn.ModuleDict(
             {
                 str(i): WanBlock(model, config=config, spec=spec, context=context, tp_group=tp_group)
-                for i in range(model.num_layers)
+                for i in self.stage.layers
             }
         )
-        self.head = WanHead(model, dtype=dtype)
+        if self.stage.is_last:
+            self.head = WanHead(model, dtype=dtype)
+        if self.stage.count > 1:
+            for embedder in (self.text_embedding, self.time_embedding, self.time_projection):
+                mark_replicated_over_stages(embedder)
+        self._received: Tensor | None = None
         self._geometry: dict[torch.device, TokenGeometry] = {}
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Megatron's schedules hand a stage its input here; a single stage has none."""
-        if any(tensor is not None for tensor in input_tensor):
-            raise RuntimeError("a model of one pipeline stage received an input tensor; set parallel.pp to 1")
+        """Megatron's schedules hand a stage the message of the one before here."""
+        (self._received,) = input_tensor
 
     def forward(self, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual, text_LBD: Tensor) -> Tensor | Dual:
         """Velocity ``[S, B, P]`` (RF convention, noise − x0) with padding set to zero; a Dual for Dual inputs.
 
+        A piece that is not the last returns the hidden state instead, as the next one's message ``[S, B or 2B, D]``.
+
         Args:
-            x_SBP: noisy tokens of this rank, scaled by ``c_in``, in the compute dtype.
+            x_SBP: noisy tokens of this rank, scaled by ``c_in``, in the compute dtype; used by the first piece alone.
             timestep_1B: ``[1, B]`` in [0, 1000], fp32 or wider; a Dual exactly when ``x_SBP`` is one.
             text_LBD: ``[L, B, text_dim]`` text embeddings, equal on all ranks of the sample.
         """
@@ -178,12 +193,22 @@ class WanModel(MegatronModule):
         geometry = self._token_geometry(device)
         e_1BD = recomputed(self.time_embedding, timestep_1B)
         e_6BD = recomputed(self._project_time, e_1BD)
-        h_SBD = recomputed(self.patch_embedding, map_linear(lambda value: value.to(dtype), x_SBP))
+        if self.stage.is_first:
+            h_SBD = recomputed(self.patch_embedding, map_linear(lambda value: value.to(dtype), x_SBP))
+        else:
+            h_SBD, self._received = from_message(self._received, dual=isinstance(timestep_1B, Dual)), None
         text_LBD = self.text_embedding(text_LBD.to(dtype))
         for block in self.blocks.values():
             h_SBD = self._run(block, h_SBD, e_6BD, text_LBD, geometry)
-        v_SBP = recomputed(self.head, h_SBD, e_1BD)
-        return masked(v_SBP, self.layout)
+        if not self.stage.is_last:
+            return as_message(h_SBD)
+        return masked(recomputed(self.head, h_SBD, e_1BD), self.layout)
+
+    def new_output(self, batch: int) -> Tensor:
+        """An empty velocity ``[S, batch, P]`` of this rank, to receive the last stage's."""
+        features = self.model.out_channels * self.model.patch_volume
+        shape = (self.layout.local_tokens, batch, features)
+        return torch.empty(shape, dtype=self.config.params_dtype, device=next(self.parameters()).device)
 
     def _run(self, block: WanBlock, h_SBD, e_6BD, text_LBD: Tensor, geometry: TokenGeometry) -> Tensor | Dual:
         def run(h, e, text):
@@ -211,7 +236,7 @@ class WanModel(MegatronModule):
         return self._geometry[device]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
-        """Every parameter as a Megatron ShardedTensor: split over tp where it is, one replica elsewhere."""
+        """Every parameter as a Megatron ShardedTensor: split over tp where it is, one main replica elsewhere."""
         groups = self.layout.groups
         sharded = {}
         for name, parameter in self.named_parameters():
@@ -221,8 +246,21 @@ class WanModel(MegatronModule):
                     parameter, prefix + name, tp_axis=parameter.partition_dim, **replicas
                 )
             else:
-                sharded[prefix + name] = make_sharded_tensor_for_checkpoint(parameter, prefix + name, **replicas)
+                piece = self.stage.index if getattr(parameter, "pipeline_parallel", False) else 0
+                sharded[prefix + name] = make_sharded_tensor_for_checkpoint(
+                    parameter, prefix + name, replica_id=(piece, groups.tp.rank(), groups.dp_cp.rank()), **replicas
+                )
         return sharded
+
+
+def mark_replicated_over_stages(module: nn.Module) -> None:
+    """Tell Megatron that every stage holds ``module``: its gradients are summed over the stages.
+
+    With the distributed optimizer that sum comes after the reduce-scatter over dp*cp, and stages of different sizes would cut their buffers
+    at different places. ``shared_embedding`` gives each parameter a bucket of its own, cut alike on all stages.
+    """
+    for parameter in module.parameters():
+        parameter.pipeline_parallel = parameter.shared_embedding = True
 
 
 def split_modulation(e_MBD: Tensor | Dual, table_1MD: Tensor) -> tuple[Tensor | Dual, ...]:

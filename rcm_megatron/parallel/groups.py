@@ -51,6 +51,19 @@ class ParallelGroups:
         return self.dp.rank()
 
     @property
+    def pp_size(self) -> int:
+        return self.pp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp.rank()
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses: it holds the network's last piece."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
     def token_shards(self) -> int:
         """Number of contiguous shards into which the tokens of a sample are cut: tp * cp."""
         return self.tp_size * self.cp_size
@@ -73,6 +86,7 @@ def initialize_parallel(parallel: ParallelConfig) -> ParallelGroups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         hierarchical_context_parallel_sizes=[parallel.ulysses, parallel.ring] if hybrid else None,
         create_gloo_process_groups=False,

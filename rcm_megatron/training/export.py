@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm_megatron import __version__
+from rcm_megatron import __version__, platform
 from rcm_megatron.checkpoint.convert import DTYPES, export_diffusers, gather_full
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.writers import check_target
@@ -50,7 +51,7 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     facts = _facts(run, request, str(checkpoint or run.init.teacher))
     if groups.cp_rank == 0 and groups.dp_rank == 0:
         export_diffusers(
-            gather_full(network, tp_group=groups.tp),
+            gather_full(network, tp_group=groups.tp, pp_group=groups.pp),
             run.model,
             request.output,
             dtype=dtype,
@@ -67,7 +68,7 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     dist.destroy_process_group()
 
 
-def _verify(run: RunConfig, network: WanModel, groups: ParallelGroups, request: ExportRequest) -> None:
+def _verify(run: RunConfig, network: Sequence[WanModel], groups: ParallelGroups, request: ExportRequest) -> None:
     """Compare on rank 0; all ranks learn the error, so that all fail together."""
     error = torch.zeros(1, dtype=torch.float64)
     x_BCTHW, timestep_B, text_BLD = _random_input(run)
@@ -75,7 +76,7 @@ def _verify(run: RunConfig, network: WanModel, groups: ParallelGroups, request: 
     if dist.get_rank() == 0:
         theirs_BCTHW = _diffusers_forward(request.output, x_BCTHW, timestep_B, text_BLD)
         error[0] = (theirs_BCTHW - ours_BCTHW).norm() / ours_BCTHW.norm()
-    error = error.to(next(network.parameters()).device)
+    error = error.to(platform.device())
     dist.broadcast(error, src=0)
     if not float(error) <= VERIFY_BOUND:
         raise CheckpointError(
@@ -98,16 +99,17 @@ def _random_input(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def _our_forward(
-    network: WanModel, x_BCTHW: Tensor, timestep_B: Tensor, text_BLD: Tensor, *, dtype: torch.dtype
+    network: Sequence[WanModel], x_BCTHW: Tensor, timestep_B: Tensor, text_BLD: Tensor, *, dtype: torch.dtype
 ) -> Tensor:
     """Velocity [B, C, T, H, W], fp64 on the CPU, of the network with its weights rounded to `dtype` as they were written."""
-    for parameter in network.parameters():
-        parameter.copy_(parameter.to(dtype))
-    device = next(network.parameters()).device
-    x_SBP = network.layout.shard(x_BCTHW.to(device))
+    for chunk in network:
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.to(dtype))
+    device, layout = platform.device(), network[0].layout
+    x_SBP = layout.shard(x_BCTHW.to(device))
     network_input = NetworkInput(x_SBP, timestep_B[None].to(device), text_BLD.transpose(0, 1).to(device))
-    (v_SBP,) = evaluate([network], [network_input])
-    return network.layout.gather(v_SBP).double().cpu()
+    (v_SBP,) = evaluate(network, [network_input])
+    return layout.gather(v_SBP).double().cpu()
 
 
 @torch.no_grad()

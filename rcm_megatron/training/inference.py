@@ -21,7 +21,7 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
-from rcm_megatron.training.networks import DTYPES, build_model, load_weights
+from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
 from rcm_megatron.training.sampling import Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
@@ -62,27 +62,27 @@ def load_network(
     weights: Weights,
     checkpoint: Path | None = None,
     dtype: torch.dtype | None = None,
-) -> WanModel:
-    """One frozen network of ``run`` on this rank, in `dtype` (default: the run's).
+) -> list[WanModel]:
+    """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
     The teacher comes from ``init.teacher``; the others from `checkpoint` (of `resolve_checkpoint`), whose fp32 values are rounded.
     """
     dtype = dtype or DTYPES[run.precision.params_dtype]
-    network = build_model(
-        run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute_blocks=False
-    ).requires_grad_(False)
+    chunks = build_chunks(run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute="none")
+    for chunk in chunks:
+        chunk.requires_grad_(False)
     if weights == "teacher":
         if run.init.teacher is None:
             raise CheckpointError(
                 "init.teacher=null: this run has no teacher; choose other --weights or set init.teacher"
             )
-        return load_weights(network, open_checkpoint(run.init.teacher))
+        return load_weights(chunks, open_checkpoint(run.init.teacher))
     name, kind = _STORED[weights]
     try:
-        run_checkpoints.load_weights(checkpoint, [network], network=name, kind=kind)
+        run_checkpoints.load_weights(checkpoint, chunks, network=name, kind=kind)
     except CheckpointingException as error:
         raise CheckpointError(f"{checkpoint} does not hold the {weights} weights of this network: {error}") from error
-    return network
+    return chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +99,24 @@ class SampleBatches:
     seed: int
     batch_size: int
 
-    def __call__(self, network: WanModel, draw: Callable[[Sampler], Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    def __call__(
+        self, network: Sequence[WanModel], draw: Callable[[Sampler], Tensor]
+    ) -> Iterator[tuple[list[int], Tensor]]:
         """(sample indices, latents [B, C, T, H, W]) of each batch; `draw` calls one of `Sampler`'s methods."""
-        groups, device = network.layout.groups, platform.device()
-        mine = list(range(groups.dp_rank, self.text_LBD.shape[1], groups.dp_size))
+        layout, device = network[0].layout, platform.device()
+        mine = list(range(layout.groups.dp_rank, self.text_LBD.shape[1], layout.groups.dp_size))
         for start in range(0, len(mine), self.batch_size):
             indices = mine[start : start + self.batch_size]
             text_LBD = self.text_LBD[:, indices].to(device)
             null_LBD = self.null_text_L1D.to(device).expand(-1, len(indices), -1)
-            yield indices, draw(Sampler([network], network.layout, text_LBD, null_LBD, self.seed, indices))
+            yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices))
 
-    def all(self, network: WanModel, draw: Callable[[Sampler], Tensor]) -> Tensor:
+    def all(self, network: Sequence[WanModel], draw: Callable[[Sampler], Tensor]) -> Tensor:
         """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""
         mine = [(indices, latents.cpu()) for indices, latents in self(network, draw)]
-        parts: list = [None] * network.layout.groups.dp_size
-        dist.all_gather_object(parts, mine, group=network.layout.groups.dp)
+        groups = network[0].layout.groups
+        parts: list = [None] * groups.dp_size
+        dist.all_gather_object(parts, mine, group=groups.dp)
         pairs = [pair for part in parts for pair in part]
         order = torch.tensor([index for indices, _ in pairs for index in indices])
         return torch.cat([latents for _, latents in pairs])[order.argsort()]

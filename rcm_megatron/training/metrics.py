@@ -30,8 +30,8 @@ def reduce_objectives(results: Mapping[str, ObjectiveResult], groups: ParallelGr
         sums[f"{name}/count"] = kept.sum()
         sums[f"{name}/nan_samples"] = masked.double().sum()
         sums[f"{name}/loss"] = torch.where(masked, 0.0, torch.cat(result.loss_B).double()).sum()
-        if "tangent_norm_B" in result.outputs:
-            norm = torch.cat(result.outputs["tangent_norm_B"]).double()
+        if name == "scm":
+            norm = torch.cat(result.tangent_norm_B)
             sums[f"{name}/tangent_norm"] = torch.where(masked, 0.0, norm).sum()
     total = torch.stack(list(sums.values()))
     dist.all_reduce(total, group=groups.dp)

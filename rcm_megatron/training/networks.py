@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +16,40 @@ from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
+from rcm_megatron.parallel.stages import stages_of_rank
 from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.optimizer import wrap_ddp
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_model(
+def build_chunks(
     model: ModelConfig,
     latent: LatentConfig,
     parallel: ParallelConfig,
     *,
     groups: ParallelGroups,
     params_dtype: torch.dtype,
-    recompute_blocks: bool = True,
-) -> WanModel:
-    """One network of this rank, weights not set."""
+    recompute: str = "full",
+) -> list[WanModel]:
+    """This rank's pieces of one network, weights not set: one chunk, or vpp of them."""
     config = platform.transformer_config(model, parallel, params_dtype=params_dtype, perform_initialization=False)
-    return WanModel(
-        model,
-        config,
-        layout=TokenLayout(latent.shape_CTHW, model.patch_size, groups=groups),
-        context=ContextParallel(ring_group=groups.ring, ulysses_group=groups.ulysses),
-        recompute_blocks=recompute_blocks,
-    ).to(platform.device())
+    layout = TokenLayout(latent.shape_CTHW, model.patch_size, groups=groups)
+    context = ContextParallel(ring_group=groups.ring, ulysses_group=groups.ulysses)
+    stages = stages_of_rank(parallel, model.num_layers, pp_rank=groups.pp_rank)
+    chunks = [
+        WanModel(model, config, layout=layout, context=context, stage=stage, recompute_blocks=recompute == "full")
+        for stage in stages
+    ]
+    return [chunk.to(platform.device()) for chunk in chunks]
 
 
-def load_weights(model: WanModel, source: Mapping[str, Tensor]) -> WanModel:
-    """Fill ``model`` from an open checkpoint (or tensors in any known naming); every rank reads its own slices."""
-    groups = model.layout.groups
-    load_into(model, source, model_config=model.model, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
-    return model
+def load_weights(chunks: Sequence[WanModel], source: Mapping[str, Tensor]) -> list[WanModel]:
+    """Fill ``chunks`` from an open checkpoint (or tensors in any known naming); every rank reads its own slices."""
+    groups, stage = chunks[0].layout.groups, chunks[0].stage
+    place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": stage.count > 1}
+    load_into(chunks, source, model_config=chunks[0].model, **place)
+    return list(chunks)
 
 
 def seeded_weights(model: ModelConfig, *, seed: int) -> dict[str, Tensor]:
@@ -74,16 +77,16 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
     dtype = DTYPES[run.precision.params_dtype]
 
     def build(path: str | None, *, trained: bool) -> list[nn.Module]:
-        model = build_model(
+        chunks = build_chunks(
             run.model,
             run.latent,
             run.parallel,
             groups=groups,
             params_dtype=dtype,
-            recompute_blocks=run.trainer.recompute == "full",
+            recompute=run.memory.recompute,
         )
-        load_weights(model, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
-        return wrap_ddp([model], model.config) if trained else [model.requires_grad_(False)]
+        load_weights(chunks, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
+        return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
     init = run.init
     student = build(init.student or init.teacher, trained=True)

@@ -6,7 +6,7 @@ token shards x_SBP (rcm_megatron.models.tokens); t_1B1 are TrigFlow times [1, B,
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from rcm_megatron.diffusion import losses, timesteps, trigflow
 from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import NetworkInput, accumulate_gradients, evaluate
+from rcm_megatron.parallel.pipeline import NetworkInput, accumulate_gradients, evaluate, share_from_last_stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,21 @@ class Networks:
     fake_score: list[nn.Module] | None = None
 
 
-@dataclass(eq=False)
+PER_SAMPLE = ("loss_B", "nan_B", "tangent_norm_B")
+"""What losses report of each sample."""
+
+
+@dataclass(frozen=True, eq=False)
 class ObjectiveResult:
-    """What an objective reports, per micro-batch: ``loss_B`` (unweighted, over the whole sample) and named tensors."""
+    """What an objective reports, per micro-batch: ``loss_B`` (unweighted, over the whole sample) and named tensors.
+
+    ``tangent_norm_B`` is zero for objectives without a tangent. ``outputs`` holds token shards; those that a loss computes
+    are on the last stage only.
+    """
 
     loss_B: list[Tensor] = field(default_factory=list)
     nan_B: list[Tensor] = field(default_factory=list)
+    tangent_norm_B: list[Tensor] = field(default_factory=list)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
@@ -112,9 +121,11 @@ def mean_loss(elements: Tensor, *, weight: float) -> Tensor:
     return weight * elements.sum() / elements.shape[1]
 
 
-def report(layout: TokenLayout, elements: Tensor) -> Tensor:
-    """Per-sample loss ``[B]`` over the whole sample; a new tensor, because schedules scale losses in place."""
-    return layout.sum_per_sample(elements)[0, :, 0]
+def report(layout: TokenLayout, elements: Tensor, *, nan_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Loss of each whole sample ``[B]`` and which are masked; new tensors, because schedules scale losses in place."""
+    loss_B = layout.sum_per_sample(elements)[0, :, 0]
+    nan_B = torch.zeros_like(loss_B, dtype=torch.bool) if nan_mask is None else nan_mask[0, :, 0]
+    return {"loss_B": loss_B, "nan_B": nan_B}
 
 
 def scm(
@@ -124,6 +135,7 @@ def scm(
     *,
     warmup_ratio: float,
     weight: float,
+    is_last: bool = True,
 ) -> ObjectiveResult:
     """Continuous-time consistency (forward divergence): rCM Algorithm 1, sCM (arXiv 2410.11081) section 5.1."""
     layout = networks.layout
@@ -138,8 +150,9 @@ def scm(
     before = _difference_outputs(networks, passes, settings)
     for scm_pass, F_before in zip(passes, before, strict=True):
         scm_pass.F_before = F_before
-    reports = accumulate_gradients(networks.student, [p.network_input() for p in passes], [p.loss for p in passes])
-    return _collect(reports, {"xt": xt, "time": t, "F_teacher": F_teacher})
+    inputs, losses_of = [p.network_input() for p in passes], [p.loss for p in passes]
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last)
+    return _collect(networks, batches, reports, {"xt": xt, "time": t, "F_teacher": F_teacher})
 
 
 def _difference_outputs(
@@ -195,7 +208,7 @@ class ScmPass:
             sum_per_sample=self.layout.sum_per_sample,
         )
         elements = losses.scm_loss(F, F.detach(), g, nan_mask=nan_mask)
-        reported = {"loss_B": report(self.layout, elements), "nan_B": nan_mask[0, :, 0]}
+        reported = report(self.layout, elements, nan_mask=nan_mask)
         reported |= {"tangent_norm_B": tangent_norm[0, :, 0], "F_theta": F.detach(), "dF": dF}
         return mean_loss(elements, weight=self.weight), reported
 
@@ -212,7 +225,12 @@ class ScmPass:
 
 
 def dcm(
-    networks: Networks, batches: Sequence[MicroBatch], settings: DistillationConfig, *, weight: float
+    networks: Networks,
+    batches: Sequence[MicroBatch],
+    settings: DistillationConfig,
+    *,
+    weight: float,
+    is_last: bool = True,
 ) -> ObjectiveResult:
     """Discrete consistency: the student's x0 at t_0 meets its own at t_skip after teacher Euler steps."""
     layout, grid = networks.layout, settings.dcm
@@ -237,15 +255,16 @@ def dcm(
     def loss_of(xt: Tensor, t: Tensor, target: Tensor):
         def loss(v: Tensor):
             elements = losses.dcm_loss(trigflow.denoised(xt, v, t), target)
-            return mean_loss(elements, weight=weight), {"loss_B": report(layout, elements)}
+            return mean_loss(elements, weight=weight), report(layout, elements)
 
         return loss
 
     inputs = [network_input(*args) for args in zip(xt, first, text, strict=True)]
-    reports = accumulate_gradients(
-        networks.student, inputs, [loss_of(*a) for a in zip(xt, first, targets, strict=True)]
+    losses_of = [loss_of(*a) for a in zip(xt, first, targets, strict=True)]
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last)
+    return _collect(
+        networks, batches, reports, {"xt": xt, "time": first, "x_skip": x, "time_skip": last, "x0_target": targets}
     )
-    return _collect(reports, {"xt": xt, "time": first, "x_skip": x, "time_skip": last, "x0_target": targets})
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +318,7 @@ def dmd(
     *,
     rollout_steps: int,
     weight: float,
+    is_last: bool = True,
 ) -> ObjectiveResult:
     """Distribution matching (reverse divergence, DMD2 arXiv 2405.14867) on a rollout of the student.
 
@@ -320,7 +340,7 @@ def dmd(
         def loss(v: Tensor):
             again = trigflow.denoised(xt, v, t)
             elements = losses.dmd_loss(again, grad, nan_mask=nan_mask)
-            reported = {"loss_B": report(layout, elements), "nan_B": nan_mask[0, :, 0]}
+            reported = report(layout, elements, nan_mask=nan_mask)
             drift = (again.detach() - G).abs().amax() / G.abs().amax().clamp(min=1e-12)
             return mean_loss(elements, weight=weight), reported | {"rollout_drift": drift}
 
@@ -328,13 +348,18 @@ def dmd(
 
     inputs = [network_input(*a) for a in zip(simulated.xt, simulated.t, (b.text_LBD for b in batches), strict=True)]
     stored = zip(simulated.xt, simulated.t, simulated.G, x0_fake, x0_teacher, strict=True)
-    reports = accumulate_gradients(networks.student, inputs, [loss_of(*args) for args in stored])
+    reports = accumulate_gradients(networks.student, inputs, [loss_of(*args) for args in stored], is_last=is_last)
     named = {"G_x0": simulated.G, "D_xt": xt, "D_time": t, "x0_theta_fake": x0_fake, "x0_theta_teacher": x0_teacher}
-    return _collect(reports, named)
+    return _collect(networks, batches, reports, named)
 
 
 def critic(
-    networks: Networks, batches: Sequence[MicroBatch], settings: DistillationConfig, *, rollout_steps: int
+    networks: Networks,
+    batches: Sequence[MicroBatch],
+    settings: DistillationConfig,
+    *,
+    rollout_steps: int,
+    is_last: bool = True,
 ) -> ObjectiveResult:
     """The fake score learns to denoise what the current student generates; no guidance."""
     layout = networks.layout
@@ -345,20 +370,23 @@ def critic(
         def loss(v: Tensor):
             x0_fake = trigflow.denoised(xt, v, t)
             elements = losses.critic_loss(G, x0_fake, t)
-            reported = {"loss_B": report(layout, elements), "x0_theta_fake": x0_fake.detach()}
-            return mean_loss(elements, weight=1.0), reported
+            return mean_loss(elements, weight=1.0), report(layout, elements) | {"x0_theta_fake": x0_fake.detach()}
 
         return loss
 
     inputs = [network_input(*args) for args in zip(xt, t, (b.text_LBD for b in batches), strict=True)]
-    reports = accumulate_gradients(
-        networks.fake_score, inputs, [loss_of(*a) for a in zip(xt, t, simulated.G, strict=True)]
-    )
-    return _collect(reports, {"G_x0": simulated.G, "D_xt": xt, "D_time": t})
+    losses_of = [loss_of(*a) for a in zip(xt, t, simulated.G, strict=True)]
+    reports = accumulate_gradients(networks.fake_score, inputs, losses_of, is_last=is_last)
+    return _collect(networks, batches, reports, {"G_x0": simulated.G, "D_xt": xt, "D_time": t})
 
 
 def flow_matching(
-    networks: Networks, batches: Sequence[MicroBatch], settings: DistillationConfig, *, weight: float
+    networks: Networks,
+    batches: Sequence[MicroBatch],
+    settings: DistillationConfig,
+    *,
+    weight: float,
+    is_last: bool = True,
 ) -> ObjectiveResult:
     """Flow matching (arXiv 2210.02747): trains the student network as a teacher, with caption dropout."""
     layout = networks.layout
@@ -373,23 +401,33 @@ def flow_matching(
     def loss_of(x0: Tensor, noise: Tensor) -> Callable:
         def loss(v: Tensor):
             elements = layout.mask(losses.flow_matching_loss(v, x0, noise))
-            return mean_loss(elements, weight=weight), {"loss_B": report(layout, elements)}
+            return mean_loss(elements, weight=weight), report(layout, elements)
 
         return loss
 
     inputs = [network_input(x, s, text_of(b)) for x, s, b in zip(xt, t, batches, strict=True)]
-    reports = accumulate_gradients(
-        networks.student, inputs, [loss_of(b.x0_SBP, n) for b, n in zip(batches, noise, strict=True)]
-    )
-    return _collect(reports, {"xt": xt, "time": t})
+    losses_of = [loss_of(b.x0_SBP, n) for b, n in zip(batches, noise, strict=True)]
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last)
+    return _collect(networks, batches, reports, {"xt": xt, "time": t})
 
 
-def _collect(reports: Sequence[dict[str, Tensor]], outputs: dict[str, list[Tensor]]) -> ObjectiveResult:
+def _collect(
+    networks: Networks,
+    batches: Sequence[MicroBatch],
+    reports: Sequence[dict[str, Tensor]],
+    outputs: dict[str, list[Tensor]],
+) -> ObjectiveResult:
+    """Losses on every stage. What else the losses report stays on the last stage, which computed it."""
     result = ObjectiveResult(outputs=dict(outputs))
     for reported in reports:
-        result.loss_B.append(reported["loss_B"])
-        result.nan_B.append(reported.get("nan_B", torch.zeros_like(reported["loss_B"], dtype=torch.bool)))
         for name, value in reported.items():
-            if name not in ("loss_B", "nan_B"):
+            if name not in PER_SAMPLE:
                 result.outputs.setdefault(name, []).append(value)
-    return result
+    sizes = [batch.x0_SBP.shape[1] for batch in batches]
+    values = torch.zeros(len(PER_SAMPLE), sum(sizes), dtype=torch.float64, device=batches[0].x0_SBP.device)
+    for row, name in zip(values, PER_SAMPLE, strict=True):
+        if reports and name in reports[0]:
+            row.copy_(torch.cat([reported[name] for reported in reports]))
+    share_from_last_stage(values, group=networks.layout.groups.pp)
+    loss, nan, tangent_norm = (list(row.split(sizes)) for row in values)
+    return replace(result, loss_B=loss, nan_B=[mask.bool() for mask in nan], tangent_norm_B=tangent_norm)

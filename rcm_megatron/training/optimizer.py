@@ -87,14 +87,15 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def wrap_ddp(model_chunks: Sequence[nn.Module], transformer_config: TransformerConfig) -> list[DistributedDataParallel]:
-    """Megatron's DDP around each model chunk: fp32 gradients, reduce-scattered over dp*cp when finalized.
+    """Megatron's DDP around each model chunk: fp32 gradients, reduce-scattered over dp*cp once an update.
 
-    Nothing overlaps with the backward: a student step accumulates several losses and reduces them once. Parameters may be
-    bf16 and fp32 in one model. DDP averages over dp*cp; the schedules multiply each loss by cp."""
+    The reduction starts bucket by bucket during the last backward of the update and ends when gradients are finalized (a run whose
+    passes all stay under `no_sync` must not finalize). Parameters may be bf16 and fp32 in one model. DDP averages over dp*cp; the
+    schedules multiply each loss by cp."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=True,
         overlap_param_gather=False,
         check_for_nan_in_grad=False,  # it ends the run; optimizer_step skips the update
     )
@@ -207,19 +208,18 @@ def global_gradient_norm(optimizer: MegatronOptimizer, groups: ParallelGroups) -
     return total.sqrt().item()
 
 
-def gather_main_grads(ddp_chunks: Sequence[DistributedDataParallel]) -> dict[str, Tensor]:
-    """Each local parameter's whole finalized gradient, fp32, by name: for tests and conformance checks.
+def gather_main_grads(ddp_chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Tensor]:
+    """The whole finalized gradient, fp32, of each parameter of this rank: for tests and conformance checks.
 
     After the reduce-scatter a rank's `main_grad` is valid on its own shard only; this gathers the shards over dp*cp.
     Tensor-parallel slices stay slices."""
     gradients = {}
     for chunk in ddp_chunks:
-        names = {parameter: name for name, parameter in chunk.module.named_parameters()}
         for buffer in chunk.buffers:
             buckets = [_gathered(bucket.grad_data, group=buffer.data_parallel_group) for bucket in buffer.buckets]
             for parameter, (start, stop, bucket) in buffer.param_index_map.items():
                 offset = buffer.buckets[bucket].offset
-                gradients[names[parameter]] = buckets[bucket][start - offset : stop - offset].view(parameter.shape)
+                gradients[parameter] = buckets[bucket][start - offset : stop - offset].view(parameter.shape)
     return gradients
 
 

@@ -64,7 +64,7 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     request.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     for indices, latents_BCTHW in batches(network, draw):
-        if groups.token_shard == 0:
+        if groups.token_shard == 0 and groups.pp_rank == 0:
             for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True):
                 _write(run, request, index, names[index], latent_CTHW.cpu())
     dist.barrier()

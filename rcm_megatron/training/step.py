@@ -1,7 +1,8 @@
 """One iteration of a stage: which networks it trains, with which objectives, and the gradients it leaves behind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rcm_megatron.config import DistillationConfig, StageConfig
 from rcm_megatron.diffusion import timesteps
@@ -44,30 +45,31 @@ def accumulate_step(
     settings: DistillationConfig,
     timers: Timers | None = None,
 ) -> dict[str, ObjectiveResult]:
-    """Run the passes of ``step`` over all micro-batches and leave the summed, unreduced gradients in ``main_grad``.
+    """Run the passes of ``step`` over all micro-batches and leave their summed gradients in ``main_grad``.
 
-    Gradients of all objectives of a student step add up into one update, so they are reduced once, by the caller.
+    Gradients of all objectives of a student step add up into one update, so they are reduced once: by the caller, who finishes what the
+    last objective's last backward may have started.
     """
-    timers, weights = timers or Timers(), stage.losses
+    timers, passes = timers or Timers(), _objectives(step, stage)
     results: dict[str, ObjectiveResult] = {}
-    if step.trained == "fake_score":
-        with timers("critic"):
-            results["critic"] = objectives.critic(networks, batches, settings, rollout_steps=step.rollout_steps)
-        return results
-    if weights.flow:
-        with timers("flow"):
-            results["flow"] = objectives.flow_matching(networks, batches, settings, weight=weights.flow)
-    if weights.dcm:
-        with timers("dcm"):
-            results["dcm"] = objectives.dcm(networks, batches, settings, weight=weights.dcm)
-    if weights.scm:
-        with timers("scm"):
-            results["scm"] = objectives.scm(
-                networks, batches, settings, warmup_ratio=step.warmup_ratio, weight=weights.scm
-            )
-    if weights.dmd and step.dmd_active:
-        with timers("dmd"):
-            results["dmd"] = objectives.dmd(
-                networks, batches, settings, rollout_steps=step.rollout_steps, weight=weights.dmd
-            )
+    for name, objective in passes.items():
+        with timers(name):
+            results[name] = objective(networks, batches, settings, is_last=name == list(passes)[-1])
     return results
+
+
+def _objectives(step: Step, stage: StageConfig) -> dict[str, Callable[..., ObjectiveResult]]:
+    """The objectives of ``step``, in the order in which their gradients add up."""
+    weights, rollout = stage.losses, {"rollout_steps": step.rollout_steps}
+    if step.trained == "fake_score":
+        return {"critic": partial(objectives.critic, **rollout)}
+    passes = {}
+    if weights.flow:
+        passes["flow"] = partial(objectives.flow_matching, weight=weights.flow)
+    if weights.dcm:
+        passes["dcm"] = partial(objectives.dcm, weight=weights.dcm)
+    if weights.scm:
+        passes["scm"] = partial(objectives.scm, warmup_ratio=step.warmup_ratio, weight=weights.scm)
+    if weights.dmd and step.dmd_active:
+        passes["dmd"] = partial(objectives.dmd, **rollout, weight=weights.dmd)
+    return passes

@@ -25,7 +25,9 @@ LAYOUTS = {"tp2": (2, 1, 2), "dp2": (1, 1, 2), "cp2": (1, 2, 2), "tp2_dp2": (2, 
 def gradients_and_weights(tp, cp, dtype, steps):
     run = ToyRun(tp=tp, cp=cp, dtype=dtype)
     run.backward(0)
-    gradients = gather_full(gather_main_grads(run.chunks), run.groups)
+    by_parameter = gather_main_grads(run.chunks)
+    gradients = {name: by_parameter[parameter] for name, parameter in run.model.named_parameters()}
+    gradients = gather_full(gradients, run.groups)
     norm = global_gradient_norm(run.optimizer, run.groups)
     run.train(range(steps))
     return gradients, norm, run.weights()

@@ -79,21 +79,21 @@ def build(parallel, dtype):
 
     platform.install()
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_model, load_weights, seeded_weights
+    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
     from rcm_megatron.training.objectives import Networks
     from rcm_megatron.training.optimizer import wrap_ddp
 
     groups = initialize_parallel(parallel)
 
     def network(seed, *, trained):
-        model = build_model(MODEL, LATENT, parallel, groups=groups, params_dtype=dtype)
+        chunks = build_chunks(MODEL, LATENT, parallel, groups=groups, params_dtype=dtype)
         weights = seeded_weights(MODEL, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for name, value in weights.items():
             if "norm" in name:  # seeded weights leave norms at one
                 value += 0.3 * torch.randn(value.shape, generator=generator)
-        load_weights(model, weights)
-        return wrap_ddp([model], model.config) if trained else [model.requires_grad_(False)]
+        load_weights(chunks, weights)
+        return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
     student = network(1, trained=True)
     return Networks(
@@ -130,7 +130,7 @@ def all_gradients(parallel, micro_batch_size=MICRO_BATCH_SIZE, dtype=torch.float
 
 
 def gradients_of(networks, name, micro_batch_size):
-    from rcm_megatron.checkpoint.convert import gather_full, local_parameters
+    from rcm_megatron.checkpoint.convert import gather_full
     from rcm_megatron.parallel.pipeline import reduce_gradients
     from rcm_megatron.training.optimizer import gather_main_grads
     from rcm_megatron.training.step import accumulate_step, plan_step
@@ -146,10 +146,8 @@ def gradients_of(networks, name, micro_batch_size):
     results = accumulate_step(step, networks, batches, stage=stage, settings=settings)
     assert len(results) == (2 if name == "scm_and_dmd" else 1)
     reduce_gradients(chunks)
-    module = chunks[0].module
-    gradients = gather_main_grads(chunks)
-    by_parameter = {parameter: gradients[key] for key, parameter in local_parameters(module).items()}
-    return dict(gather_full(module, tp_group=networks.layout.groups.tp, getter=by_parameter.__getitem__))
+    gradients, groups = gather_main_grads(chunks), networks.layout.groups
+    return dict(gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp, getter=gradients.__getitem__))
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,14 @@ def sample_on_layout(parallel):
     from rcm_megatron import platform
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.inference import SampleBatches, encode_captions, student_draw, teacher_draw
-    from rcm_megatron.training.networks import build_model, load_weights, seeded_weights
+    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
     from rcm_megatron.training.trainer import load_null_text
 
     platform.install()
     run = run_config(**parallel)
     groups = initialize_parallel(run.parallel)
-    network = build_model(
-        run.model, run.latent, run.parallel, groups=groups, params_dtype=torch.float32, recompute_blocks=False
+    network = build_chunks(
+        run.model, run.latent, run.parallel, groups=groups, params_dtype=torch.float32, recompute="none"
     )
     load_weights(network, seeded_weights(run.model, seed=3))
     batches = SampleBatches(encode_captions(run, CAPTIONS), load_null_text(run), seed=5, batch_size=2)

@@ -100,8 +100,8 @@ def whole_weights(trainer):
 
     weights = {}
     for name in ("student", "fake_score"):
-        (chunk,) = getattr(trainer.networks, name)
-        gathered = gather_full(chunk.module, tp_group=trainer.groups.tp)
+        groups = trainer.groups
+        gathered = gather_full(getattr(trainer.networks, name), tp_group=groups.tp, pp_group=groups.pp)
         weights[name] = {key: None if value is None else value.clone() for key, value in gathered}
     return weights
 

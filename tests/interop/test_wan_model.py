@@ -22,12 +22,12 @@ def inputs():
 
 def forward_and_export(folder, target):
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_model
+    from rcm_megatron.training.networks import build_chunks
 
     parallel = ParallelConfig(tp=dist.get_world_size())
     groups = initialize_parallel(parallel)
     latent = LatentConfig(**dict(zip(("channels", "frames", "height", "width"), SHAPE_CTHW, strict=True)))
-    model = build_model(CONFIG, latent, parallel, groups=groups, params_dtype=torch.float32)
+    (model,) = build_chunks(CONFIG, latent, parallel, groups=groups, params_dtype=torch.float32)
     source = open_checkpoint(folder)
     load_into(model, source, model_config=CONFIG, tp_rank=groups.tp_rank, tp_size=groups.tp_size)
     x_BCTHW, text_BLD = inputs()

@@ -51,6 +51,7 @@ def test_every_shipped_config_is_valid_complete_and_says_what_it_costs(path):
         "init",
         "student_optimizer",
         "data",
+        "memory",
         "sampling",
         "logging",
     ):

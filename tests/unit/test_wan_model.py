@@ -154,10 +154,11 @@ def wide_twin(network, case):
 
 
 def our_network(network, case, groups, *, dtype=torch.float32):
-    from rcm_megatron.training.networks import build_model, load_weights
+    from rcm_megatron.training.networks import build_chunks, load_weights
 
-    model = build_model(case.model, case.latent, ParallelConfig(), groups=groups, params_dtype=dtype)
-    return load_weights(model, network.state_dict())
+    (model,) = chunks = build_chunks(case.model, case.latent, ParallelConfig(), groups=groups, params_dtype=dtype)
+    load_weights(chunks, network.state_dict())
+    return model
 
 
 @dataclass
