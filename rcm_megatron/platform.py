@@ -204,13 +204,14 @@ def transformer_config(
     pipeline_dtype: torch.dtype | None = None,
     variable_seq_lengths: bool = False,
     overlap_p2p_comm: bool | None = None,
-    deallocate_pipeline_outputs: bool = False,
+    deallocate_pipeline_outputs: bool | None = None,
     perform_initialization: bool = True,
 ) -> TransformerConfig:
     """Megatron's TransformerConfig: every choice that depends on the platform or the layout is made here.
 
     `pipeline_dtype` (default `params_dtype`): dtype of the hidden state sent between stages. `variable_seq_lengths`:
-    stages exchange shapes first. `overlap_p2p_comm` (default: on CUDA with virtual stages).
+    stages exchange shapes first. `overlap_p2p_comm` (default: on CUDA with virtual stages). `deallocate_pipeline_outputs`: a stage
+    frees what it has sent (default: where sends are not overlapped); with a dual that is two hidden states for each micro-batch in flight.
     Raises ValueError for what Megatron accepts and gets wrong."""
     install()
     _check_layout(model, parallel, params_dtype)
@@ -219,6 +220,8 @@ def transformer_config(
     virtual_stages = parallel.vpp if (parallel.vpp or 1) > 1 else None
     if overlap_p2p_comm is None:
         overlap_p2p_comm = torch.cuda.is_available() and virtual_stages is not None
+    if deallocate_pipeline_outputs is None:
+        deallocate_pipeline_outputs = not overlap_p2p_comm
     if overlap_p2p_comm and deallocate_pipeline_outputs:
         raise ValueError(
             "got overlap_p2p_comm and deallocate_pipeline_outputs; need one of them at most: a stage's output would be "

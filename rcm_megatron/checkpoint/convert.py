@@ -135,11 +135,12 @@ def export_diffusers(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
     is_writer: bool = True,
 ) -> None:
     """Write internal full tensors as the folder that `WanTransformer3DModel.from_pretrained` loads.
 
-    It appears complete or not at all. With `gather_full`, call it on all tensor-parallel ranks, `is_writer` on rank 0.
+    It appears complete or not at all. With `gather_full`, call it on all ranks of its groups, `is_writer` on the first.
     """
     check_target(path, force=force)
     if not is_writer:
@@ -155,6 +156,7 @@ def export_diffusers(
         max_shard_bytes=max_shard_bytes,
         force=force,
         metadata=metadata,
+        texts=texts,
     )
 
 

@@ -64,8 +64,11 @@ def write_folder(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """`config.json` + `<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard."""
+    """`config.json` + `<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard.
+
+    `texts`: further files by name, such as a README.md."""
     path = check_target(path, force=force)
     header = {**{key: str(value) for key, value in (metadata or {}).items()}, "format": "pt"}
     with replaced_when_done(path) as folder:
@@ -76,6 +79,9 @@ def write_folder(
             shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
         _name_shards(folder, stem, shards)
         _write_json(folder / "config.json", config)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text)
+            sync_to_disk(folder / name)
         sync_to_disk(folder)
     return path
 

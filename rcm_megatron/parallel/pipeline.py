@@ -10,7 +10,7 @@ every stage: the first needs them as the next pass's input, and all stages then 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,24 +37,34 @@ LossFunction = Callable[[Tensor | Dual], tuple[Tensor, dict[str, Tensor]]]
 """Output of the network -> (scalar loss, what it reports). Called on the last stage only."""
 
 
-def evaluate(chunks: Sequence[nn.Module], inputs: Sequence[NetworkInput]) -> list[Tensor | Dual]:
-    """Network outputs of every micro-batch, on every stage, without gradient."""
+def evaluate(
+    chunks: Sequence[nn.Module], inputs: Sequence[NetworkInput], *, phase: str | None = None
+) -> list[Tensor | Dual]:
+    """Network outputs of every micro-batch, on every stage, without gradient; timed as ``phase``."""
     network = unwrapped(chunks[-1])
-    with torch.no_grad():
+    with torch.no_grad(), timed(chunks, phase):
         outputs = _run(chunks, _whole_rounds(chunks, inputs), forward_only=True)[: len(inputs)]
-        return _from_last_stage(outputs, inputs, network.new_output, network.layout.groups.pp)
+        with timed(chunks, "stages"):
+            return _from_last_stage(outputs, inputs, network.new_output, network.layout.groups.pp)
 
 
 def accumulate_gradients(
-    chunks: Sequence[nn.Module], inputs: Sequence[NetworkInput], losses: Sequence[LossFunction], *, is_last: bool
+    chunks: Sequence[nn.Module],
+    inputs: Sequence[NetworkInput],
+    losses: Sequence[LossFunction],
+    *,
+    is_last: bool,
+    phase: str | None = None,
 ) -> list[dict[str, Tensor]]:
     """Forward and backward of every micro-batch; gradients add up in ``main_grad``.
 
     ``is_last``: no other pass adds to these gradients before :func:`reduce_gradients`, so that their reduction over dp*cp may start while
-    the last micro-batch's backward runs. Returns what the losses report, on the last stage; elsewhere an empty list.
+    the last micro-batch's backward runs. The forward is timed as ``phase``. Returns what the losses report, on the last stage; elsewhere
+    an empty list.
     """
     config = unwrapped(chunks[0]).config
     with ExitStack() as stack:
+        stack.enter_context(timed(chunks, phase))
         if is_last:
             config.no_sync_func = lambda: _no_sync(chunks)
             stack.callback(setattr, config, "no_sync_func", None)
@@ -66,7 +76,14 @@ def accumulate_gradients(
 def reduce_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
     """Reduce what the passes of one step accumulated: over dp*cp, over tp where token shards left partial gradients, and over
     the stages for the embedders that each of them holds."""
-    finalize_model_grads(list(chunks))
+    with timed(chunks, "reduce"):
+        finalize_model_grads(list(chunks))
+
+
+def timed(chunks: Sequence[nn.Module], phase: str | None) -> AbstractContextManager[None]:
+    """A phase of the timers that a training run hangs on its networks' configs (rcm_megatron.training.timers); without them, nothing."""
+    timers = unwrapped(chunks[0]).config.timers
+    return nullcontext() if timers is None or phase is None else timers.phase(phase)
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:

@@ -57,10 +57,10 @@ def export(run: RunConfig, request: ExportRequest) -> None:
             dtype=dtype,
             force=request.force,
             metadata=facts,
+            texts={"README.md": _model_card(run, request, facts)},
             is_writer=dist.get_rank() == 0,
         )
     if dist.get_rank() == 0:
-        (request.output / "README.md").write_text(_model_card(run, request, facts))
         print(f"{request.weights} of {facts['source']} written to {request.output} ({request.dtype}, diffusers format)")
     if request.verify:
         _verify(run, network, groups, request)

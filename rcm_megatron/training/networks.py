@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import load_into
 from rcm_megatron.checkpoint.formats import internal_shapes
-from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, RunConfig
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.models.wan import WanModel
@@ -52,24 +53,28 @@ def load_weights(chunks: Sequence[WanModel], source: Mapping[str, Tensor]) -> li
     return list(chunks)
 
 
-def seeded_weights(model: ModelConfig, *, seed: int) -> dict[str, Tensor]:
-    """Random full weights in internal names that depend on (seed, name) alone: equal on every layout.
+def seeded_weights(model: ModelConfig, *, seed: int) -> CheckpointSource:
+    """Random full weights in internal names that depend on (seed, name) alone: equal on every layout, made when they are read.
 
     As diffusers initialises Wan: linears uniform in ±1/√fan_in, norms at one, modulation tables normal/√hidden_size.
     """
-    weights = {}
     shapes = internal_shapes(model)
-    for name, shape in shapes.items():
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        if "norm" in name:
-            weights[name] = torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-        elif name.endswith("modulation"):
-            weights[name] = torch.randn(shape, generator=generator) / math.sqrt(model.hidden_size)
-        else:
-            fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
-            weights[name] = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in)
-    return weights
+    read = partial(_seeded_tensor, shapes, seed=seed)
+    tensors = {name: LazyTensor(shape, partial(read, name)) for name, shape in shapes.items()}
+    return CheckpointSource(f"random weights of seed {seed}", tensors)
+
+
+def _seeded_tensor(shapes: Mapping[str, tuple[int, ...]], name: str, index: tuple[slice, ...], *, seed: int) -> Tensor:
+    """Rows ``index`` of one random tensor; it is drawn whole."""
+    shape = shapes[name]
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    if "norm" in name:
+        return (torch.ones(shape) if name.endswith("weight") else torch.zeros(shape))[index]
+    if name.endswith("modulation"):
+        return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1]))[index]
+    fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
+    return ((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in))[index]
 
 
 def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:

@@ -17,7 +17,7 @@ from rcm_megatron.diffusion import losses, timesteps, trigflow
 from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import NetworkInput, accumulate_gradients, evaluate, share_from_last_stage
+from rcm_megatron.parallel.pipeline import NetworkInput, accumulate_gradients, evaluate, share_from_last_stage, timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +90,15 @@ def dual_network_input(xt: Tensor, t: Tensor, t_xt: Tensor, t_t: Tensor, text_LB
 
 
 def raw_outputs(
-    chunks: Sequence[nn.Module], xt: Sequence[Tensor], t: Sequence[Tensor], text: Sequence[Tensor]
+    chunks: Sequence[nn.Module],
+    xt: Sequence[Tensor],
+    t: Sequence[Tensor],
+    text: Sequence[Tensor],
+    *,
+    phase: str | None = None,
 ) -> list[Tensor]:
-    """The network's outputs v at (xt, t), without gradient."""
-    return evaluate(chunks, [network_input(*args) for args in zip(xt, t, text, strict=True)])
+    """The network's outputs v at (xt, t), without gradient; timed as ``phase``."""
+    return evaluate(chunks, [network_input(*args) for args in zip(xt, t, text, strict=True)], phase=phase)
 
 
 def guided_outputs(
@@ -104,14 +109,15 @@ def guided_outputs(
     *,
     guidance: float,
 ) -> list[Tensor]:
-    """v with classifier-free guidance: conditional and unconditional rows in one pass of twice the batch.
+    """The teacher's v with classifier-free guidance: conditional and unconditional rows in one pass of twice the batch.
 
     F and x0 are affine in v, so guiding v guides them alike.
     """
     if not trigflow.needs_guidance(guidance):
-        return raw_outputs(chunks, xt, t, [b.text_LBD for b in batches])
+        return raw_outputs(chunks, xt, t, [b.text_LBD for b in batches], phase="teacher")
     text = [torch.cat([b.text_LBD, b.null_text_LBD], dim=1) for b in batches]
-    both = raw_outputs(chunks, [x.repeat(1, 2, 1) for x in xt], [s.repeat(1, 2, 1) for s in t], text)
+    rows = ([x.repeat(1, 2, 1) for x in xt], [s.repeat(1, 2, 1) for s in t], text)
+    both = raw_outputs(chunks, *rows, phase="teacher")
     halves = [v.double().chunk(2, dim=1) for v in both]
     return [trigflow.guided(conditional, unconditional, scale=guidance) for conditional, unconditional in halves]
 
@@ -151,7 +157,8 @@ def scm(
     for scm_pass, F_before in zip(passes, before, strict=True):
         scm_pass.F_before = F_before
     inputs, losses_of = [p.network_input() for p in passes], [p.loss for p in passes]
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last)
+    phase = "student" if settings.jvp_kind == "finite_difference" else "dual"
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase=phase)
     return _collect(networks, batches, reports, {"xt": xt, "time": t, "F_teacher": F_teacher})
 
 
@@ -166,7 +173,7 @@ def _difference_outputs(
     xt = [p.xt for p in passes]
     if settings.jvp_kind == "finite_difference":
         xt = [losses.discrete_xt_before(p.xt, p.F_teacher, h=h) for p in passes]
-    v = raw_outputs(networks.student, xt, t, [p.batch.text_LBD for p in passes])
+    v = raw_outputs(networks.student, xt, t, [p.batch.text_LBD for p in passes], phase="student")
     return [trigflow.velocity(*args) for args in zip(xt, v, t, strict=True)]
 
 
@@ -261,7 +268,7 @@ def dcm(
 
     inputs = [network_input(*args) for args in zip(xt, first, text, strict=True)]
     losses_of = [loss_of(*a) for a in zip(xt, first, targets, strict=True)]
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last)
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
     return _collect(
         networks, batches, reports, {"xt": xt, "time": first, "x_skip": x, "time_skip": last, "x0_target": targets}
     )
@@ -295,7 +302,7 @@ def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: Distill
     xt = [noise.double() for noise in draw_noise(layout, batches, "rollout_init")]
     for j in range(steps):
         t = [as_tokens(s[j], b.x0_SBP.device) for s, b in zip(times, batches, strict=True)]
-        v = raw_outputs(networks.student, xt, t, text)
+        v = raw_outputs(networks.student, xt, t, text, phase="rollout")
         G = [trigflow.denoised(*args) for args in zip(xt, v, t, strict=True)]
         if j + 1 < steps:
             noise = draw_noise(layout, batches, f"rollout_noise/{j}")
@@ -327,7 +334,7 @@ def dmd(
     layout = networks.layout
     simulated = rollout(networks, batches, settings, steps=rollout_steps)
     t, xt = noise_again(networks, batches, simulated.G, settings)
-    v_fake = raw_outputs(networks.fake_score, xt, t, [b.text_LBD for b in batches])
+    v_fake = raw_outputs(networks.fake_score, xt, t, [b.text_LBD for b in batches], phase="fake_score")
     v_teacher = guided_outputs(networks.teacher, xt, t, batches, guidance=settings.teacher_guidance)
     x0_fake = [trigflow.denoised(*args) for args in zip(xt, v_fake, t, strict=True)]
     x0_teacher = [trigflow.denoised(*args) for args in zip(xt, v_teacher, t, strict=True)]
@@ -348,7 +355,8 @@ def dmd(
 
     inputs = [network_input(*a) for a in zip(simulated.xt, simulated.t, (b.text_LBD for b in batches), strict=True)]
     stored = zip(simulated.xt, simulated.t, simulated.G, x0_fake, x0_teacher, strict=True)
-    reports = accumulate_gradients(networks.student, inputs, [loss_of(*args) for args in stored], is_last=is_last)
+    losses_of = [loss_of(*args) for args in stored]
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
     named = {"G_x0": simulated.G, "D_xt": xt, "D_time": t, "x0_theta_fake": x0_fake, "x0_theta_teacher": x0_teacher}
     return _collect(networks, batches, reports, named)
 
@@ -376,7 +384,7 @@ def critic(
 
     inputs = [network_input(*args) for args in zip(xt, t, (b.text_LBD for b in batches), strict=True)]
     losses_of = [loss_of(*a) for a in zip(xt, t, simulated.G, strict=True)]
-    reports = accumulate_gradients(networks.fake_score, inputs, losses_of, is_last=is_last)
+    reports = accumulate_gradients(networks.fake_score, inputs, losses_of, is_last=is_last, phase="critic")
     return _collect(networks, batches, reports, {"G_x0": simulated.G, "D_xt": xt, "D_time": t})
 
 
@@ -407,7 +415,7 @@ def flow_matching(
 
     inputs = [network_input(x, s, text_of(b)) for x, s, b in zip(xt, t, batches, strict=True)]
     losses_of = [loss_of(b.x0_SBP, n) for b, n in zip(batches, noise, strict=True)]
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last)
+    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
     return _collect(networks, batches, reports, {"xt": xt, "time": t})
 
 
@@ -428,6 +436,7 @@ def _collect(
     for row, name in zip(values, PER_SAMPLE, strict=True):
         if reports and name in reports[0]:
             row.copy_(torch.cat([reported[name] for reported in reports]))
-    share_from_last_stage(values, group=networks.layout.groups.pp)
+    with timed(networks.student, "stages"):
+        share_from_last_stage(values, group=networks.layout.groups.pp)
     loss, nan, tangent_norm = (list(row.split(sizes)) for row in values)
     return replace(result, loss_B=loss, nan_B=[mask.bool() for mask in nan], tangent_norm_B=tangent_norm)

@@ -1,5 +1,6 @@
 """Sampling from trained networks on any layout: noise is drawn per sample, denoised in token shards, gathered at the end."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
-from rcm_megatron.training.objectives import raw_outputs
+from rcm_megatron.training.objectives import network_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Sampler:
 
     def _denoise(self, xt_SBP: Tensor, t: Tensor) -> Tensor:
         t_1B1 = t.expand(1, xt_SBP.shape[1], 1)
-        (v,) = raw_outputs(self.chunks, [xt_SBP], [t_1B1], [self.text_LBD])
+        v = self._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD))
         return trigflow.denoised(xt_SBP, v, t_1B1)
 
     def _guided_velocity(self, x_SBP: Tensor, s: float, *, guidance: float) -> Tensor:
@@ -66,10 +67,17 @@ class Sampler:
         timestep = torch.full(
             (1, x_SBP.shape[1]), trigflow.TIMESTEP_SCALE * s, dtype=torch.float32, device=x_SBP.device
         )
-        (v,) = evaluate(self.chunks, [NetworkInput(x_SBP, timestep, text)])
+        v = self._evaluate(NetworkInput(x_SBP, timestep, text))
         if not trigflow.needs_guidance(guidance):
             return v
         return trigflow.guided(*v.double().chunk(2, dim=1), scale=guidance)
+
+    def _evaluate(self, whole: NetworkInput) -> Tensor:
+        """The network's output; pipeline stages work on parts of the batch (of one size, as schedules want) at a time."""
+        parts = math.gcd(whole.x_SBP.shape[1], self.layout.groups.pp_size)
+        split = (tensor.chunk(parts, dim=1) for tensor in (whole.x_SBP, whole.timestep_1B, whole.text_LBD))
+        inputs = [NetworkInput(*part) for part in zip(*split, strict=True)]
+        return torch.cat(evaluate(self.chunks, inputs), dim=1)
 
 
 def teacher_evaluations(steps: int, *, guidance: float) -> int:

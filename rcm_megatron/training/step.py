@@ -8,7 +8,6 @@ from rcm_megatron.config import DistillationConfig, StageConfig
 from rcm_megatron.diffusion import timesteps
 from rcm_megatron.training import objectives
 from rcm_megatron.training.objectives import MicroBatch, Networks, ObjectiveResult
-from rcm_megatron.training.timers import Timers
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,15 @@ def accumulate_step(
     *,
     stage: StageConfig,
     settings: DistillationConfig,
-    timers: Timers | None = None,
 ) -> dict[str, ObjectiveResult]:
     """Run the passes of ``step`` over all micro-batches and leave their summed gradients in ``main_grad``.
 
     Gradients of all objectives of a student step add up into one update, so they are reduced once: by the caller, who finishes what the
     last objective's last backward may have started.
     """
-    timers, passes = timers or Timers(), _objectives(step, stage)
-    results: dict[str, ObjectiveResult] = {}
-    for name, objective in passes.items():
-        with timers(name):
-            results[name] = objective(networks, batches, settings, is_last=name == list(passes)[-1])
-    return results
+    passes = _objectives(step, stage)
+    last = list(passes)[-1]
+    return {name: run(networks, batches, settings, is_last=name == last) for name, run in passes.items()}
 
 
 def _objectives(step: Step, stage: StageConfig) -> dict[str, Callable[..., ObjectiveResult]]:

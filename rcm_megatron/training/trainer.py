@@ -38,7 +38,7 @@ from rcm_megatron.training.optimizer import (
 )
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.step import Step, accumulate_step, plan_step
-from rcm_megatron.training.timers import Timers
+from rcm_megatron.training.timers import Timers, attach, step_seconds
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class Trainer:
         self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
         if self.networks.fake_score is not None:
             self.optimizers["fake_score"] = build_optimizer(self.networks.fake_score, run.fake_score_optimizer)
+        networks = [self.networks.student, self.networks.teacher, self.networks.fake_score]
+        attach(self.timers, networks, list(self.optimizers.values()))
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.loader = build_loader(run, groups)
         self.null_text_L1D = load_null_text(run).to(platform.device())
@@ -111,21 +113,19 @@ class Trainer:
         return path
 
     def _iterate(self) -> None:
-        start, iteration = time.perf_counter(), self.progress.iteration
+        iteration = self.progress.iteration
+        self.timers.restart()
         stage, within = stage_at(self.run, iteration)
         step = plan_step(stage, within, max_rollout_steps=self.run.distillation.max_rollout_steps)
-        with self.timers("data"):
+        with self.timers.phase("data"):
             loaded = [next(self.loader) for _ in range(self.loader.num_micro_batches)]
         batches = [self._micro_batch(batch) for batch in loaded]
         optimizer = self.optimizers[step.trained]
         chunks = getattr(self.networks, step.trained)
         zero_gradients(optimizer)
-        results = accumulate_step(
-            step, self.networks, batches, stage=stage, settings=self.run.distillation, timers=self.timers
-        )
-        with self.timers("reduce"):
-            reduce_gradients(chunks)
-        with self.timers("optimizer"):
+        results = accumulate_step(step, self.networks, batches, stage=stage, settings=self.run.distillation)
+        reduce_gradients(chunks)
+        with self.timers.phase("optimizer"):
             outcome, lr = self._update(step, stage)
         metrics = reduce_objectives(results, self.groups)
         self.progress.nan_samples += int(sum(v for k, v in metrics.items() if k.endswith("/nan_samples")))
@@ -133,12 +133,12 @@ class Trainer:
         self.progress.iteration += 1
         self._preview(iteration, loaded[0])
         if iteration % self.run.trainer.log_every == 0:
-            self._log(iteration, step, stage, metrics, outcome, lr, time.perf_counter() - start)
+            self._log(iteration, step, stage, metrics, outcome, lr)
 
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every
         if every and (iteration + 1) % every == 0:
-            with self.timers("preview"):
+            with self.timers.phase("preview"):
                 videos = write_previews(
                     self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
                 )
@@ -164,14 +164,14 @@ class Trainer:
             self.progress.fake_score_updates += 1
         return outcome, lr
 
-    def _log(self, iteration, step, stage, metrics, outcome, lr, seconds) -> None:
+    def _log(self, iteration, step, stage, metrics, outcome, lr) -> None:
         record = {"stage": stage.name, "trained": step.trained, **metrics}
         record |= {"learning_rate": lr, "gradient_norm": outcome.gradient_norm, "updated": outcome.updated}
         record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
-        record |= {f"seconds/{name}": value for name, value in self.timers.pop().items()}
-        samples = self.run.trainer.global_batch_size
-        record |= {"seconds/step": seconds, "samples_per_second": samples / seconds}
+        record |= step_seconds(self.timers.pop())
+        samples, seconds = self.run.trainer.global_batch_size, record["seconds/step"]
+        record |= {"samples_per_second": samples / seconds}
         record |= {
             "tokens_per_second": samples * self.layout.num_tokens / seconds,
             "peak_memory_gib": peak_memory_gib(),

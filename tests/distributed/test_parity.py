@@ -1,13 +1,18 @@
-"""Raw gradient of every parameter, for every objective, on every layout, against one rank.
+"""Losses, tangents and the raw gradient of every parameter, for every objective, on every layout, against one rank.
 
-45 tokens need padding on 2 and on 4 ranks; a micro-batch holds 2 samples, a step 4: two micro-batches, or one on each of two
-data-parallel ranks.
+CI runs a selection that holds every pair of parallel degrees; `bash tests/run.sh tests/distributed/test_parity.py --all-layouts` runs
+all legal layouts of at most 8 processes. 45 tokens need padding on 2, 4 and 8 ranks, stages have different numbers of blocks, a
+micro-batch holds 2 samples, a step 8: four micro-batches, or two on each of two data-parallel ranks.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rcm_megatron.config import (
+    ConfigError,
     DcmConfig,
     DistillationConfig,
     FlowConfig,
@@ -17,16 +22,30 @@ from rcm_megatron.config import (
     ParallelConfig,
     StageConfig,
     TimeDistribution,
+    load_config,
+    validate,
 )
 from rcm_megatron.diffusion.noise import SeededDraws
-from tests.distributed.conformance import LAYOUTS as GOLDEN_LAYOUTS
 from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import (
+    ALL,
+    HEADS,
+    MICRO_BATCH,
+    MOST_CONTEXT,
+    MOST_PROCESSES,
+    NAMED,
+    SAMPLES,
+    SELECTED,
+    Layout,
+    all_combinations,
+    pairs_of,
+)
 from tests.helpers import assert_close
 
 MODEL = ModelConfig(
     num_layers=2,
     hidden_size=48,
-    num_heads=4,
+    num_heads=HEADS,
     ffn_hidden_size=72,
     in_channels=3,
     out_channels=3,
@@ -36,9 +55,6 @@ MODEL = ModelConfig(
     freq_dim=26,
 )
 LATENT = LatentConfig(channels=3, frames=3, height=6, width=10)
-SAMPLES, MICRO_BATCH_SIZE = 4, 2
-
-LAYOUTS = GOLDEN_LAYOUTS | {"tp2_dp2": (4, {"tp": 2})}
 
 # name: (weights, jvp_kind, iteration); iterations 3 and 5 of a stage with student_update_freq 2 train the critic
 OBJECTIVES = {
@@ -51,6 +67,9 @@ OBJECTIVES = {
     "critic": (LossWeights(dmd=1.0), "exact", 5),
     "flow": (LossWeights(flow=1.0), "exact", 0),
 }
+CORE = ("scm", "dmd", "critic", "dcm")
+FURTHER = frozenset(layout for layout in SELECTED if layout.processes <= 4 or layout in NAMED)
+"""The layouts on which all objectives run; elsewhere CORE."""
 BOUND = 1e-5  # measured 1.4e-6 at most
 NEGLIGIBLE = 1e-6
 """A parameter's error is measured against its gradient's norm, but at least against this part of the norm of them all."""
@@ -73,7 +92,7 @@ def stage_of(weights):
     return StageConfig(name="test", steps=9, losses=weights, student_update_freq=2 if weights.dmd else 1)
 
 
-def build(parallel, dtype):
+def build(parallel, dtype, *, num_layers):
     """Three different networks on this rank, student and fake score under DDP."""
     from rcm_megatron import platform
 
@@ -83,11 +102,11 @@ def build(parallel, dtype):
     from rcm_megatron.training.objectives import Networks
     from rcm_megatron.training.optimizer import wrap_ddp
 
-    groups = initialize_parallel(parallel)
+    groups, model = initialize_parallel(parallel), replace(MODEL, num_layers=num_layers)
 
     def network(seed, *, trained):
-        chunks = build_chunks(MODEL, LATENT, parallel, groups=groups, params_dtype=dtype)
-        weights = seeded_weights(MODEL, seed=seed)
+        chunks = build_chunks(model, LATENT, parallel, groups=groups, params_dtype=dtype)
+        weights = dict(seeded_weights(model, seed=seed))
         generator = torch.Generator().manual_seed(seed)
         for name, value in weights.items():
             if "norm" in name:  # seeded weights leave norms at one
@@ -104,39 +123,52 @@ def build(parallel, dtype):
     )
 
 
-def micro_batches(networks, iteration, micro_batch_size):
-    """This rank's micro-batches of the global batch, as the loader deals them out."""
+def rows_of_micro_batches(groups, micro_batch_size):
+    """The samples of each of this rank's micro-batches, as the loader deals them out."""
     from rcm_megatron.data.dali import micro_batch_indices
+
+    place = {"micro_batch_size": micro_batch_size, "dp_rank": groups.dp_rank, "dp_size": groups.dp_size}
+    count = SAMPLES // (micro_batch_size * groups.dp_size)
+    return [list(micro_batch_indices(first=0, micro_batch=m, **place)) for m in range(count)]
+
+
+def micro_batches(networks, iteration, micro_batch_size):
+    """This rank's micro-batches of the global batch."""
     from rcm_megatron.training.objectives import MicroBatch
 
     data = SeededDraws(99, 0, range(SAMPLES))
     latents = data.normal("latent", LATENT.shape_CTHW)
     text, null = data.normal("text", (5, 10)).transpose(0, 1), data.normal("null", (5, 10)).transpose(0, 1)
-    groups = networks.layout.groups
     batches = []
-    for m in range(SAMPLES // (micro_batch_size * groups.dp_size)):
-        place = {"micro_batch_size": micro_batch_size, "dp_rank": groups.dp_rank, "dp_size": groups.dp_size}
-        rows = list(micro_batch_indices(first=0, micro_batch=m, **place))
+    for rows in rows_of_micro_batches(networks.layout.groups, micro_batch_size):
         parts = (latents[rows], text[:, rows].contiguous(), null[:, rows].contiguous())
         draws = SeededDraws(7, iteration, rows)
         batches.append(MicroBatch(networks.layout.shard(parts[0]), *parts[1:], draws))
     return batches
 
 
-def all_gradients(parallel, micro_batch_size=MICRO_BATCH_SIZE, dtype=torch.float32, objectives=tuple(OBJECTIVES)):
-    """{objective: {parameter: whole raw gradient}}; None for a parameter on tensor-parallel ranks other than 0."""
-    networks = build(ParallelConfig(**parallel), dtype)
-    return {name: gradients_of(networks, name, micro_batch_size) for name in objectives}
+def measure(
+    parallel,
+    micro_batch_size=MICRO_BATCH,
+    dtype=torch.float32,
+    objectives=tuple(OBJECTIVES),
+    num_layers=MODEL.num_layers,
+):
+    """{objective: {quantity: whole tensor}} that this rank has: losses, dF, gradients; and the bare network's v and t_v."""
+    networks = build(ParallelConfig(**parallel), dtype, num_layers=num_layers)
+    measured = {name: quantities_of(networks, name, micro_batch_size) for name in objectives}
+    return measured | {"network": bare_network(networks)}
 
 
-def gradients_of(networks, name, micro_batch_size):
+def quantities_of(networks, name, micro_batch_size):
+    """What one objective computes: each sample's loss and dF, the raw gradient of each parameter."""
     from rcm_megatron.checkpoint.convert import gather_full
     from rcm_megatron.parallel.pipeline import reduce_gradients
     from rcm_megatron.training.optimizer import gather_main_grads
     from rcm_megatron.training.step import accumulate_step, plan_step
 
     weights, kind, iteration = OBJECTIVES[name]
-    settings, stage = settings_of(kind), stage_of(weights)
+    settings, stage, layout = settings_of(kind), stage_of(weights), networks.layout
     step = plan_step(stage, iteration, max_rollout_steps=settings.max_rollout_steps)
     assert step.trained == ("fake_score" if name == "critic" else "student")
     chunks = getattr(networks, step.trained)
@@ -146,74 +178,155 @@ def gradients_of(networks, name, micro_batch_size):
     results = accumulate_step(step, networks, batches, stage=stage, settings=settings)
     assert len(results) == (2 if name == "scm_and_dmd" else 1)
     reduce_gradients(chunks)
-    gradients, groups = gather_main_grads(chunks), networks.layout.groups
-    return dict(gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp, getter=gradients.__getitem__))
+    found = {}
+    for objective, result in results.items():
+        found[f"loss of {objective}"] = whole_batch(layout.groups, result.loss_B)
+        if "dF" in result.outputs:  # on the last stage
+            found[f"dF of {objective}"] = whole_batch(layout.groups, [layout.gather(x) for x in result.outputs["dF"]])
+    gradients, groups = gather_main_grads(chunks), layout.groups
+    whole = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp, getter=gradients.__getitem__)
+    return found | {f"gradient of {key}": value for key, value in whole if value is not None}
+
+
+def whole_batch(groups, values):
+    """Values of this rank's micro-batches, [b, ...] each, put at their samples' places in the global batch."""
+    rows = [row for batch in rows_of_micro_batches(groups, len(values[0])) for row in batch]
+    whole = torch.zeros(SAMPLES, *values[0].shape[1:], dtype=torch.float64)
+    whole[rows] = torch.cat(values).double()
+    dist.all_reduce(whole, group=groups.dp)
+    return whole
+
+
+def bare_network(networks):
+    """v and t_v of the student for random dual inputs, on every rank."""
+    from rcm_megatron.dual import Dual
+    from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
+
+    layout, draws = networks.layout, SeededDraws(98, 0, range(3))
+    x, t_x = (layout.shard(draws.normal(name, LATENT.shape_CTHW)) for name in ("x", "t_x"))
+    timestep, t_timestep = 1000 * draws.uniform("t")[None], 1000 * draws.normal_scalar("t_t")[None]
+    text = draws.normal("text", (5, 10)).transpose(0, 1).contiguous()
+    (v,) = evaluate(networks.student, [NetworkInput(Dual.pack(x, t_x), Dual.pack(timestep, t_timestep), text)])
+    return {"v": layout.gather(v.primal), "t_v": layout.gather(v.tangent)}
+
+
+class References:
+    """What one rank measures with networks of each depth."""
+
+    def __init__(self):
+        self.by_depth = {}
+
+    def __getitem__(self, num_layers):
+        if num_layers not in self.by_depth:
+            arguments = ({}, MICRO_BATCH, torch.float32, tuple(OBJECTIVES), num_layers)
+            (self.by_depth[num_layers],) = run_ranks(measure, 1, *arguments)
+        return self.by_depth[num_layers]
 
 
 @pytest.fixture(scope="module")
-def one_rank():
-    (reference,) = run_ranks(all_gradients, 1, {})
-    return reference
+def references():
+    return References()
 
 
-def assert_equal_gradients(reference, ranks):
-    holders = [gradients for gradients in ranks if all(g is not None for g in gradients["scm"].values())]
-    assert holders, "no rank holds whole gradients"
-    for gradients in holders:
-        for objective, expected in reference.items():
-            assert gradients[objective].keys() == expected.keys()
-            total = torch.stack([g.double().norm() for g in expected.values()]).norm()
-            for name, gradient in expected.items():
-                got, scale = gradients[objective][name], max(gradient.double().norm(), NEGLIGIBLE * total)
-                error = float((got.double() - gradient.double()).norm() / scale)
-                assert error <= BOUND, f"{objective}: gradient of {name}: relative error {error:.2e} > {BOUND:.0e}"
+@pytest.fixture(scope="module")
+def one_rank(references):
+    return references[MODEL.num_layers]
 
 
-def test_every_parameter_of_the_reference_has_a_gradient(one_rank):
-    for objective, gradients in one_rank.items():
-        for name, gradient in gradients.items():
-            assert bool(torch.isfinite(gradient).all()) and float(gradient.norm()) > 0, f"{objective}: {name}"
+def assert_equal_quantities(reference, ranks):
+    """Each rank's quantities within BOUND of the reference's, and each of the reference's measured on some rank."""
+    for objective in ranks[0]:
+        expected = reference[objective]
+        gradients = [g.double().norm() for name, g in expected.items() if name.startswith("gradient of ")]
+        floor = NEGLIGIBLE * float(torch.stack(gradients).norm()) if gradients else 0.0
+        for rank, measured in enumerate(ranks):
+            for name, value in measured[objective].items():
+                scale = max(float(expected[name].double().norm()), floor)
+                error = float((value.double() - expected[name].double()).norm()) / scale
+                assert error <= BOUND, f"{objective}: {name}: relative error {error:.2e} > {BOUND:.0e} (rank {rank})"
+        absent = expected.keys() - set().union(*(measured[objective] for measured in ranks))
+        assert not absent, f"{objective}: {sorted(absent)} were measured on no rank"
+
+
+def test_the_reference_has_every_loss_tangent_and_gradient(one_rank):
+    for objective, quantities in one_rank.items():
+        for name, value in quantities.items():
+            assert bool(torch.isfinite(value).all()) and float(value.norm()) > 0, f"{objective}: {name}"
+    assert {"loss of scm", "dF of scm"} < one_rank["scm"].keys()
+    assert {"loss of scm", "dF of scm", "loss of dmd"} < one_rank["scm_and_dmd"].keys()
 
 
 def test_a_student_step_adds_the_gradients_of_scm_and_dmd(one_rank):
     """The same iteration's sCM and DMD apart: sums of the objectives of one step, weighted."""
     (apart,) = run_ranks(scm_and_dmd_apart, 1)
-    for name, gradient in one_rank["scm_and_dmd"].items():
-        assert_close(f"gradient of {name}", apart[name], gradient, rel=1e-5)
+    for name, value in apart.items():
+        assert_close(name, value, one_rank["scm_and_dmd"][name], rel=1e-5)
 
 
 def scm_and_dmd_apart():
-    from dataclasses import replace
-
     weights, kind, iteration = OBJECTIVES["scm_and_dmd"]
-    networks, total = build(ParallelConfig(), torch.float32), {}
+    networks, total = build(ParallelConfig(), torch.float32, num_layers=MODEL.num_layers), {}
     for alone in (replace(weights, dmd=0.0), replace(weights, scm=0.0)):
         OBJECTIVES["alone"] = (alone, kind, iteration)
-        for name, gradient in gradients_of(networks, "alone", MICRO_BATCH_SIZE).items():
-            total[name] = total.get(name, 0) + gradient
+        for name, value in quantities_of(networks, "alone", MICRO_BATCH).items():
+            total[name] = total.get(name, 0) + value
     return total
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 8])
 def test_another_micro_batch_size(one_rank, micro_batch_size):
-    assert_equal_gradients(one_rank, run_ranks(all_gradients, 1, {}, micro_batch_size))
+    assert_equal_quantities(one_rank, run_ranks(measure, 1, {}, micro_batch_size))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(one_rank, layout):
-    ranks, parallel = LAYOUTS[layout]
-    micro_batch_size = 1 if layout == "tp2_dp2" else MICRO_BATCH_SIZE
-    assert_equal_gradients(one_rank, run_ranks(all_gradients, ranks, parallel, micro_batch_size, timeout=250))
+def pytest_generate_tests(metafunc):
+    if "layout" in metafunc.fixturenames:
+        layouts = ALL if metafunc.config.getoption("--all-layouts") else SELECTED
+        metafunc.parametrize("layout", layouts, ids=[layout.name for layout in layouts])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "ring2"])
-def test_bf16_runs_and_points_the_same_way(one_rank, layout):
+def test_layout(references, layout):
+    objectives = tuple(OBJECTIVES) if layout in FURTHER else CORE
+    arguments = (layout.parallel, layout.micro_batch_size, torch.float32, objectives, layout.num_layers)
+    ranks = run_ranks(measure, layout.processes, *arguments, timeout=280)
+    assert_equal_quantities(references[layout.num_layers], ranks)
+
+
+def test_legal_layouts_are_those_that_the_configuration_accepts():
+    """`validate` agrees with the rules of tests.distributed.layouts on every combination of degrees."""
+    run = load_config("model_configs/quickstart.yaml", [f"trainer.global_batch_size={SAMPLES}"])
+    for layout in all_combinations():
+        config = replace(
+            run,
+            model=replace(run.model, num_layers=layout.num_layers),
+            parallel=ParallelConfig(**layout.parallel),
+            trainer=replace(run.trainer, micro_batch_size=layout.micro_batch_size),
+        )
+        fits = layout.processes <= MOST_PROCESSES and layout.ring * layout.ulysses <= MOST_CONTEXT
+        try:
+            validate(config, layout.processes)
+        except ConfigError:
+            assert not layout.is_legal, layout.name
+        else:
+            assert layout.is_legal or not fits, layout.name
+
+
+def test_the_selection_covers_every_pair_of_degrees_that_a_legal_layout_has():
+    assert pairs_of(SELECTED) == pairs_of(ALL)
+    assert set(NAMED) <= set(SELECTED) <= set(ALL)
+    assert len(ALL) == len({layout.name for layout in ALL}) == 61
+    assert {(layout.ring, layout.ulysses) for layout in SELECTED} >= {(4, 1), (1, 4), (2, 2)}
+    assert any(layout.tp * layout.ring * layout.ulysses > 1 and layout.vpp > 1 for layout in SELECTED)
+
+
+@pytest.mark.parametrize("layout_", [Layout(tp=2), Layout(ring=2)], ids=["tp2", "ring2"])
+def test_bf16_runs_and_points_the_same_way(one_rank, layout_):
     """bf16 parameters and activations, fp32 gradients: finite, and close in direction to fp32."""
-    ranks, parallel = LAYOUTS[layout]
     objectives = ("scm", "dmd", "critic", "flow")
-    gradients = run_ranks(all_gradients, ranks, parallel, MICRO_BATCH_SIZE, torch.bfloat16, objectives)[0]
+    arguments = (layout_.parallel, MICRO_BATCH, torch.bfloat16, objectives)
+    measured = run_ranks(measure, layout_.processes, *arguments)[0]
     for objective in objectives:
-        expected, got = (torch.cat([g.flatten() for g in d[objective].values()]) for d in (one_rank, gradients))
+        names = [name for name in one_rank[objective] if name.startswith("gradient of ")]
+        expected, got = (torch.cat([d[objective][name].flatten() for name in names]) for d in (one_rank, measured))
         assert got.dtype == torch.float32 and bool(torch.isfinite(got).all()), objective
         cosine = float(torch.nn.functional.cosine_similarity(expected, got, dim=0))
         assert cosine > 0.95, f"{objective}: cosine {cosine:.3f}"
