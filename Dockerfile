@@ -43,4 +43,6 @@ for name in ("torch", "triton"):
 assert metadata.version("megatron-core") == "0.16.1"
 missing = [name for name in ("amp_C", "apex", "flash_attn", "nvidia.dali", "transformer_engine") if not importlib.util.find_spec(name)]
 assert not missing, f"missing: {missing}"
+engine = metadata.version("transformer_engine")
+assert tuple(map(int, engine.split(".")[:2])) >= (2, 9), f"Transformer Engine {engine} is too old for models/layer_specs.py"
 PY

@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform as host
 import statistics
-import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcm_megatron import platform
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
@@ -35,35 +32,7 @@ from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights, seeded_weights
-
-
-class PeakBytes(TorchDispatchMode):
-    """Peak of the bytes held by storages that operations allocate while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        for value in tree_iter(outputs):
-            if isinstance(value, Tensor):
-                self._track(value.untyped_storage())
-        return outputs
-
-    def _track(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or not size:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+from tools.measuring import PeakBytes, provenance
 
 
 class Bench:
@@ -171,19 +140,6 @@ def measure(args: argparse.Namespace) -> dict:
             "tokens": bench.network.layout.num_tokens,
             **{k: vars(args)[k] for k in ("hidden", "head_dim", "layers", "batch", "dtype")},
         },
-    }
-
-
-def provenance() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else host.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": commit.strip(),
-        "command": " ".join(["python", *sys.argv]),
     }
 
 

@@ -120,6 +120,10 @@ def _even_split(total: int, parts: int) -> tuple[int, ...]:
     return tuple(small + (before <= index < before + larger) for index in range(parts))
 
 
+FP8_ALIGNMENT = 16
+"""cuBLAS multiplies FP8 matrices only if the leading dimensions, in bytes, divide by this: features and tokens alike."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Parameter dtype. Whatever it is: main parameters, gradients, EMA, norms, RoPE and time path are fp32,
@@ -127,8 +131,15 @@ class PrecisionConfig:
 
     params_dtype: Literal["bf16", "fp32"]
     linear_layers: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose tensor-parallel linears the blocks are built of. auto: Transformer Engine's where it is installed and there is CUDA,
-    else Megatron-Core's own."""
+    """Whose tensor-parallel linears the blocks are built of. auto: Transformer Engine's for bf16 where it is installed and there is
+    CUDA, else Megatron-Core's own."""
     fp8: tuple[Literal["teacher", "fake_score"], ...] = ()
-    """Networks whose plain passes run their linears in FP8 (Transformer Engine on Hopper or newer). Saves about a third of their
-    time on paper, changes their outputs by FP8's rounding; never used for a tangent, so never for the student."""
+    """Networks whose plain passes in training, the critic's backward too, run the blocks' linears in FP8 (Transformer Engine on Ada,
+    Hopper or newer); never used for a tangent, so never for the student. Saves about a third of their time on paper, changes their
+    outputs by FP8's rounding, which depends on the layout. Weights stay bf16, main gradients fp32; the tokens of every network are
+    padded to a multiple of 16 on each rank."""
+
+    @property
+    def token_multiple(self) -> int:
+        """Of what the tokens of a rank must be a multiple. One number for all networks: they share the layout of tokens."""
+        return FP8_ALIGNMENT if self.fp8 else 1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rcm_megatron.config.errors import ConfigError
-from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config.model import FP8_ALIGNMENT, LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.config.run import OptimizerConfig, RunConfig, StageConfig, TimeDistribution
 
 
@@ -21,6 +21,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_latent(config.latent, config.model),
         *_layout(config.parallel, config.model),
         *_world(config, world_size),
+        *_precision(config),
         *_networks(config),
         *_distillation(config),
         *(problem for i, stage in enumerate(config.stages) for problem in _stage(stage, f"stages.{i} ({stage.name})")),
@@ -175,6 +176,45 @@ def _micro_batches(config: RunConfig, dp: int) -> Iterator[str]:
             f"parallel.vpp={parallel.vpp} needs a number of micro-batches that divides by parallel.pp={parallel.pp}, got {count} "
             f"(global_batch_size / (micro_batch_size * dp)); set trainer.global_batch_size to "
             f"{math.ceil(trainer.global_batch_size / step) * step}, or vpp to 1"
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[str]:
+    precision = config.precision
+    fp8 = f"precision.fp8={list(precision.fp8)}"
+    if precision.linear_layers == "transformer_engine" and precision.params_dtype == "fp32":
+        yield (
+            "precision.linear_layers=transformer_engine with params_dtype=fp32 would multiply in TF32 (Transformer Engine has no other "
+            "way); set linear_layers to auto or local, or params_dtype to bf16"
+        )
+    if not precision.fp8:
+        return
+    if precision.linear_layers == "local":
+        yield f"{fp8} needs Transformer Engine's linears, got precision.linear_layers=local; set it to auto, or fp8 to []"
+    if precision.params_dtype != "bf16":
+        yield f"{fp8} needs precision.params_dtype=bf16, got {precision.params_dtype}; set that, or fp8 to []"
+    for name, present in (("teacher", config.needs_teacher), ("fake_score", config.needs_fake_score)):
+        if name in precision.fp8 and not present:
+            yield f"{fp8} names the {name}, which no stage of this run uses; take it out"
+    yield from _fp8_shapes(config, fp8)
+
+
+def _fp8_shapes(config: RunConfig, fp8: str) -> Iterator[str]:
+    """Rows and columns of every FP8 matrix; a rank's video tokens are padded to fit (PrecisionConfig.token_multiple)."""
+    model, tp = config.model, config.parallel.tp
+    if tp <= 0:
+        return
+    for name in ("hidden_size", "ffn_hidden_size"):
+        size = getattr(model, name)
+        if size % (FP8_ALIGNMENT * tp):
+            yield (
+                f"model.{name}={size} must divide by {FP8_ALIGNMENT}*parallel.tp = {FP8_ALIGNMENT * tp} for {fp8}; lower parallel.tp, or "
+                "set fp8 to []"
+            )
+    if model.text_len % FP8_ALIGNMENT:
+        yield (
+            f"model.text_len={model.text_len} must divide by {FP8_ALIGNMENT} for {fp8}, because the network attends to every text "
+            "position and none can be added; set fp8 to []"
         )
 
 

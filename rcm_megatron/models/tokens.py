@@ -1,8 +1,8 @@
 """Latents to shards of patch tokens and back: the layout in which every network and every loss works.
 
 x_BCTHW latents; x_SBP tokens of this rank, P = C*pt*ph*pw in the order (C, pt, ph, pw). Tokens run row-major over the patch grid
-(T', H', W'), are padded at the end to a multiple of tp*cp, and are cut into contiguous shards: context parallel outermost, tensor
-(sequence) parallel inside.
+(T', H', W'), are padded at the end to a multiple of tp*cp (times what the precision asks of a shard), and are cut into contiguous
+shards: context parallel outermost, tensor (sequence) parallel inside.
 """
 
 import torch
@@ -15,11 +15,17 @@ from rcm_megatron.parallel.mappings import gather_tokens, sum_over
 class TokenLayout:
     """How the tokens of one latent shape lie on the ranks of a sample.
 
+    ``multiple_of``: a rank's tokens are a multiple of it (FP8 asks for that), by more padding at the end.
     Raises ValueError when the latent does not divide into patches.
     """
 
     def __init__(
-        self, latent_shape: tuple[int, int, int, int], patch: tuple[int, int, int], *, groups: ParallelGroups
+        self,
+        latent_shape: tuple[int, int, int, int],
+        patch: tuple[int, int, int],
+        *,
+        groups: ParallelGroups,
+        multiple_of: int = 1,
     ) -> None:
         channels, *extent = latent_shape
         for name, size, step in zip(("frames", "height", "width"), extent, patch, strict=True):
@@ -29,8 +35,8 @@ class TokenLayout:
         self.grid = tuple(size // step for size, step in zip(extent, patch, strict=True))
         self.patch_features = channels * patch[0] * patch[1] * patch[2]
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        self.padded_tokens = -(-self.num_tokens // groups.token_shards) * groups.token_shards
-        self.local_tokens = self.padded_tokens // groups.token_shards
+        self.local_tokens = -(-self.num_tokens // (groups.token_shards * multiple_of)) * multiple_of
+        self.padded_tokens = self.local_tokens * groups.token_shards
         self.start = groups.token_shard * self.local_tokens
         self.valid_local = min(max(self.num_tokens - self.start, 0), self.local_tokens)
 

@@ -5,6 +5,7 @@ embedding, e_6BD its projection to the six adaLN vectors; B is 2B inside a Dual.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -19,6 +20,7 @@ from rcm_megatron.dual import BATCH_DIM, Dual, as_message, from_message, map_lin
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm, modulate, silu
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
+from rcm_megatron.models.recompute import run_block
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
@@ -76,7 +78,7 @@ class WanBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group) -> None:
         super().__init__()
-        self.eps, self.dtype = model.eps, config.params_dtype
+        self.eps, self.dtype, self.spec = model.eps, config.params_dtype, spec
         wide = wide_dtype(config.params_dtype)
         self.modulation = nn.Parameter(torch.randn(1, 6, model.hidden_size, dtype=wide) / model.hidden_size**0.5)
         self.modulation.sequence_parallel = True
@@ -88,6 +90,10 @@ class WanBlock(nn.Module):
     def forward(
         self, h_SBD: Tensor | Dual, e_6BD: Tensor | Dual, text_LBD: Tensor, *, geometry: TokenGeometry
     ) -> Tensor | Dual:
+        with self.spec.pass_context(h_SBD):
+            return self._forward(h_SBD, e_6BD, text_LBD, geometry)
+
+    def _forward(self, h_SBD, e_6BD, text_LBD: Tensor, geometry: TokenGeometry) -> Tensor | Dual:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(e_6BD, self.modulation)
         x = modulate(layer_norm(h_SBD, eps=self.eps), shift_1, scale_1, dtype=self.dtype)
         x = self.self_attn(x, geometry.rotation_SK, valid_tokens=geometry.valid_tokens)
@@ -131,7 +137,8 @@ class WanModel(MegatronModule):
         layout: how the tokens of one latent shape lie on the ranks.
         context: context-parallel attention of this run.
         stage: which blocks this piece holds; by default all of them.
-        recompute_blocks: recompute each block in the backward of plain passes (dual passes always do).
+        spec: the blocks' linears and their precision (``config`` adapted to it); by default Megatron-Core's own.
+        recompute: what plain passes keep for the backward pass, as in MemoryConfig (dual passes keep a block's primal input alone).
     """
 
     def __init__(
@@ -143,13 +150,13 @@ class WanModel(MegatronModule):
         context: ContextParallel,
         stage: Stage | None = None,
         spec: LayerSpec | None = None,
-        recompute_blocks: bool = True,
+        recompute: str = "full",
     ) -> None:
         super().__init__(config)
         self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
         spec, dtype, tp_group = spec or local_layer_spec(), config.params_dtype, layout.groups.tp
         wide = wide_dtype(dtype)
-        self.model, self.layout, self.recompute_blocks = model, layout, recompute_blocks
+        self.model, self.layout, self.recompute = model, layout, recompute
         self.stage = stage or Stage(range(model.num_layers))
         self.pre_process, self.post_process = (
             self.stage.is_first,
@@ -211,12 +218,8 @@ class WanModel(MegatronModule):
         return torch.empty(shape, dtype=self.config.params_dtype, device=next(self.parameters()).device)
 
     def _run(self, block: WanBlock, h_SBD, e_6BD, text_LBD: Tensor, geometry: TokenGeometry) -> Tensor | Dual:
-        def run(h, e, text):
-            return block(h, e, text, geometry=geometry)
-
-        if isinstance(h_SBD, Dual) or self.recompute_blocks:
-            return recomputed(run, h_SBD, e_6BD, text_LBD)
-        return run(h_SBD, e_6BD, text_LBD)
+        run = partial(block, geometry=geometry)
+        return run_block(run, h_SBD, e_6BD, text_LBD, policy=self.recompute)
 
     def _project_time(self, e_1BD: Tensor | Dual) -> Tensor | Dual:
         projected = self.time_projection(silu(e_1BD))

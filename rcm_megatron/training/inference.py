@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
 from rcm_megatron.models.encoders import build_text_encoder
+from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
@@ -65,10 +66,14 @@ def load_network(
 ) -> list[WanModel]:
     """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
-    The teacher comes from ``init.teacher``; the others from `checkpoint` (of `resolve_checkpoint`), whose fp32 values are rounded.
+    Its passes run in that dtype, never in FP8. The teacher comes from ``init.teacher``; the others from `checkpoint` (of
+    `resolve_checkpoint`), whose fp32 values are rounded.
     """
+    spec = choose_layer_spec(replace(run.precision, fp8=())) if dtype is None else None
     dtype = dtype or DTYPES[run.precision.params_dtype]
-    chunks = build_chunks(run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute="none")
+    chunks = build_chunks(
+        run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute="none", spec=spec
+    )
     for chunk in chunks:
         chunk.requires_grad_(False)
     if weights == "teacher":

@@ -13,11 +13,13 @@ from rcm_megatron.checkpoint.convert import load_into
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, RunConfig
+from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec, local_layer_spec
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.stages import stages_of_rank
+from rcm_megatron.training.memory import check_memory, shard_weights
 from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.optimizer import wrap_ddp
 
@@ -32,14 +34,22 @@ def build_chunks(
     groups: ParallelGroups,
     params_dtype: torch.dtype,
     recompute: str = "full",
+    spec: LayerSpec | None = None,
+    token_multiple: int = 1,
 ) -> list[WanModel]:
-    """This rank's pieces of one network, weights not set: one chunk, or vpp of them."""
+    """This rank's pieces of one network, weights not set: one chunk, or vpp of them.
+
+    ``spec``: the blocks' linears and their precision (`choose_layer_spec`), by default Megatron-Core's own. ``token_multiple``: of what the
+    tokens of a rank are a multiple; the same for all networks of a run (`PrecisionConfig.token_multiple`).
+    """
+    spec = spec or local_layer_spec()
     config = platform.transformer_config(model, parallel, params_dtype=params_dtype, perform_initialization=False)
-    layout = TokenLayout(latent.shape_CTHW, model.patch_size, groups=groups)
+    config = spec.adapt(config)
+    layout = TokenLayout(latent.shape_CTHW, model.patch_size, groups=groups, multiple_of=token_multiple)
     context = ContextParallel(ring_group=groups.ring, ulysses_group=groups.ulysses)
     stages = stages_of_rank(parallel, model.num_layers, pp_rank=groups.pp_rank)
     chunks = [
-        WanModel(model, config, layout=layout, context=context, stage=stage, recompute_blocks=recompute == "full")
+        WanModel(model, config, layout=layout, context=context, stage=stage, spec=spec, recompute=recompute)
         for stage in stages
     ]
     return [chunk.to(platform.device()) for chunk in chunks]
@@ -79,9 +89,12 @@ def _seeded_tensor(shapes: Mapping[str, tuple[int, ...]], name: str, index: tupl
 
 def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
     """The networks that the stages of ``run`` need: student and fake score under Megatron's DDP, the teacher frozen."""
+    check_memory(run, has_cuda=torch.cuda.is_available())
     dtype = DTYPES[run.precision.params_dtype]
+    # All of them before any weight is read, because a machine without Transformer Engine may refuse.
+    specs = {name: choose_layer_spec(run.precision, network=name) for name in ("student", "teacher", "fake_score")}
 
-    def build(path: str | None, *, trained: bool) -> list[nn.Module]:
+    def build(name: str, path: str | None, *, trained: bool) -> list[nn.Module]:
         chunks = build_chunks(
             run.model,
             run.latent,
@@ -89,15 +102,21 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
             groups=groups,
             params_dtype=dtype,
             recompute=run.memory.recompute,
+            spec=specs[name],
+            token_multiple=run.precision.token_multiple,
         )
         load_weights(chunks, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
         return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
-    init = run.init
-    student = build(init.student or init.teacher, trained=True)
+    init, teacher = run.init, None
+    if run.needs_teacher:  # first: what is whole for a moment before it is sharded finds the device empty
+        teacher = build("teacher", init.teacher, trained=False)
+        if run.memory.teacher_weights != "resident":
+            shard_weights(teacher, group=groups.dp_cp, offload=run.memory.teacher_weights == "offloaded")
+    student = build("student", init.student or init.teacher, trained=True)
     return Networks(
         layout=student[0].module.layout,
         student=student,
-        teacher=build(init.teacher, trained=False) if run.needs_teacher else None,
-        fake_score=build(init.fake_score or init.teacher, trained=True) if run.needs_fake_score else None,
+        teacher=teacher,
+        fake_score=build("fake_score", init.fake_score or init.teacher, trained=True) if run.needs_fake_score else None,
     )

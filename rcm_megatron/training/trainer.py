@@ -25,6 +25,7 @@ from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
 from rcm_megatron.training.objectives import MicroBatch
@@ -80,6 +81,12 @@ class Trainer:
         self.loader = build_loader(run, groups)
         self.null_text_L1D = load_null_text(run).to(platform.device())
         self._resume()
+        self.residency = Residency(
+            {name: getattr(self.networks, name) for name in self.optimizers},
+            self.optimizers,
+            offload=run.memory.offload_optimizer,
+            free_idle_gradients=run.memory.free_idle_gradients,
+        )
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
     @property
@@ -101,12 +108,13 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the whole run and delete the ones that are too many."""
         start = time.perf_counter()
-        path = save_checkpoint(
-            checkpoint_folder(self.run),
-            iteration=self.progress.iteration,
-            networks=self._states(),
-            progress={"counters": asdict(self.progress), "data": self.loader.state_dict()},
-        )
+        with self.residency.state():
+            path = save_checkpoint(
+                checkpoint_folder(self.run),
+                iteration=self.progress.iteration,
+                networks=self._states(),
+                progress={"counters": asdict(self.progress), "data": self.loader.state_dict()},
+            )
         if dist.get_rank() == 0:
             folders.remove_old(checkpoint_folder(self.run), keep=self.run.trainer.keep_checkpoints)
         self.logger.message(f"saved {path} in {time.perf_counter() - start:.1f} s")
@@ -122,10 +130,11 @@ class Trainer:
         batches = [self._micro_batch(batch) for batch in loaded]
         optimizer = self.optimizers[step.trained]
         chunks = getattr(self.networks, step.trained)
+        self.residency.begin_step(step.trained)
         zero_gradients(optimizer)
         results = accumulate_step(step, self.networks, batches, stage=stage, settings=self.run.distillation)
         reduce_gradients(chunks)
-        with self.timers.phase("optimizer"):
+        with self.timers.phase("optimizer"), self.residency.state(step.trained):
             outcome, lr = self._update(step, stage)
         metrics = reduce_objectives(results, self.groups)
         self.progress.nan_samples += int(sum(v for k, v in metrics.items() if k.endswith("/nan_samples")))
@@ -138,7 +147,7 @@ class Trainer:
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every
         if every and (iteration + 1) % every == 0:
-            with self.timers.phase("preview"):
+            with self.timers.phase("preview"), self.residency.state("student"):
                 videos = write_previews(
                     self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
                 )

@@ -1,5 +1,6 @@
-"""What can go wrong in a step, put into a trainer: each function returns a dict that it fills during the run."""
+"""What can go wrong in a step, or is watched, put into a trainer: each function returns a dict that it fills during the run."""
 
+import hashlib
 import os
 import signal
 
@@ -74,6 +75,31 @@ def nan_in_student(trainer):
 
     trainer._micro_batch, trainer._iterate = poisoned, watched
     return noted
+
+
+EMBEDDERS = ("text_embedding.", "time_embedding.", "time_projection.")
+"""What every pipeline stage holds a copy of."""
+
+
+def digests_of_embedders(trainer):
+    """Notes a digest of the embedders' bits of each chunk of each trained network after every iteration."""
+    noted, iterate = {"digests": []}, trainer._iterate
+
+    def watched():
+        iterate()
+        for network in ("student", "fake_score"):
+            noted["digests"].append([_digest(chunk.module) for chunk in getattr(trainer.networks, network)])
+
+    trainer._iterate = watched
+    return noted
+
+
+def _digest(module):
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in module.named_parameters():
+        if name.startswith(EMBEDDERS):
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main():

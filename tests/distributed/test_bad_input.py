@@ -3,7 +3,6 @@
 Refusals that need no weights are real processes; the others run the same `main` on a forked rank, which has Megatron imported.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -19,7 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny_run import records, train, write_tiny_run
+from tests.distributed.tiny_run import command, records, train, write_tiny_run
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -69,6 +68,7 @@ LAYOUT_REFUSALS = {
     "heads_over_tp": (["parallel.tp=3"], 3, ["model.num_heads=4", "parallel.tp=3", "1, 2 or 4"]),
     "heads_over_ulysses": (["parallel.tp=2", "parallel.ulysses=4"], 8, ["model.num_heads=4", "parallel.ulysses*tp=8"]),
     "world_size": (["parallel.ring=2"], 3, ["got 3 processes", "multiple of", "start 4 processes"]),
+    "layers_over_stages": (["parallel.pp=2", "parallel.vpp=2"], 2, ["model.num_layers=2", "pp*vpp = 2*2 = 4", "lower"]),
     "batch_over_dp": ([], 4, ["trainer.global_batch_size=4", "micro_batch_size*dp", "8"]),
 }
 
@@ -90,20 +90,6 @@ def test_every_problem_is_named_in_one_start(good):
     assert done.returncode == 2
     for word in ("parallel.tp=3", "latent.width=18", "steps"):
         assert word in done.stderr, done.stderr
-
-
-def command(argv):
-    """`python -m rcm_megatron …` on this rank: (exit status, stderr, whether it ended in an exception with a traceback)."""
-    from rcm_megatron.__main__ import main
-
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr):
-        try:
-            status = main(argv)
-        except SystemExit as end:  # Python prints a message to stderr and exits with 1
-            status = end.code if isinstance(end.code, int) else 1
-            stderr.write("" if isinstance(end.code, int) else str(end.code))
-    return status, stderr.getvalue()
 
 
 def run_command(good, tmp_path, *overrides):

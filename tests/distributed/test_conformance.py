@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.conformance import FILES, LAYOUTS, assert_conforms, conformance_errors
+from tests.distributed.conformance import FILES, LAYOUTS, assert_conforms, conformance_errors, stored_quantities
 from tests.distributed.harness import run_ranks
 from tools.golden import BOUNDS
 
@@ -12,10 +12,13 @@ PART = ["scm", "scm_semicontinuous", "dmd", "critic"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_deep_file(layout):
     ranks, parallel = LAYOUTS[layout]
-    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["deep"]), parallel, timeout=280), cases=set(BOUNDS))
+    stored = stored_quantities(FILES["deep"])
+    assert stored.keys() == set(BOUNDS) | {"network"}
+    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["deep"]), parallel, timeout=280), stored=stored)
 
 
 @pytest.mark.parametrize("layout", ["tp2_ring2", "ring2_ulysses2"])
 def test_small_file(layout):
     ranks, parallel = LAYOUTS[layout]
-    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["small"]), parallel, 2, PART), cases=set(PART))
+    reports = run_ranks(conformance_errors, ranks, str(FILES["small"]), parallel, 2, PART)
+    assert_conforms(reports, stored=stored_quantities(FILES["small"], PART))

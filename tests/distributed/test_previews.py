@@ -1,8 +1,10 @@
-"""Samples written while training, on two layouts, and what Weights & Biases keeps offline."""
+"""Samples written while training, on several layouts, and what Weights & Biases keeps offline."""
 
+import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.harness import run_ranks
+from tests.distributed.run_checks import LOSS_BOUND, assert_same_curves
 from tests.distributed.tiny_run import records, train, write_tiny_run
 from tests.helpers import assert_close
 
@@ -15,22 +17,46 @@ def start(config, folder, ranks, *overrides):
     return records(folder)
 
 
-def test_previews_are_equal_on_two_layouts_and_leave_the_run_as_it_was(tmp_path):
-    config = write_tiny_run(tmp_path)
-    undisturbed = start(config, tmp_path / "none", 1)
-    assert start(config, tmp_path / "one", 1, "trainer.sample_every=2") == undisturbed
-    start(config, tmp_path / "ring2", 2, "parallel.ring=2", "trainer.sample_every=2")
+LAYOUTS = {
+    "ring2": ["parallel.ring=2"],
+    "pp2": ["parallel.pp=2", "parallel.chunk_layers=[1, 3]"],
+    "pp2_vpp2": ["parallel.pp=2", "parallel.vpp=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(run.yaml, folder of a run with previews on one rank)."""
+    folder = tmp_path_factory.mktemp("previews")
+    config = write_tiny_run(folder, num_layers=4)
+    undisturbed = start(config, folder / "none", 1)
+    assert start(config, folder / "one", 1, "trainer.sample_every=2") == undisturbed, "previews leave the run as it was"
+    return config, folder / "one"
+
+
+def test_previews_of_one_rank(one):
+    _, folder = one
     for iteration in ("0000002", "0000004"):
-        one, ring = (tmp_path / layout / "previews" / iteration for layout in ("one", "ring2"))
-        assert sorted(path.stem for path in one.glob("*.safetensors")) == sorted(NAMES)
-        for name in NAMES:
-            reference = load_file(one / f"{name}.safetensors")["latents"]
-            assert reference.shape == (2, 1, 4, 16, 16)
-            assert_close(name, reference, load_file(ring / f"{name}.safetensors")["latents"], rel=1e-4)
-            assert (one / f"{name}_1.mp4").stat().st_size > 0
-    last = tmp_path / "one" / "previews" / "0000004"
+        previews = folder / "previews" / iteration
+        assert sorted(path.stem for path in previews.glob("*.safetensors")) == sorted(NAMES)
+        assert all((previews / f"{name}_1.mp4").stat().st_size > 0 for name in NAMES)
+    last = folder / "previews" / "0000004"
     student, ema = (load_file(last / f"{name}_1_steps.safetensors")["latents"] for name in ("student", "ema"))
     assert not student.equal(ema)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_previews_are_equal_on_two_ranks(one, tmp_path, layout):
+    """Student and EMA; sampling is a single micro-batch, whatever the number of stages."""
+    config, folder = one
+    lines = start(config, tmp_path, 2, *LAYOUTS[layout], "trainer.sample_every=2")
+    assert_same_curves(records(folder), lines, rel=LOSS_BOUND)
+    for iteration in ("0000002", "0000004"):
+        for name in NAMES:
+            file = f"previews/{iteration}/{name}.safetensors"
+            reference = load_file(folder / file)["latents"]
+            assert reference.shape == (2, 1, 4, 16, 16)
+            assert_close(name, reference, load_file(tmp_path / file)["latents"], rel=1e-4)
 
 
 def test_wandb_offline_keeps_one_run_id_over_a_resume(tmp_path):

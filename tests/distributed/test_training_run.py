@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,8 @@ import pytest
 import torch
 
 from tests.distributed.faults import RCM_ITERATION, SCM_ITERATION
-from tests.distributed.harness import run_ranks
-from tests.distributed.tiny_run import STEPS, flat_change, initial_weights, records, train, write_tiny_run
+from tests.distributed.run_checks import LOSS_BOUND, Runs, assert_same_change, assert_same_curves
+from tests.distributed.tiny_run import STEPS, initial_weights, records
 
 LAYOUTS = {
     "one": (1, []),
@@ -20,58 +19,14 @@ LAYOUTS = {
     "ring2": (2, ["parallel.ring=2"]),
     "dp2": (2, []),
     "tp2_ring2": (4, ["parallel.tp=2", "parallel.ring=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
 }
-LOSS_BOUND, CHANGE_BOUND = 1e-5, 1e-4  # measured 3e-7 and 2e-6
 ROOT = Path(__file__).parents[2]
-
-
-class Runs:
-    """The undisturbed run of each layout, done when first asked for."""
-
-    def __init__(self, folder):
-        self.folder, self.config, self.done = folder, write_tiny_run(folder), {}
-
-    def start(self, layout, name, *extra, fault=None):
-        """Train into folder `name`; (rank results, records)."""
-        ranks, parallel = LAYOUTS[layout]
-        overrides = [*parallel, f"output_dir={self.folder / name}", *extra]
-        results = run_ranks(train, ranks, str(self.config), overrides, fault, timeout=280)
-        return results, records(self.folder / name)
-
-    def undisturbed(self, layout):
-        if layout not in self.done:
-            self.done[layout] = self.start(layout, layout)
-        return self.done[layout]
-
-    def copy_until_step_10(self, layout, name):
-        """A folder as it was when the run had just saved its checkpoint of step 10."""
-        self.undisturbed(layout)
-        shutil.copytree(self.folder / layout, self.folder / name)
-        shutil.rmtree(self.folder / name / "checkpoints" / f"iter_{STEPS:07d}")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return Runs(tmp_path_factory.mktemp("tiny"))
-
-
-def assert_same_curves(expected, got, *, rel):
-    """The same losses, norms and counters in every iteration; times of the machine are not in it."""
-    assert [r["iteration"] for r in got] == list(range(len(expected)))
-    for want, have in zip(expected, got, strict=True):
-        assert want.keys() == have.keys(), want["iteration"]
-        for key, value in want.items():
-            close = value == have[key] if not isinstance(value, float) else have[key] == pytest.approx(value, rel=rel)
-            assert close, f"iteration {want['iteration']}: {key} = {have[key]}, need {value} to {rel:.0e}"
-
-
-def assert_same_change(expected, got, *, networks=("student", "fake_score")):
-    """‖Δw − Δw_ref‖ / ‖Δw_ref‖ of each network."""
-    initial = initial_weights()
-    for network in networks:
-        want, have = (flat_change(results[0][1][network], initial) for results in (expected, got))
-        error = float((have - want).norm() / want.norm())
-        assert error <= CHANGE_BOUND, f"{network}: the weights' change is off by {error:.2e}"
+    return Runs(tmp_path_factory.mktemp("tiny"), LAYOUTS)
 
 
 def test_the_reference_run_trains_both_networks_on_all_objectives(runs):
@@ -95,7 +50,7 @@ def test_layout_gives_the_same_run(runs, layout):
     expected, lines = runs.undisturbed("one")
     got, their_lines = runs.undisturbed(layout)
     assert_same_curves(lines, their_lines, rel=LOSS_BOUND)
-    assert_same_change(expected, got)
+    assert_same_change(runs.initial, expected, got)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])
@@ -120,7 +75,7 @@ def test_resume_on_another_layout_gives_the_same_run(runs, before, after):
     runs.copy_until_step_10(before, name)
     got, their_lines = runs.start(after, name)
     assert_same_curves(lines, their_lines, rel=LOSS_BOUND)
-    assert_same_change(expected, got)
+    assert_same_change(runs.initial, expected, got)
 
 
 def test_a_killed_rank_and_a_restart_leave_the_curve_as_it_was(runs):
@@ -160,12 +115,13 @@ def test_a_nan_sample_is_masked_and_counted_in_every_layout(runs, fault, objecti
     assert (
         lines[:iteration] == undisturbed[:iteration] and hit["gradient_norm"] != undisturbed[iteration]["gradient_norm"]
     )
-    got, their_lines = runs.start("ring2", f"{fault}_ring2", end, fault=fault)
-    assert_same_curves(lines, their_lines, rel=LOSS_BOUND)
-    assert_same_change(expected, got, networks=["student"])
+    for layout in ("ring2", "pp2"):
+        got, their_lines = runs.start(layout, f"{fault}_{layout}", end, fault=fault)
+        assert_same_curves(lines, their_lines, rel=LOSS_BOUND)
+        assert_same_change(runs.initial, expected, got, networks=["student"])
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "dp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2", "dp2", "pp2"])
 def test_a_step_with_non_finite_gradients_is_refused_and_counted(runs, layout):
     """Weights, moments and EMA stay as they were, to the bit, on every rank; the run goes on."""
     results, lines = runs.start(layout, f"refused_{layout}", "trainer.stop_after=12", fault="nan_in_student")

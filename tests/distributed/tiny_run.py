@@ -4,6 +4,8 @@ Stages: 5 steps of sCM (3 of them warm-up), then 15 of sCM with DMD, every secon
 rounding in a gradient near zero does not become a full step.
 """
 
+import contextlib
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -29,29 +31,29 @@ MODEL = {
 ADAM = {"lr": 1e-3, "betas": [0.0, 0.999], "eps": 1e-4, "weight_decay": 0.01, "lr_warmup_steps": 4}
 
 
-def write_tiny_run(folder):
+def write_tiny_run(folder, *, num_layers=MODEL["num_layers"]):
     """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns the path of the latter."""
     from rcm_megatron.checkpoint.convert import export_diffusers
     from rcm_megatron.training.networks import seeded_weights
     from tools.build_digits_dataset import write_digits_dataset
 
-    folder, model = Path(folder), model_config()
+    folder, model = Path(folder), model_config(num_layers)
     write_digits_dataset(folder / "data", num_samples=13, samples_per_shard=5, seed=0)
     export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
-    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder), sort_keys=False))
+    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder, num_layers), sort_keys=False))
     return folder / "run.yaml"
 
 
-def model_config():
-    return ModelConfig(**(MODEL | {"patch_size": tuple(MODEL["patch_size"])}))
+def model_config(num_layers=MODEL["num_layers"]):
+    return ModelConfig(**(MODEL | {"patch_size": tuple(MODEL["patch_size"]), "num_layers": num_layers}))
 
 
-def tiny_config(folder):
+def tiny_config(folder, num_layers):
     return {
         "name": "tiny",
         "seed": 3,
         "output_dir": str(folder / "out"),
-        "model": MODEL,
+        "model": MODEL | {"num_layers": num_layers},
         "latent": {"channels": 1, "frames": 4, "height": 16, "width": 16},
         "precision": {"params_dtype": "fp32"},
         "init": {"teacher": str(folder / "teacher")},
@@ -94,6 +96,20 @@ def train(config_path, overrides, fault=None):
     return asdict(trainer.progress), whole_weights(trainer), noted
 
 
+def command(argv):
+    """`python -m rcm_megatron …` on this rank: (exit status, stderr)."""
+    from rcm_megatron.__main__ import main
+
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        try:
+            status = main(argv)
+        except SystemExit as end:  # Python prints a message to stderr and exits with 1
+            status = end.code if isinstance(end.code, int) else 1
+            stderr.write("" if isinstance(end.code, int) else str(end.code))
+    return status, stderr.getvalue()
+
+
 def whole_weights(trainer):
     """{network: {parameter: whole tensor}} on tensor-parallel rank 0, None for the parameters elsewhere."""
     from rcm_megatron.checkpoint.convert import gather_full
@@ -113,11 +129,11 @@ def records(folder):
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(measured)} for line in lines]
 
 
-def initial_weights():
+def initial_weights(num_layers=MODEL["num_layers"]):
     """What student and fake score start from."""
     from rcm_megatron.training.networks import seeded_weights
 
-    return seeded_weights(model_config(), seed=5)
+    return dict(seeded_weights(model_config(num_layers), seed=5))
 
 
 def flat_change(weights, initial):

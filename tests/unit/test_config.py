@@ -1,6 +1,7 @@
 """The configuration: what is accepted, and that each mistake is named with its full path, before anything is loaded."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rcm_megatron.config import ConfigError, RunConfig, as_dict, build, load_config, to_yaml, validate
+from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, as_dict, build, load_config, to_yaml, validate
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "model_configs"
@@ -169,7 +170,41 @@ def test_a_file_that_is_no_configuration(tmp_path):
         (["parallel.tp=2", "parallel.ulysses=2"], 8, ["num_heads=6 must divide by parallel.ulysses*tp=4", "1 or 3"]),
         (["parallel.tp=2", "model.ffn_hidden_size=577"], 4, ["ffn_hidden_size=577 must divide by parallel.tp=2"]),
         (["parallel.tp=0"], 2, ["parallel.tp=0 must be greater than 0"]),
-        (["parallel.pp=2"], 4, ["parallel.pp=2", "not supported", "set both to 1"]),
+        (["parallel.pp=8"], 16, ["num_layers=4 cannot give each of parallel.pp*vpp = 8*1 = 8 pieces a block"]),
+        (
+            ["parallel.pp=2", "parallel.vpp=3"],
+            4,
+            ["num_layers=4 cannot give each of parallel.pp*vpp = 2*3 = 6 pieces", "lower parallel.pp or parallel.vpp"],
+        ),
+        (["parallel.vpp=2"], 2, ["parallel.vpp=2 interleaves", "got parallel.pp=1; set vpp to 1"]),
+        (["parallel.vpp=0"], 2, ["parallel.vpp=0 must be greater than 0"]),
+        (["parallel.pp=2"], 6, ["got 6 processes", "tp*ring*ulysses*pp = 1*2*1*2 = 4", "start 8 processes"]),
+        (
+            ["parallel.pp=2", "parallel.chunk_layers=[1, 2]"],
+            4,
+            ["chunk_layers=[1, 2] must hold 2 counts", "sum is model.num_layers=4", "e.g. [2, 2], or null"],
+        ),
+        (["parallel.pp=2", "parallel.chunk_layers=[4]"], 4, ["chunk_layers=[4] must hold 2 counts of 1 or more"]),
+        (["parallel.pp=2", "parallel.chunk_layers=[0, 4]"], 4, ["chunk_layers=[0, 4] must hold 2 counts of 1 or more"]),
+        (["parallel.pp=2", "parallel.chunk_layers=[]"], 4, ["chunk_layers=[] must hold 2 counts of 1 or more"]),
+        (
+            ["parallel.pp=2", "parallel.vpp=2", "parallel.chunk_layers=[1, 3]"],
+            4,
+            ["chunk_layers=[1, 3] must hold 4 counts", "pp*vpp = 2*2 = 4", "e.g. [1, 1, 1, 1]"],
+        ),
+        (
+            ["parallel.pp=2", "parallel.vpp=2", "trainer.micro_batch_size=4", "trainer.global_batch_size=12"],
+            4,
+            [
+                "parallel.vpp=2 needs a number of micro-batches that divides by parallel.pp=2, got 3",
+                "to 16, or vpp to 1",
+            ],
+        ),
+        (
+            ["parallel.pp=4", "parallel.ring=1", "parallel.vpp=2", "model.num_layers=9", "trainer.micro_batch_size=2"],
+            16,
+            ["divides by parallel.pp=4, got 2", "set trainer.global_batch_size to 32, or vpp to 1"],
+        ),
         ([], 3, ["got 3 processes", "1*2*1*1 = 2", "start 4 processes"]),
         (["trainer.micro_batch_size=3"], 2, ["global_batch_size=16", "3*1 = 3", "set it to 18"]),
         (["trainer.micro_batch_size=1", "trainer.global_batch_size=5"], 8, ["1*4 = 4", "dp = 8 processes / 2"]),
@@ -205,6 +240,57 @@ def test_a_run_that_cannot_work_is_refused_at_once(overrides, world_size, parts)
         assert part in message
 
 
+PIPELINES = {
+    "pp2": ["parallel.pp=2"],
+    "pp4": ["parallel.pp=4"],
+    "uneven": ["parallel.pp=2", "parallel.chunk_layers=[1, 3]"],
+    "vpp": ["parallel.pp=2", "parallel.vpp=2", "trainer.micro_batch_size=8"],
+    "uneven_vpp": ["parallel.pp=2", "parallel.vpp=2", "model.num_layers=5", "trainer.micro_batch_size=4"],
+    "one_micro_batch": ["parallel.pp=4", "trainer.micro_batch_size=16"],
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_that_can_run(name):
+    config = load_config(QUICKSTART, PIPELINES[name])
+    validate(config, config.parallel.model_parallel_size)
+
+
+@pytest.mark.parametrize(
+    ("layers", "parallel", "counts"),
+    [
+        (4, {}, [4]),
+        (4, {"pp": 2}, [2, 2]),
+        (5, {"pp": 2}, [3, 2]),
+        (30, {"pp": 4}, [7, 8, 8, 7]),
+        (9, {"pp": 4, "vpp": 2}, [1, 1, 1, 2, 1, 1, 1, 1]),
+        (40, {"pp": 8}, [5] * 8),
+        (7, {"pp": 4}, [2, 2, 2, 1]),
+        (4, {"pp": 2, "chunk_layers": (1, 3)}, [1, 3]),
+        (6, {"pp": 2, "vpp": 2, "chunk_layers": (1, 2, 2, 1)}, [1, 2, 2, 1]),
+    ],
+)
+def test_blocks_are_cut_into_ranges_that_follow_each_other(layers, parallel, counts):
+    """As even as possible, the larger ones in the middle, unless chunk_layers says otherwise."""
+    ranges = ParallelConfig(**parallel).layer_ranges(layers)
+    assert [len(blocks) for blocks in ranges] == counts
+    assert [layer for blocks in ranges for layer in blocks] == list(range(layers))
+
+
+@pytest.mark.parametrize("layers", range(1, 13))
+def test_even_cuts_leave_no_piece_empty_and_differ_by_one_at_most(layers):
+    for pieces in range(1, layers + 1):
+        counts = [len(blocks) for blocks in ParallelConfig(pp=pieces).layer_ranges(layers)]
+        assert sum(counts) == layers and min(counts) >= 1 and max(counts) - min(counts) <= 1
+        large = [i for i, count in enumerate(counts) if count > min(counts)]
+        assert large == list(range(large[0], large[0] + len(large))) if large else True
+
+
+def test_sizes_that_follow_from_the_degrees():
+    parallel = ParallelConfig(tp=2, ring=2, ulysses=3, pp=4, vpp=2)
+    assert (parallel.cp, parallel.model_parallel_size, parallel.num_chunks, parallel.dp(96)) == (6, 48, 8, 2)
+
+
 def test_all_problems_are_reported_together():
     message = error_of(*SIX_HEADS, "parallel.tp=4", "latent.width=18", "init.teacher=null")
     assert len(message.splitlines()) >= 3
@@ -233,10 +319,9 @@ def test_flow_matching_needs_no_teacher_and_no_critic():
     assert not config.needs_fake_score
 
 
-def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "rcm_megatron", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+def run_cli(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "rcm_megatron", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True)
 
 
 def test_cli_reports_one_clean_message_and_imports_no_torch():
@@ -245,6 +330,33 @@ def test_cli_reports_one_clean_message_and_imports_no_torch():
     assert "num_heads=4 must divide by parallel.tp=8" in result.stderr
     assert "Traceback" not in result.stderr
     assert "| torch" not in result.stderr
+
+
+REFUSED_AT_ONCE = {
+    "more_pieces_than_layers": (["parallel.ring=1", "parallel.pp=4", "parallel.vpp=4"], 4, "num_layers=4 cannot give"),
+    "heads": (["parallel.tp=8", "parallel.ring=1"], 8, "num_heads=4 must divide by parallel.tp=8"),
+    "world": (["parallel.pp=2"], 3, "got 3 processes, need a multiple of"),
+    "rounds": (["parallel.pp=4", "parallel.vpp=1", "parallel.chunk_layers=[1, 1, 2]"], 8, "must hold 4 counts"),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "train", "sample", "export"])
+@pytest.mark.parametrize("name", REFUSED_AT_ONCE)
+def test_cli_refuses_an_illegal_layout_in_less_than_a_second(name, command, tmp_path):
+    """Wall time of the whole process, the best of three, because others may use the machine; no torch, so no weight is read."""
+    overrides, world_size, message = REFUSED_AT_ONCE[name]
+    arguments = [command, str(QUICKSTART), *overrides, f"init.teacher={tmp_path}/absent"]
+    arguments += {"check": ["--world-size", str(world_size)], "train": []}.get(command, ["--output", f"{tmp_path}/out"])
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run_cli(*arguments, environment={"WORLD_SIZE": str(world_size)})
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 2 and message in result.stderr, result.stderr[-2000:]
+        assert "Traceback" not in result.stderr and "| torch" not in result.stderr
+        if seconds[-1] < 1.0:
+            return
+    raise AssertionError(f"took {seconds} s; 0.4 s with imports traced on a busy machine")
 
 
 def test_cli_check_prints_the_complete_configuration(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed.conformance import FILES, assert_conforms, conformance_errors
+from tests.distributed.conformance import FILES, assert_conforms, conformance_errors, stored_quantities
 from tests.distributed.harness import run_ranks
 from tools.golden import BOUNDS, load_golden, relative_error
 
@@ -13,7 +13,9 @@ from tools.golden import BOUNDS, load_golden, relative_error
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_every_case_on_one_process(name, micro_batch_size):
-    assert_conforms(run_ranks(conformance_errors, 1, str(FILES[name]), {}, micro_batch_size), cases=set(BOUNDS))
+    stored = stored_quantities(FILES[name])
+    assert stored.keys() == set(BOUNDS) | {"network"}
+    assert_conforms(run_ranks(conformance_errors, 1, str(FILES[name]), {}, micro_batch_size), stored=stored)
 
 
 def errors_of_a_perturbed_network(path, network, parameter, factor, case):
@@ -82,4 +84,15 @@ def test_the_command_line_prints_a_line_per_case_and_exits_by_the_bounds():
 def test_a_nan_fails():
     error = relative_error(torch.tensor([float("nan"), 1.0]), torch.ones(2))
     with pytest.raises(AssertionError, match="loss=nan > 1e-08"):
-        assert_conforms([{"scm": [("loss", error, 1e-8)]}], cases={"scm"})
+        assert_conforms([{"scm": [("loss", error, 1e-8)]}], stored={"scm": {"loss"}})
+
+
+def test_a_stored_quantity_that_no_rank_compares_fails():
+    """Outputs of losses are on the last stage only, gradients on the first."""
+    first, last = [("loss", 0.0, 1e-8), ("grad/a", 0.0, 1e-5)], [("loss", 0.0, 1e-8), ("out/dF", 0.0, 1e-5)]
+    stored = {"scm": {"loss", "grad/a", "out/dF"}}
+    assert_conforms([{"scm": first}, {"scm": last}], stored=stored)
+    with pytest.raises(AssertionError, match=r"case scm: \['out/dF'\] were compared on no rank"):
+        assert_conforms([{"scm": first}, {"scm": first}], stored=stored)
+    with pytest.raises(AssertionError, match="rank 1, case scm: no loss"):
+        assert_conforms([{"scm": first}, {"scm": last[1:]}], stored=stored)

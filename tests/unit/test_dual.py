@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rcm_megatron.dual import Dual, add_bias, map_linear, primal_of, recomputed, shape_of
+from rcm_megatron.dual import Dual, add_bias, as_message, from_message, map_linear, primal_of, recomputed, shape_of
 from rcm_megatron.models import dual_ops
 from rcm_megatron.models.rope import apply_rope, rope_frequencies
 from tests.helpers import assert_close
@@ -268,3 +268,70 @@ def test_saved_memory_is_the_primals_and_does_not_keep_a_stack_alive():
             "a view keeps the stack alive"
         )
     assert len(saved) == 2 * len(layers), "each layer saves its two primal inputs and nothing else"
+
+
+# ---- messages between pipeline stages
+
+
+def sent_on(value):
+    """What the next stage has: the message's bits, as a leaf that asks for a gradient, as Megatron's schedules hand it over."""
+    return as_message(value).detach().clone().requires_grad_()
+
+
+def test_the_message_of_a_dual_is_its_stack_and_of_a_tensor_itself():
+    plain, dual = hidden(1), Dual.pack(hidden(1), hidden(2))
+    assert as_message(plain) is plain and from_message(plain, dual=False) is plain
+    assert as_message(dual) is dual.stacked, "no copy without a graph"
+    received = from_message(sent_on(dual), dual=True)
+    assert torch.equal(received.primal, dual.primal) and torch.equal(received.tangent, dual.tangent)
+
+
+def test_gradient_of_a_message_goes_to_the_primal_alone():
+    primal = hidden(1).requires_grad_()
+    dual = Dual.pack(2.0 * primal, hidden(2))
+    message = as_message(dual)
+    assert message.requires_grad and torch.equal(message, dual.stacked)
+    gradient = normal(*message.shape, seed=3)
+    message.backward(gradient)
+    assert torch.equal(primal.grad, 2.0 * gradient[:, :BATCH]), "whatever comes back in the tangent's half is left out"
+
+
+def test_gradient_of_a_received_dual_has_a_zero_tangent_half():
+    message = normal(TOKENS, 2 * BATCH, FEATURES, seed=4).requires_grad_()
+    received = from_message(message, dual=True)
+    assert received.primal.requires_grad and not received.tangent.requires_grad and not received.stacked.requires_grad
+    recomputed(lambda x: map_linear(lambda v: 3.0 * v, x), received).primal.backward(hidden(5))
+    assert torch.equal(message.grad[:, :BATCH], 3.0 * hidden(5))
+    assert message.grad.shape == message.shape and float(message.grad[:, BATCH:].abs().max()) == 0.0
+
+
+def test_a_received_message_without_gradient_is_a_dual_without_graph():
+    with torch.no_grad():
+        received = from_message(normal(TOKENS, 2 * BATCH, FEATURES, seed=4), dual=True)
+        assert received.graph is None and as_message(received).data_ptr() == received.stacked.data_ptr()
+
+
+@pytest.mark.parametrize("kind", [RecomputedPlain, RecomputedDual])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_two_stages_that_exchange_messages_are_one_network(kind, cut):
+    """Output, tangent and every gradient, when layers run on both sides of a message and gradients come back as one."""
+    layers = stack_of_layers(3)
+    reference, whole = gradients_of(layers, hidden(1), vector(2), kind)
+    x, c_first, c_second = (v.detach().requires_grad_() for v in (hidden(1), vector(2), vector(2)))
+    h, condition = kind.prepare(x, c_first)
+    for layer in layers[:cut]:
+        h = kind.run(layer, h, condition)
+    sent = as_message(h)
+    arrived = sent.detach().clone().requires_grad_()
+    h, condition = from_message(arrived, dual=kind is RecomputedDual), kind.prepare(x.detach(), c_second)[1]
+    for layer in layers[cut:]:
+        h = kind.run(layer, h, condition)
+    (primal_of(h) * hidden(77)).sum().backward()
+    sent.backward(arrived.grad)
+    assert_close("primal", primal_of(whole), primal_of(h), rel=1e-13)
+    if kind is RecomputedDual:
+        assert_close("tangent", whole.tangent, h.tangent, rel=1e-13)
+    assert_close("gradient of x", reference["x"], x.grad, rel=1e-12)
+    assert_close("gradient of c", reference["c"], c_first.grad + c_second.grad, rel=1e-12)
+    for name, parameter in layers.named_parameters():
+        assert_close(f"gradient of {name}", reference[name], parameter.grad, rel=1e-12)

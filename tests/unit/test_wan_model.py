@@ -261,7 +261,7 @@ def parameter_gradients(model, case, forward, inputs):
 
 @pytest.mark.parametrize("name", ["odd_grid", "patch_4", "no_cross_attn_norm"])
 def test_gradient_of_every_parameter_equals_diffusers(name, groups):
-    """Through the dual pass (primal recomputed) and through the plain one, with and without recomputed blocks."""
+    """Through the dual pass (primal recomputed) and through the plain one, under each recompute policy."""
     case = CASES[name]
     network, inputs = diffusers_network(case), inputs_of(case)
     twin, model = wide_twin(network, case), our_network(network, case, groups)
@@ -271,12 +271,13 @@ def test_gradient_of_every_parameter_equals_diffusers(name, groups):
         ).sum().backward()
     reference = {key: parameter.grad for key, parameter in twin.named_parameters()}
     passes = {
-        "dual": (True, lambda *args: ours_dual(*args)[0]),
-        "plain, recomputed": (True, ours_plain),
-        "plain, kept": (False, ours_plain),
+        "dual": ("full", lambda *args: ours_dual(*args)[0]),
+        "plain, recomputed": ("full", ours_plain),
+        "plain, partly recomputed": ("selective", ours_plain),
+        "plain, kept": ("none", ours_plain),
     }
     for label, (recompute, forward) in passes.items():
-        model.recompute_blocks = recompute
+        model.recompute = recompute
         gradients = parameter_gradients(model, case, forward, inputs)
         assert gradients.keys() == reference.keys()
         for key, gradient in reference.items():

@@ -1,0 +1,294 @@
+"""Peak bytes and seconds of a student rCM step (sCM and DMD) under each memory policy; writes docs/memory.json and docs/memory.md.
+
+    .venv/bin/python tools/benchmark_memory.py
+
+It starts its own ranks (two: data parallel, or `--ring`), each with one thread. {none, selective, full} recomputation x {resident, sharded}
+teacher run alternately on the same networks, batch and noise; times are medians over the repeats. Peaks are counted by PyTorch's
+dispatcher in a step of their own: what operations allocate beyond weights, gradients and optimizer state, which are counted exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rcm_megatron import platform
+
+platform.install()
+
+from rcm_megatron.config import (  # noqa: E402
+    DataConfig,
+    DistillationConfig,
+    EncodersConfig,
+    InitConfig,
+    LatentConfig,
+    LossWeights,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    StageConfig,
+    TimeDistribution,
+    TrainerConfig,
+)
+from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
+from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
+from rcm_megatron.parallel.optimizer_shards import owned_shards  # noqa: E402
+from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped  # noqa: E402
+from rcm_megatron.training.memory import shard_weights  # noqa: E402
+from rcm_megatron.training.networks import build_chunks, build_networks, load_weights, seeded_weights  # noqa: E402
+from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
+from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
+from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
+from tools.measuring import ROOT, PeakBytes, provenance  # noqa: E402
+
+POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
+"""(memory.recompute, memory.teacher_weights)."""
+STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=True)
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """Random weights, one sample a data-parallel rank, sCM and DMD."""
+    model = ModelConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden,
+        num_heads=args.hidden // args.head_dim,
+        ffn_hidden_size=4 * args.hidden,
+        in_channels=16,
+        out_channels=16,
+        patch_size=(1, 2, 2),
+        text_dim=256,
+        text_len=64,
+    )
+    times = TimeDistribution(kind="uniform_shift", shift=5.0)
+    parallel = ParallelConfig(ring=args.ranks) if args.ring else ParallelConfig()
+    return RunConfig(
+        name="benchmark_memory",
+        output_dir="",
+        model=model,
+        latent=LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32),
+        parallel=parallel,
+        precision=PrecisionConfig(params_dtype=args.dtype, linear_layers="local"),
+        init=InitConfig(),
+        distillation=DistillationConfig(teacher_guidance=5.0, p_g=times, p_d=times),
+        stages=(StageConfig(name="rcm", steps=2, losses=LossWeights(scm=100.0, dmd=1.0), student_update_freq=2),),
+        student_optimizer=OptimizerConfig(lr=1e-6),
+        fake_score_optimizer=OptimizerConfig(lr=1e-6),
+        encoders=EncodersConfig(video="none", text="none"),
+        data=DataConfig(folder=""),
+        trainer=TrainerConfig(global_batch_size=parallel.dp(args.ranks), checkpoint_every=1),
+    )
+
+
+class Rank:
+    """This rank's networks, one teacher whole and one in shards, and the step on them."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run, groups = run, initialize_parallel(run.parallel)
+        self.groups = groups
+        networks = build_networks(run, groups)
+        dtype = networks.teacher[0].config.params_dtype
+        second = build_chunks(run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype)
+        load_weights([chunk.requires_grad_(False) for chunk in second], seeded_weights(run.model, seed=run.seed))
+        sharded = shard_weights(second, group=groups.dp_cp)
+        self.networks = {"resident": networks, "sharded": replace(networks, teacher=sharded)}
+        self.student, self.fake_score = networks.student, networks.fake_score
+        self.optimizers = {
+            "student": build_optimizer(self.student, run.student_optimizer),
+            "fake_score": build_optimizer(self.fake_score, run.fake_score_optimizer),
+        }
+        self.batch = self._batch()
+
+    def _batch(self) -> MicroBatch:
+        layout, model, rank = self.networks["resident"].layout, self.run.model, self.groups.dp_rank
+        draws, device = SeededDraws(0, 0, [rank]), platform.device()
+        text = draws.normal("text", (model.text_len, model.text_dim)).transpose(0, 1).to(device)
+        latent = draws.normal("latent", self.run.latent.shape_CTHW).to(device)
+        return MicroBatch(layout.shard(latent), text, torch.zeros_like(text), draws)
+
+    def step(self, recompute: str, teacher: str) -> None:
+        for chunk in self.student:
+            unwrapped(chunk).recompute = recompute
+        stage, settings = self.run.stages[0], self.run.distillation
+        zero_gradients(self.optimizers["student"])
+        accumulate_step(STEP, self.networks[teacher], [self.batch], stage=stage, settings=settings)
+        reduce_gradients(self.student)
+        optimizer_step(self.optimizers["student"], self.groups)
+
+    def seconds(self, recompute: str, teacher: str) -> float:
+        dist.barrier()
+        start = time.perf_counter()
+        self.step(recompute, teacher)
+        dist.barrier()
+        return time.perf_counter() - start
+
+    def peak(self, recompute: str, teacher: str) -> int:
+        with PeakBytes() as tracked:
+            self.step(recompute, teacher)
+        return tracked.peak
+
+    def standing(self) -> dict[str, int]:
+        """Bytes that stay from step to step, by what they are."""
+        found = {f"weights of the {name} teacher": weight_bytes(n.teacher) for name, n in self.networks.items()}
+        for name, chunks in (("student", self.student), ("fake score", self.fake_score)):
+            optimizer = self.optimizers[name.replace(" ", "_")]
+            found[f"weights of the {name}"] = weight_bytes(chunks)
+            found[f"gradients of the {name}"] = sum(tensor_bytes(b.grad_data) for c in chunks for b in c.buffers)
+            found[f"main parameters and moments of the {name}"] = sum(map(shard_bytes, owned_shards(optimizer)))
+        found["EMA of the student"] = sum(tensor_bytes(s.main) for s in owned_shards(self.optimizers["student"]))
+        return found
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def weight_bytes(chunks: list[nn.Module]) -> int:
+    """This rank's part of all parameters."""
+    parameters = [parameter for chunk in chunks for parameter in unwrapped(chunk).parameters()]
+    return sum(tensor_bytes(p.to_local() if hasattr(p, "to_local") else p) for p in parameters)
+
+
+def shard_bytes(shard) -> int:
+    """Adam's moments, and the main parameter where it is no view of the weights."""
+    is_view = shard.main.untyped_storage().data_ptr() == shard.parameter.untyped_storage().data_ptr()
+    moments = sum(tensor_bytes(moment) for moment in shard.adam_state().values())
+    return moments + (0 if is_view else tensor_bytes(shard.main))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON; call it on all ranks. Peaks are the largest of the ranks'."""
+    rank = Rank(run_config(args))
+    peaks = {policy: rank.peak(*policy) for policy in POLICIES}  # the first step of each, too
+    seconds: dict[tuple[str, str], list[float]] = {policy: [] for policy in POLICIES}
+    for repeat in range(args.repeats):
+        for policy in POLICIES:
+            seconds[policy].append(rank.seconds(*policy))
+            if dist.get_rank() == 0:
+                print(f"{repeat + 1}/{args.repeats} {' '.join(policy)}: {seconds[policy][-1]:.1f} s", flush=True)
+    largest = torch.tensor(list(peaks.values()))
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    rows = [
+        {
+            "recompute": recompute,
+            "teacher_weights": teacher,
+            "peak_bytes": peak,
+            "median_seconds": statistics.median(seconds[recompute, teacher]),
+            "seconds": seconds[recompute, teacher],
+        }
+        for (recompute, teacher), peak in zip(POLICIES, largest.tolist(), strict=True)
+    ]
+    shape = {key: vars(args)[key] for key in ("hidden", "head_dim", "layers", "tokens", "dtype", "ranks", "ring")}
+    parameters = sum(parameter.numel() for chunk in rank.student for parameter in chunk.module.parameters())
+    return {"shape": shape, "parameters": parameters, "standing_bytes": rank.standing(), "policies": rows}
+
+
+def gib(value: float) -> str:
+    return f"{value / 2**30:.2f}" if value >= 2**30 / 10 else f"{value / 2**20:.1f} MiB"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """docs/memory.md."""
+    shape, standing, source = result["shape"], result["standing_bytes"], result["provenance"]
+    layout = f"{'ring' if shape['ring'] else 'dp'}={shape['ranks']}"
+    best = next(row["median_seconds"] for row in result["policies"] if row["recompute"] == "none")
+    rows = []
+    for row in result["policies"]:
+        weights = sum(v for k, v in standing.items() if "teacher" not in k)
+        weights += standing[f"weights of the {row['teacher_weights']} teacher"]
+        cells = [
+            row["recompute"],
+            row["teacher_weights"],
+            gib(row["peak_bytes"]),
+            gib(weights),
+            gib(row["peak_bytes"] + weights),
+        ]
+        cells += [f"{row['median_seconds']:.1f}", f"{row['median_seconds'] / best:.2f}"]
+        rows.append("| " + " | ".join(cells) + " |")
+    kept = "\n".join(f"| {name} | {gib(value)} |" for name, value in standing.items())
+    repeats = len(result["policies"][0]["seconds"])
+    return f"""# Memory policies, measured
+
+What each policy of `memory:` (rcm_megatron/config/run.py) holds and costs. This file is written by
+
+    {source["command"]}
+
+on {source["date"]}: {source["cpu"]}, {source["cores"]} cores, {source["memory_gib"]} GiB, {source["threads"]} thread a rank;
+torch {source["torch"]}, Megatron-Core {source["megatron_core"]}; commit {source["commit"]}{" with changes" * source["uncommitted_changes"]};
+when it started, `uptime` said `{source["uptime"]}`. All figures: docs/memory.json.
+
+A student step of rCM (sCM and DMD, rollout of one step, guided teacher, update) of a network of {result["parameters"] / 1e6:.1f} M parameters:
+{shape["layers"]} blocks, hidden size {shape["hidden"]}, {shape["tokens"]} tokens a sample, {shape["dtype"]}, {layout}.
+GiB of one rank; medians of {repeats} steps. *Step*: the peak of what the step allocates (activations, messages, gathered weights).
+*Standing*: weights, gradients, optimizer state and EMA.
+
+| recompute | teacher | step | standing | together | seconds | of none, resident |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+{chr(10).join(rows)}
+
+The dual pass of sCM recomputes its blocks under every policy; `memory.recompute` decides on DMD's pass here, and on those of the
+critic, dCM and flow matching. On a GPU `sharded` gathers a block while the one before computes; on Gloo, here, it waits.
+
+What stands on a rank:
+
+| | GiB |
+| --- | ---: |
+{kept}
+
+`memory.free_idle_gradients` removes the gradients of the network that a step does not train. `memory.offload_optimizer` removes the main
+parameters and moments of the networks it names outside their updates (CUDA only, as is `teacher_weights: offloaded`: not measured here).
+In bf16 a parameter takes 2 bytes of weights, 4 of gradients and 12/(dp*cp) of main parameter and moments; in fp32 the main
+parameter is the weight itself, so 8/(dp*cp).
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of the head dim")
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=2048, help="of a sample; a multiple of 256")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ring", action="store_true", help="the ranks share a sample instead of having one each")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "memory", help="without suffix: .json and .md")
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit(start_ranks(args.ranks))
+    torch.set_num_threads(1)
+    source = provenance() | {"date": time.strftime("%Y-%m-%d")}
+    platform.init_distributed()
+    result = {"provenance": source, **measure(args)}
+    if dist.get_rank() == 0:
+        args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        args.output.with_suffix(".md").write_text(markdown(result))
+        print(markdown(result))
+    dist.destroy_process_group()
+
+
+def start_ranks(count: int) -> int:
+    """This command again on ``count`` ranks of this machine; its exit status."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run([*launcher, *sys.argv], env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    main()
