@@ -199,8 +199,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"shape": shape, "parameters": parameters, "standing_bytes": rank.standing(), "policies": rows}
 
 
-def gib(value: float) -> str:
-    return f"{value / 2**30:.2f}" if value >= 2**30 / 10 else f"{value / 2**20:.1f} MiB"
+def mib(value: float) -> str:
+    return f"{value / 2**20:,.0f}"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -215,14 +215,15 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [
             row["recompute"],
             row["teacher_weights"],
-            gib(row["peak_bytes"]),
-            gib(weights),
-            gib(row["peak_bytes"] + weights),
+            mib(row["peak_bytes"]),
+            mib(weights),
+            mib(row["peak_bytes"] + weights),
         ]
         cells += [f"{row['median_seconds']:.1f}", f"{row['median_seconds'] / best:.2f}"]
         rows.append("| " + " | ".join(cells) + " |")
-    kept = "\n".join(f"| {name} | {gib(value)} |" for name, value in standing.items())
-    repeats = len(result["policies"][0]["seconds"])
+    kept = "\n".join(f"| {name} | {mib(value)} |" for name, value in standing.items())
+    repeats, parameters = len(result["policies"][0]["seconds"]), result["parameters"] / 1e6
+    commit = source["commit"] + (" with uncommitted changes" if source["uncommitted_changes"] else "")
     return f"""# Memory policies, measured
 
 What each policy of `memory:` (rcm_megatron/config/run.py) holds and costs. This file is written by
@@ -230,12 +231,12 @@ What each policy of `memory:` (rcm_megatron/config/run.py) holds and costs. This
     {source["command"]}
 
 on {source["date"]}: {source["cpu"]}, {source["cores"]} cores, {source["memory_gib"]} GiB, {source["threads"]} thread a rank;
-torch {source["torch"]}, Megatron-Core {source["megatron_core"]}; commit {source["commit"]}{" with changes" * source["uncommitted_changes"]};
+torch {source["torch"]}, Megatron-Core {source["megatron_core"]}; commit {commit};
 when it started, `uptime` said `{source["uptime"]}`. All figures: docs/memory.json.
 
-A student step of rCM (sCM and DMD, rollout of one step, guided teacher, update) of a network of {result["parameters"] / 1e6:.1f} M parameters:
+A student step of rCM (sCM and DMD, rollout of one step, guided teacher, update) of a network of {parameters:.1f} M parameters:
 {shape["layers"]} blocks, hidden size {shape["hidden"]}, {shape["tokens"]} tokens a sample, {shape["dtype"]}, {layout}.
-GiB of one rank; medians of {repeats} steps. *Step*: the peak of what the step allocates (activations, messages, gathered weights).
+MiB of one rank; medians of {repeats} steps. *Step*: the peak of what the step allocates (activations, messages, gathered weights).
 *Standing*: weights, gradients, optimizer state and EMA.
 
 | recompute | teacher | step | standing | together | seconds | of none, resident |
@@ -247,7 +248,7 @@ critic, dCM and flow matching. On a GPU `sharded` gathers a block while the one 
 
 What stands on a rank:
 
-| | GiB |
+| | MiB |
 | --- | ---: |
 {kept}
 
@@ -260,14 +261,14 @@ parameter is the weight itself, so 8/(dp*cp).
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=256, help="a multiple of the head dim")
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a sample; a multiple of 256")
+    parser.add_argument("--hidden", type=int, default=1024, help="a multiple of the head dim")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=768, help="of a sample; a multiple of 256")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--ring", action="store_true", help="the ranks share a sample instead of having one each")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "memory", help="without suffix: .json and .md")
     args = parser.parse_args()
     if "RANK" not in os.environ:

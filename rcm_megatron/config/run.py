@@ -178,16 +178,16 @@ class MemoryConfig:
 
     recompute: Literal["none", "selective", "full"] = "full"
     """What plain passes keep for the backward pass (the dual pass always keeps a block's primal input alone).
-    none: every activation. selective: outputs of linears and attention; norms, modulation, GELU, RoPE and collectives run again
-    (Transformer Engine's linears and the reference attention too). full: the block's input; one more forward."""
+    none: every activation. selective: what linears and attention put out; norms, modulation, GELU, RoPE, gathers and the messages of
+    ring and Ulysses run again (Transformer Engine's linears and the reference attention too). full: the block's input; one more forward."""
     teacher_weights: Literal["resident", "sharded", "offloaded"] = "resident"
     """resident: whole on every rank. sharded: 1/(dp*cp) of each block on a rank, gathered block by block in each teacher pass: one
     all-gather of the weights a pass and micro-batch, hidden behind the block before where there is CUDA. offloaded: the same, with the
     parts in pinned host memory: also 1/(dp*cp) of the weights over PCIe; a CUDA device only."""
     offload_optimizer: tuple[Literal["student", "fake_score"], ...] = ()
     """Networks whose fp32 main parameters and moments wait in pinned host memory between their updates: 12/(dp*cp) bytes a
-    parameter of device memory less, two copies over PCIe an update. Those of all networks are on the device while a checkpoint is
-    written. A CUDA device only."""
+    parameter of device memory less (as many of the host's, each tensor rounded up to a power of two), two copies over PCIe an update.
+    Those of all networks are on the device while a checkpoint is written or read. A CUDA device only."""
     free_idle_gradients: bool = False
     """Free the fp32 gradients of the network that a step does not train: 4 bytes a parameter of the rank less (dp and cp do not share
     them) where a critic is trained; an allocation a step, and large blocks in the allocator that may not fit together again."""

@@ -1,10 +1,10 @@
-"""Layouts that the tests run on: every legal one of a few processes, and a selection that covers every pair of degrees.
+"""Layouts that the tests run on: every legal one of a few processes, and a selection that covers every pair of their factors.
 
 No torch here: pytest asks for the layouts while it collects.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import combinations, product
 
 HEADS, MOST_PROCESSES = 4, 8
@@ -62,9 +62,16 @@ class Layout:
         )
 
     @property
+    def context(self) -> str:
+        """How its context is parallel: none, ring, ulysses or both."""
+        kinds = [name for name in ("ring", "ulysses") if getattr(self, name) > 1]
+        return "both" if len(kinds) == 2 else "".join(kinds) or "none"
+
+    @property
     def pairs(self) -> frozenset:
-        """What it covers: each two of its degrees together."""
-        return frozenset(combinations(zip(DEGREES, astuple(self), strict=True), 2))
+        """What it covers: each two of its factors' values together."""
+        factors = {name: getattr(self, name) for name in ("tp", "context", "pp", "vpp", "dp")}
+        return frozenset(combinations((factors | {"cp": self.ring * self.ulysses}).items(), 2))
 
 
 def all_combinations() -> Iterator[Layout]:
@@ -92,7 +99,7 @@ def pairs_of(layouts: Iterable[Layout]) -> set:
 
 
 def covering(layouts: Sequence[Layout], *, always: Sequence[Layout]) -> tuple[Layout, ...]:
-    """A small part of `layouts` with all their pairs of degrees, `always` among them.
+    """A small part of `layouts` with all their pairs of factors, `always` among them.
 
     Greedy: the layout with most pairs that are still missing, at equal counts the one of fewest processes, then the first; at the end
     those go whose pairs the others have, large ones first.

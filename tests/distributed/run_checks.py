@@ -8,7 +8,7 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import MODEL, STEPS, flat_change, initial_weights, records, train, write_tiny_run
 
-LOSS_BOUND, CHANGE_BOUND = 1e-5, 1e-4  # measured 3e-7 and 2e-6
+LOSS_BOUND, CHANGE_BOUND = 1e-5, 1e-4  # measured 4e-7 and 2e-6 (of one parameter 1.3e-5)
 
 
 class Runs:

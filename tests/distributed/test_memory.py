@@ -86,24 +86,33 @@ def test_policies_change_no_number(layout):
             assert teacher["gathered"] == {1}
 
 
-def saved_bytes(parallel):
-    """{policy: bytes that a plain forward keeps for its backward} on this rank; the forward and the backward of 256 tokens."""
+def kept_and_repeated(parallel):
+    """{policy: (bytes that a plain forward of 256 tokens keeps for its backward, operations of that backward that selective spares)}."""
     from rcm_megatron import platform
 
     platform.install()
+    from torch.utils._python_dispatch import TorchDispatchMode
+
     from rcm_megatron.config import LatentConfig
+    from rcm_megatron.models.recompute import is_kept
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
     from tests.distributed.test_parity import MODEL
     from tools.measuring import PeakBytes
 
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if is_kept(func) or func._schema.name in ("c10d::_reduce_scatter_base_", "c10d::allreduce_"):
+                repeated[policy] += 1
+            return func(*args, **(kwargs or {}))
+
     parallel, latent = ParallelConfig(**parallel), LatentConfig(channels=3, frames=4, height=16, width=16)
-    groups, kept = initialize_parallel(parallel), {}
+    groups, kept, repeated = initialize_parallel(parallel), {}, dict.fromkeys(POLICIES, 0)
     (network,) = build_chunks(MODEL, latent, parallel, groups=groups, params_dtype=torch.float32)
     load_weights([network], seeded_weights(MODEL, seed=1))
-    x = torch.randn(network.layout.local_tokens, 1, network.layout.patch_features)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(network.layout.local_tokens, 1, network.layout.patch_features)
     inputs = (x, torch.full((1, 1), 500.0), torch.randn(5, 1, 10))
     network(*inputs)  # makes what it caches
     for policy in POLICIES:
@@ -111,18 +120,21 @@ def saved_bytes(parallel):
         with PeakBytes() as tracked:
             loss = network(*inputs).square().sum()
             kept[policy] = tracked.live
-            loss.backward()
+            with Count():
+                loss.backward()
             del loss
             assert tracked.live < kept["none"] / 100, f"{policy}: {tracked.live} bytes outlive the backward"
-    return kept
+    return {policy: (kept[policy], repeated[policy]) for policy in POLICIES}
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "ring2"])
 def test_less_is_kept_for_the_backward(layout):
+    """Selective recomputation repeats no matmul of a linear, no attention and no reduction."""
     processes, parallel, _ = LAYOUTS[layout]
-    for kept in run_ranks(saved_bytes, processes, parallel):
-        assert kept["selective"] < 0.55 * kept["none"], kept
-        assert kept["full"] < 0.5 * kept["selective"], kept
+    for measured in run_ranks(kept_and_repeated, processes, parallel):
+        none, selective, full = (measured[policy] for policy in POLICIES)
+        assert selective[0] < 0.55 * none[0] and full[0] < 0.2 * selective[0], measured
+        assert none[1] == selective[1] < full[1], measured
 
 
 # ---- optimizer state and gradients
@@ -169,15 +181,13 @@ def tiny(tmp_path_factory):
     return tiny_run.write_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
-def test_a_run_whose_state_waits_elsewhere_is_the_same(tiny, tmp_path):
+def test_a_run_with_every_policy_is_the_same(tiny, tmp_path):
     """Through sCM, DMD and critic steps, checkpoints, and resuming. In bf16 some main parameters are views of fp32 parameters, most not."""
     results = {}
+    policies = ["memory.recompute=selective", "memory.teacher_weights=sharded", "memory.free_idle_gradients=true"]
     for away in (False, True):
-        overrides = [
-            "precision.params_dtype=bf16",
-            f"output_dir={tmp_path / str(away)}",
-            "trainer.checkpoint_every=4",
-        ]
+        overrides = ["precision.params_dtype=bf16", f"output_dir={tmp_path / str(away)}", "trainer.checkpoint_every=4"]
+        overrides += policies if away else []
         for stop in (7, 8):
             results[away] = run_ranks(train, 2, str(tiny), [*overrides, f"trainer.stop_after={stop}"], away)
     for (weights, ema, _), (same_weights, same_ema, (empty, host, gradients)) in zip(*results.values(), strict=True):

@@ -1,11 +1,12 @@
 """Losses, tangents and the raw gradient of every parameter, for every objective, on every layout, against one rank.
 
-CI runs a selection that holds every pair of parallel degrees; `bash tests/run.sh tests/distributed/test_parity.py --all-layouts` runs
+CI runs a selection that holds every pair of degrees; `bash tests/run.sh tests/distributed/test_parity.py --all-layouts` runs
 all legal layouts of at most 8 processes. 45 tokens need padding on 2, 4 and 8 ranks, stages have different numbers of blocks, a
 micro-batch holds 2 samples, a step 8: four micro-batches, or two on each of two data-parallel ranks.
 """
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ OBJECTIVES = {
 CORE = ("scm", "dmd", "critic", "dcm")
 FURTHER = frozenset(layout for layout in SELECTED if layout.processes <= 4)
 """The layouts on which all objectives run; elsewhere CORE."""
-BOUND = 1e-5  # measured 1.4e-6 at most
+BOUND = 1e-5  # measured 2.0e-6 at most (a finite difference), 8.6e-7 for CORE, on all layouts
 NEGLIGIBLE = 1e-6
 """A parameter's error is measured against its gradient's norm, but at least against this part of the norm of them all."""
 
@@ -293,11 +294,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("layout", layouts, ids=[layout.name for layout in layouts])
 
 
-def test_equals_one_rank(references, layout, record_property):
+def test_equals_one_rank(references, layout):
     objectives = tuple(OBJECTIVES) if layout in FURTHER else CORE
     arguments = (layout.parallel, layout.micro_batch_size, torch.float32, objectives, layout.num_layers)
     ranks = run_ranks(measure, layout.processes, *arguments, timeout=280)
-    record_property("worst", assert_equal_quantities(references.of(layout.num_layers, objectives), ranks))
+    error, name = assert_equal_quantities(references.of(layout.num_layers, objectives), ranks)
+    print(f"{layout.name}: at most {error:.1e} ({name})")
 
 
 def test_legal_layouts_are_those_that_the_configuration_accepts():
@@ -319,12 +321,28 @@ def test_legal_layouts_are_those_that_the_configuration_accepts():
             assert layout.is_legal or not fits, layout.name
 
 
-def test_the_selection_covers_every_pair_of_degrees_that_a_legal_layout_has():
-    assert pairs_of(SELECTED) == pairs_of(ALL)
-    assert set(NAMED) <= set(SELECTED) <= set(ALL)
+def test_the_selection_covers_every_pair_of_values_that_a_legal_layout_has():
+    """tp, pp, vpp, dp, the kind of context parallelism (ring, Ulysses, both) and its degree."""
+    together = {(a, b) for layout in ALL for a, b in combinations(factors_of(layout), 2)}
+    covered = {(a, b) for layout in SELECTED for a, b in combinations(factors_of(layout), 2)}
+    assert covered == together and pairs_of(SELECTED) == pairs_of(ALL)
+    assert set(NAMED) <= set(SELECTED) <= set(ALL) and len(SELECTED) < len(ALL) / 2
     assert len(ALL) == len({layout.name for layout in ALL}) == 61
     assert {(layout.ring, layout.ulysses) for layout in SELECTED} >= {(4, 1), (1, 4), (2, 2)}
-    assert any(layout.tp * layout.ring * layout.ulysses > 1 and layout.vpp > 1 for layout in SELECTED)
+
+
+def factors_of(layout):
+    """Named apart from Layout.pairs, so that a factor cannot be forgotten there unseen."""
+    kind = {(False, False): "none", (True, False): "ring", (False, True): "ulysses", (True, True): "both"}
+    parallel = ParallelConfig(**layout.parallel)
+    return (
+        ("tp", parallel.tp),
+        ("kind of cp", kind[parallel.ring > 1, parallel.ulysses > 1]),
+        ("cp", parallel.cp),
+        ("pp", parallel.pp),
+        ("vpp", parallel.vpp),
+        ("dp", parallel.dp(layout.processes)),
+    )
 
 
 @pytest.mark.parametrize("name", ["tp2", "ring2", "pp2", "pp2_vpp2"])
