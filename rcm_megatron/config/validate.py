@@ -71,11 +71,37 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
     if model.freq_dim % 2:
         yield f"model.freq_dim={model.freq_dim} must be even (sines and cosines); use {model.freq_dim + 1}"
+    yield from _family(model)
     if model.in_channels != model.out_channels:
         yield (
             f"model.out_channels={model.out_channels} must equal model.in_channels={model.in_channels}: "
             "the network predicts a velocity of its input's shape"
         )
+
+
+def _family(model: ModelConfig) -> Iterator[str]:
+    """What the family asks of the shared fields, and of its own. Sizes are positive."""
+    cosmos = model.cosmos
+    if (model.family == "cosmos") != (cosmos is not None):
+        fix = (
+            "give at least model.cosmos.rope_scale" if cosmos is None else "remove model.cosmos, or set family: cosmos"
+        )
+        yield f"model.family={model.family} with model.cosmos={'null' if cosmos is None else 'given'}; {fix}"
+    if model.family != "cosmos" or cosmos is None:
+        return
+    if model.freq_dim != model.hidden_size:
+        yield f"model.freq_dim={model.freq_dim} must equal model.hidden_size={model.hidden_size} for family cosmos; set it so"
+    if model.cross_attn_norm:
+        yield "model.cross_attn_norm=true is Wan's; family cosmos modulates before cross-attention: set it to false"
+    if model.head_dim < 12:
+        yield f"model.hidden_size / model.num_heads = {model.head_dim} must be at least 12 to stretch RoPE; lower model.num_heads"
+    yield from _positive("model.cosmos", cosmos, "adaln_lora_dim condition_sigma qk_norm_eps")
+    if min(cosmos.rope_scale) <= 0 or min(cosmos.max_size) <= 0:
+        yield "model.cosmos.rope_scale and max_size must hold numbers greater than 0"
+    if cosmos.rope_fps is not None and cosmos.rope_fps <= 0:
+        yield f"model.cosmos.rope_fps={cosmos.rope_fps} must be greater than 0, or null for images"
+    if cosmos.condition_frames and model.patch_size[0] != 1:
+        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
 
 
 def _latent(latent: LatentConfig, model: ModelConfig) -> Iterator[str]:
@@ -96,6 +122,10 @@ def _latent(latent: LatentConfig, model: ModelConfig) -> Iterator[str]:
                 f"latent.{axis}={size} makes {size // patch} tokens on an axis, more than "
                 f"model.rope_max_seq_len={model.rope_max_seq_len}; raise that or shrink the latent"
             )
+    if model.cosmos is not None and model.cosmos.learnable_positions:
+        for axis, size, most in zip(axes, latent.shape_CTHW[1:], model.cosmos.max_size, strict=True):
+            if size > most:
+                yield f"latent.{axis}={size} exceeds model.cosmos.max_size={list(model.cosmos.max_size)}; shrink the latent"
 
 
 def _layout(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:

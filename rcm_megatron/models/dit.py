@@ -23,10 +23,12 @@ from rcm_megatron.parallel.stages import Stage
 
 @dataclass(frozen=True, eq=False)
 class TokenGeometry:
-    """What a block must know of the tokens: the rotations of its context-parallel rank, and how many tokens are no padding."""
+    """What a block must know of the tokens: the rotations of its context-parallel rank, how many tokens are no padding, and the latent
+    frame (in patches) of each token of this rank."""
 
     rotation_SK: Tensor
     valid_tokens: int
+    frame_S: Tensor
 
 
 class DiffusionTransformer(MegatronModule):
@@ -97,13 +99,19 @@ class DiffusionTransformer(MegatronModule):
             h_SBD = self._run(block, h_SBD, *for_blocks, geometry=geometry)
         if not self.stage.is_last:
             return as_message(h_SBD)
-        return masked(recomputed(self.head, h_SBD, *for_head), self.layout)
+        v_SBP = self._finish(recomputed(self.head, h_SBD, *for_head), x_SBP, timestep_1B, condition)
+        return masked(v_SBP, self.layout)
 
     def new_output(self, batch: int) -> Tensor:
         """An empty velocity ``[S, batch, P]`` of this rank, to receive the last stage's."""
         features = self.model.out_channels * self.model.patch_volume
         shape = (self.layout.local_tokens, batch, features)
-        return torch.empty(shape, dtype=self.config.params_dtype, device=next(self.parameters()).device)
+        return torch.empty(shape, dtype=self.output_dtype, device=next(self.parameters()).device)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Of the velocity."""
+        return self.config.params_dtype
 
     def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
         """What the blocks and what the head take beside the hidden state."""
@@ -117,6 +125,12 @@ class DiffusionTransformer(MegatronModule):
         """What the patch embedding takes."""
         return map_linear(lambda value: value.to(self.config.params_dtype), x_SBP)
 
+    def _finish(
+        self, v_SBP: Tensor | Dual, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual, condition: Condition | None
+    ) -> Tensor | Dual:
+        """The velocity that leaves the network, from what its head gives."""
+        return v_SBP
+
     def _run(self, block: nn.Module, h_SBD, *inputs: Tensor | Dual, geometry: TokenGeometry) -> Tensor | Dual:
         def run(*values):
             return block(*values, geometry=geometry)
@@ -128,7 +142,8 @@ class DiffusionTransformer(MegatronModule):
     def _token_geometry(self, device: torch.device) -> TokenGeometry:
         if device not in self._geometry:
             dtype = torch.complex128 if self.config.params_dtype == torch.float64 else torch.complex64
-            self._geometry[device] = TokenGeometry(self._rotation().to(device, dtype), self.layout.num_tokens)
+            frame_S = self.layout.grid_indices()[0].to(device)
+            self._geometry[device] = TokenGeometry(self._rotation().to(device, dtype), self.layout.num_tokens, frame_S)
         return self._geometry[device]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
@@ -157,6 +172,20 @@ def mark_replicated_over_stages(module: nn.Module) -> None:
     """
     for parameter in module.parameters():
         parameter.pipeline_parallel = parameter.shared_embedding = True
+
+
+def sinusoid(timestep_1B: Tensor | Dual, *, width: int, dtype: torch.dtype) -> Tensor | Dual:
+    """``[cos(t w), sin(t w)]`` in fp64, then rounded: fp32 angles near t = 1000 cost 1e-5 of the tangent."""
+    half = width // 2
+    primal = timestep_1B.primal if isinstance(timestep_1B, Dual) else timestep_1B
+    w = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=primal.device) / half)
+    angle = primal.double()[..., None] * w
+    cos, sin = angle.cos(), angle.sin()
+    embedded = torch.cat([cos, sin], dim=-1).to(dtype)
+    if not isinstance(timestep_1B, Dual):
+        return embedded
+    t_angle = timestep_1B.tangent.double()[..., None] * w
+    return Dual.pack(embedded, torch.cat([-sin * t_angle, cos * t_angle], dim=-1).to(dtype))
 
 
 def masked(v_SBP: Tensor | Dual, layout: TokenLayout) -> Tensor | Dual:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
-from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages, sinusoid
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm, modulate, silu
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
@@ -30,20 +30,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = ReplicatedLinear(model.hidden_size, model.hidden_size, dtype=dtype, on_token_shards=True)
 
     def forward(self, timestep_1B: Tensor | Dual) -> Tensor | Dual:
-        return self.linear_2(silu(self.linear_1(self.sinusoid(timestep_1B))))
-
-    def sinusoid(self, timestep_1B: Tensor | Dual) -> Tensor | Dual:
-        """``[cos(t w), sin(t w)]`` in fp64, then rounded: fp32 angles near t = 1000 cost 1e-5 of the tangent."""
-        half = self.freq_dim // 2
-        primal = timestep_1B.primal if isinstance(timestep_1B, Dual) else timestep_1B
-        w = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=primal.device) / half)
-        angle = primal.double()[..., None] * w
-        cos, sin = angle.cos(), angle.sin()
-        embedded = torch.cat([cos, sin], dim=-1).to(self.dtype)
-        if not isinstance(timestep_1B, Dual):
-            return embedded
-        t_angle = timestep_1B.tangent.double()[..., None] * w
-        return Dual.pack(embedded, torch.cat([-sin * t_angle, cos * t_angle], dim=-1).to(self.dtype))
+        frequencies = sinusoid(timestep_1B, width=self.freq_dim, dtype=self.dtype)
+        return self.linear_2(silu(self.linear_1(frequencies)))
 
 
 class TextEmbedding(nn.Module):

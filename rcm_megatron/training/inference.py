@@ -18,8 +18,8 @@ from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
+from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.encoders import build_text_encoder
-from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
 from rcm_megatron.training.sampling import Sampler
@@ -62,7 +62,7 @@ def load_network(
     weights: Weights,
     checkpoint: Path | None = None,
     dtype: torch.dtype | None = None,
-) -> list[WanModel]:
+) -> list[DiffusionTransformer]:
     """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
     The teacher comes from ``init.teacher``; the others from `checkpoint` (of `resolve_checkpoint`), whose fp32 values are rounded.
@@ -100,7 +100,7 @@ class SampleBatches:
     batch_size: int
 
     def __call__(
-        self, network: Sequence[WanModel], draw: Callable[[Sampler], Tensor]
+        self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """(sample indices, latents [B, C, T, H, W]) of each batch; `draw` calls one of `Sampler`'s methods."""
         layout, device = network[0].layout, platform.device()
@@ -111,7 +111,7 @@ class SampleBatches:
             null_LBD = self.null_text_L1D.to(device).expand(-1, len(indices), -1)
             yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices))
 
-    def all(self, network: Sequence[WanModel], draw: Callable[[Sampler], Tensor]) -> Tensor:
+    def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
         """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""
         mine = [(indices, latents.cpu()) for indices, latents in self(network, draw)]
         groups = network[0].layout.groups
