@@ -80,11 +80,14 @@ def _train(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.errors import CheckpointError
     from rcm_megatron.data.manifest import DatasetError
     from rcm_megatron.data.samples import SampleError
+    from rcm_megatron.models.encoders import EncoderError
     from rcm_megatron.training import trainer
+    from rcm_megatron.training.encoding import InputError
 
     try:
         trainer.main(config)
-    except (CheckpointError, DatasetError, SampleError) as error:  # may strike one rank only: each says which it is
+    except (CheckpointError, DatasetError, EncoderError, InputError, SampleError) as error:
+        # may strike one rank only: each says which it is
         raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
 
 
@@ -161,11 +164,12 @@ def _export(arguments: argparse.Namespace) -> None:
 def _named_errors(arguments: argparse.Namespace) -> Iterator[None]:
     """Bad input as one line instead of a traceback."""
     from rcm_megatron.checkpoint.errors import CheckpointError
-    from rcm_megatron.training.inference import InputError
+    from rcm_megatron.models.encoders import EncoderError
+    from rcm_megatron.training.encoding import InputError
 
     try:
         yield
-    except (CheckpointError, InputError) as error:
+    except (CheckpointError, EncoderError, InputError) as error:
         raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
 
 

@@ -134,8 +134,22 @@ class EncodersConfig:
     """What stands between pixels and captions and the network. `none`: shards hold latents and embeddings already,
     and sampling writes latents."""
 
-    video: Literal["pixels", "none"]
-    text: Literal["words", "none"]
+    video: Literal["pixels", "wan_vae", "none"]
+    """wan_vae: `folder`/vae, of Wan2.1 (16 channels) or Wan2.2 (48). Loaded for samples and previews only, and freed after."""
+    text: Literal["words", "umt5", "none"]
+    """umt5: `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it, and sends the rest
+    their embeddings."""
+    folder: str | None = None
+    """A local diffusers checkpoint of Wan, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae and umt5."""
+    negative_prompt: str | None = None
+    """Caption of the unconditional branch; null: Wan's own with umt5, the empty caption with words. Set "" to train flow matching
+    with umt5: caption dropout wants the empty caption."""
+    text_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on the CPU."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """diffusers' advice for Wan is fp32; bf16 halves time and memory."""
+    vae_tiling: bool = False
+    """Work on overlapping tiles of 256 pixels: fits small GPUs, takes longer, and changes the numbers slightly at seams."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *(problem for i, stage in enumerate(config.stages) for problem in _stage(stage, f"stages.{i} ({stage.name})")),
         *_stage_list(config.stages),
         *_optimizers(config),
+        *_encoders(config),
         *_data(config),
         *_counts(config),
         *_sampling(config),
@@ -307,6 +308,28 @@ def _optimizer(optimizer: OptimizerConfig, where: str) -> Iterator[str]:
     yield from _positive(where, optimizer, "eps")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"{where}.betas={list(optimizer.betas)} must each be at least 0 and below 1"
+
+
+def _encoders(config: RunConfig) -> Iterator[str]:
+    encoders = config.encoders
+    for field, value in (("video", "wan_vae"), ("text", "umt5")):
+        if getattr(encoders, field) == value and encoders.folder is None:
+            yield (
+                f"encoders.folder=null, but encoders.{field}={value} reads it; name a local diffusers checkpoint of Wan "
+                "with vae/, text_encoder/ and tokenizer/"
+            )
+    if encoders.text == "none" and encoders.negative_prompt is not None:
+        yield (
+            f"encoders.negative_prompt={encoders.negative_prompt!r} needs a text encoder, got encoders.text=none; remove it "
+            "or set encoders.text"
+        )
+    drops = config.distillation.flow.caption_dropout > 0 and any(stage.losses.flow for stage in config.stages)
+    own_null = config.data.negative_embedding is None and encoders.negative_prompt is None
+    if encoders.text == "umt5" and drops and own_null:
+        yield (
+            "encoders.negative_prompt=null is Wan's negative prompt, but caption dropout of flow matching needs the empty "
+            'caption; set encoders.negative_prompt to ""'
+        )
 
 
 def _data(config: RunConfig) -> Iterator[str]:

@@ -19,7 +19,6 @@ from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
-from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
 from rcm_megatron.training.sampling import Sampler
@@ -28,10 +27,6 @@ from rcm_megatron.training.trainer import checkpoint_folder
 Weights = Literal["student", "ema", "fake_score", "teacher"]
 _STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_score": ("fake_score", "main")}
 """Where a run's checkpoint holds them: (network, kind), in fp32."""
-
-
-class InputError(ValueError):
-    """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""
 
 
 def join(run: RunConfig) -> ParallelGroups:
@@ -95,7 +90,8 @@ class SampleBatches:
 
     text_LBD: Tensor
     """[L, N, D] for all N samples."""
-    null_text_L1D: Tensor
+    null_text_L1D: Tensor | None
+    """Of guidance's unconditional branch; None will do without guidance."""
     seed: int
     batch_size: int
 
@@ -108,7 +104,9 @@ class SampleBatches:
         for start in range(0, len(mine), self.batch_size):
             indices = mine[start : start + self.batch_size]
             text_LBD = self.text_LBD[:, indices].to(device)
-            null_LBD = self.null_text_L1D.to(device).expand(-1, len(indices), -1)
+            null_LBD = self.null_text_L1D
+            if null_LBD is not None:
+                null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
             yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices))
 
     def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
@@ -135,12 +133,3 @@ def student_draw(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:
     """Sampling of the student as ``run.sampling`` says."""
     settings = run.sampling
     return lambda sampler: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)
-
-
-def encode_captions(run: RunConfig, captions: Sequence[str]) -> Tensor:
-    """Embeddings [L, N, D] by the run's text encoder; InputError where it has none or does not know a word."""
-    try:
-        encoder = build_text_encoder(run.encoders.text, text_len=run.model.text_len, text_dim=run.model.text_dim)
-        return encoder.encode(captions).transpose(0, 1)
-    except ValueError as error:
-        raise InputError(str(error)) from error

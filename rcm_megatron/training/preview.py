@@ -12,8 +12,9 @@ from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
-from rcm_megatron.models.encoders import build_video_encoder
+from rcm_megatron.models.encoders import VideoEncoder
 from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.encoding import video_encoder
 from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.sampling import Sampler, student_videos
 
@@ -30,13 +31,20 @@ def write_previews(
     text_LBD = batch.text_LBD[:, :count].to(platform.device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
     sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, run.sampling.seed, range(count))
-    folder, written = Path(run.output_dir) / "previews" / f"{iteration:07d}", {}
+    latents = {}
     for weights, context in _weights(ema):
         with context:
             for steps, latents_BCTHW in student_videos(sampler, run.sampling).items():
-                if dist.get_rank() == 0:
-                    written |= _write(run, folder, f"{weights}_{steps}_steps", latents_BCTHW.cpu(), batch.prompts)
-    return written
+                latents[f"{weights}_{steps}_steps"] = latents_BCTHW.cpu()
+    if dist.get_rank() != 0:
+        return {}
+    folder = Path(run.output_dir) / "previews" / f"{iteration:07d}"
+    with video_encoder(run) as encoder:  # after sampling, so that its memory is free again for the VAE
+        return {
+            video: path
+            for name, latents_BCTHW in latents.items()
+            for video, path in _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps).items()
+        }
 
 
 def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
@@ -45,16 +53,17 @@ def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
         yield "ema", ema.swapped_in()
 
 
-def _write(run: RunConfig, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...]) -> dict[str, Path]:
+def _write(
+    encoder: VideoEncoder | None, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...], fps: int
+) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
     save_file({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
-    if run.encoders.video == "none":
+    if encoder is None:
         return {}
-    encoder = build_video_encoder(run.encoders.video, channels=run.latent.channels)
     videos = {}
-    for i, video_CTHW in enumerate(encoder.decode(latents_BCTHW)):
-        frames_THWC = to_frames(video_CTHW)
+    for i, latent_CTHW in enumerate(latents_BCTHW):
+        frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
-        videos[f"previews/{name}/{i}"] = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=run.sampling.fps)
+        videos[f"previews/{name}/{i}"] = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
     return videos

@@ -26,7 +26,8 @@ class Sampler:
     chunks: Sequence[nn.Module]
     layout: TokenLayout
     text_LBD: Tensor
-    null_text_LBD: Tensor
+    null_text_LBD: Tensor | None
+    """None will do without guidance."""
     seed: int
     sample_indices: Sequence[int]
 
