@@ -72,6 +72,9 @@ class DistillationConfig:
     """Step in TrigFlow time of the two difference variants; not used by `exact`."""
     scale_jvp_by_warmup: bool = False
     """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
+    given_frames: tuple[int, ...] | None = None
+    """Video2World (model.cosmos.condition_frames): how many first latent frames of a sample the networks are given, one of these
+    numbers, all equally likely. null: none."""
     dcm: DcmConfig = DcmConfig()
     flow: FlowConfig = FlowConfig()
 

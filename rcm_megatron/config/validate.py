@@ -23,6 +23,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_world(config, world_size),
         *_networks(config),
         *_distillation(config),
+        *_given_frames(config),
         *(problem for i, stage in enumerate(config.stages) for problem in _stage(stage, f"stages.{i} ({stage.name})")),
         *_stage_list(config.stages),
         *_optimizers(config),
@@ -234,6 +235,20 @@ def _distillation(config: RunConfig) -> Iterator[str]:
     fixed = distillation.fixed_rollout_times
     if fixed is not None:
         yield from _step_times("distillation.fixed_rollout_times", fixed, distillation.max_rollout_steps)
+
+
+def _given_frames(config: RunConfig) -> Iterator[str]:
+    given, cosmos = config.distillation.given_frames, config.model.cosmos
+    takes = cosmos is not None and cosmos.condition_frames
+    if given and not takes:
+        yield (
+            f"distillation.given_frames={list(given)}, but the network takes none; set it to null, or model.cosmos.condition_frames "
+            "for a Video2World checkpoint"
+        )
+    if takes and not given:
+        yield "distillation.given_frames is required with model.cosmos.condition_frames; e.g. [1, 2]"
+    if given and not 0 <= min(given) <= max(given) < config.latent.frames:
+        yield f"distillation.given_frames={list(given)} must hold numbers from 0 to {config.latent.frames - 1} (latent.frames - 1)"
 
 
 def _time_distribution(name: str, times: TimeDistribution) -> Iterator[str]:

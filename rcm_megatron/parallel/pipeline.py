@@ -39,6 +39,10 @@ class Condition:
         """For a batch that holds every sample ``times`` times, one after the other."""
         return Condition(self.x0_SBP.repeat(1, times, 1), self.frames_B.repeat(times))
 
+    def chunk(self, parts: int) -> "list[Condition]":
+        """For a batch in ``parts`` equal parts."""
+        return [Condition(*part) for part in zip(self.x0_SBP.chunk(parts, 1), self.frames_B.chunk(parts), strict=True)]
+
 
 @dataclass(frozen=True, eq=False)
 class NetworkInput:

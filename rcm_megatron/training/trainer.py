@@ -6,7 +6,7 @@ global sample index, purpose), so there is no generator to save and every layout
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import check_encoders, load_null_text
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
-from rcm_megatron.training.objectives import MicroBatch
+from rcm_megatron.training.objectives import MicroBatch, draw_condition
 from rcm_megatron.training.optimizer import (
     StepResult,
     build_optimizer,
@@ -178,12 +178,16 @@ class Trainer:
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         device, samples = platform.device(), batch.latent_BCTHW.shape[0]
-        return MicroBatch(
+        micro_batch = MicroBatch(
             self.layout.shard(batch.latent_BCTHW.to(device)),
             batch.text_LBD.to(device),
             self.null_text_L1D.expand(-1, samples, -1),
             SeededDraws(self.run.seed, self.progress.iteration, batch.sample_indices.tolist()),
         )
+        given_frames = self.run.distillation.given_frames
+        if given_frames is None:
+            return micro_batch
+        return replace(micro_batch, condition=draw_condition(micro_batch, given_frames=given_frames))
 
     def _sum_over_dp(self, value: int) -> int:
         total = torch.tensor(value, device=platform.device())

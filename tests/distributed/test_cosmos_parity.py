@@ -4,6 +4,8 @@
 and token shards.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,3 +51,45 @@ def one_rank():
 def test_layout(one_rank, layout):
     ranks = run_ranks(measure, layout.processes, layout.parallel, timeout=280)
     test_parity.assert_equal_quantities(one_rank, ranks)
+
+
+VIDEO2WORLD = replace(MODEL, cosmos=replace(COSMOS, learnable_positions=False, condition_frames=True))
+
+
+def measure_video2world(parallel, dtype=torch.float32):
+    """As `measure`, each sample given 0, 1 or 2 of its 3 latent frames; and how the frames come back from a rollout."""
+    from rcm_megatron.training import objectives
+
+    plain, build, built = test_parity.micro_batches, test_parity.build, []
+
+    def with_condition(networks, *args):
+        batches = plain(networks, *args)
+        return [replace(b, condition=objectives.draw_condition(b, given_frames=(0, 1, 2))) for b in batches]
+
+    def build_once(*args, **options):
+        built.append(build(*args, **options))
+        return built[0]
+
+    test_parity.MODEL, test_parity.micro_batches, test_parity.build = VIDEO2WORLD, with_condition, build_once
+    measured = test_parity.measure(parallel, test_parity.MICRO_BATCH, dtype, OBJECTIVES, MODEL.num_layers)
+    (networks,) = built
+    batches = with_condition(networks, 4, test_parity.MICRO_BATCH)
+    rollout = objectives.rollout(networks, batches, test_parity.settings_of("exact"), steps=2)
+    frames = networks.layout.grid_indices()[0][: networks.layout.valid_local]
+    worst, given = 0.0, 0
+    for batch, G in zip(batches, rollout.G, strict=True):
+        known = frames[:, None] < batch.condition.frames_B
+        error = (G - batch.x0_SBP).abs()[: len(frames)][known]
+        worst, given = max(worst, float(error.max()) if len(error) else 0.0), given + len(error)
+    return measured, worst, given
+
+
+def test_video2world(one_rank):
+    """Given frames leave a rollout as they entered, on every layout, and losses and gradients are those of one rank."""
+    ((reference, worst, given),) = run_ranks(measure_video2world, 1, {})
+    assert given > 0
+    assert worst < 1e-5
+    assert not torch.equal(reference["scm"]["loss of scm"], one_rank["scm"]["loss of scm"])
+    results = run_ranks(measure_video2world, 4, {"tp": 2, "pp": 2}, timeout=280)
+    test_parity.assert_equal_quantities(reference, [measured for measured, _, _ in results])
+    assert max(worst for _, worst, _ in results) < 1e-5
