@@ -56,13 +56,14 @@ WAN22_VAE = {
 }
 
 
-def write_text_encoder(folder, *, text_dim=16):
-    """Random UMT5EncoderModel in several shards."""
-    from transformers import UMT5Config, UMT5EncoderModel
+def write_text_encoder(folder, *, text_dim=16, kind="UMT5"):
+    """Random UMT5EncoderModel or T5EncoderModel in several shards."""
+    import transformers
 
+    config_class, model_class = (getattr(transformers, f"{kind}{part}") for part in ("Config", "EncoderModel"))
     torch.manual_seed(2)
     fields = {"vocab_size": 64, "d_model": text_dim, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    model = UMT5EncoderModel(UMT5Config(**fields, relative_attention_num_buckets=8))
+    model = model_class(config_class(**fields, relative_attention_num_buckets=8))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder, max_shard_size="4KB")

@@ -138,15 +138,16 @@ class EncodersConfig:
     and sampling writes latents."""
 
     video: Literal["pixels", "wan_vae", "none"]
-    """wan_vae: `folder`/vae, of Wan2.1 (16 channels) or Wan2.2 (48). Loaded for samples and previews only, and freed after."""
-    text: Literal["words", "umt5", "none"]
-    """umt5: `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it, and sends the rest
-    their embeddings."""
+    """wan_vae: `folder`/vae, of Wan2.1 and Cosmos-Predict2 (16 channels) or Wan2.2 (48). Loaded for samples and
+    previews only, and freed after."""
+    text: Literal["words", "umt5", "t5", "none"]
+    """umt5 (Wan), t5 (Cosmos): `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it,
+    and sends the rest their embeddings."""
     folder: str | None = None
-    """A local diffusers checkpoint of Wan, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae and umt5."""
+    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5 and t5."""
     negative_prompt: str | None = None
-    """Caption of the unconditional branch; null: Wan's own with umt5, the empty caption with words. Set "" to train flow matching
-    with umt5: caption dropout wants the empty caption."""
+    """Caption of the unconditional branch; null: the release's own with umt5 and t5, the empty caption with words. Set "" to train
+    flow matching with umt5 or t5: caption dropout wants the empty caption."""
     text_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 on a GPU, fp32 on the CPU."""
     vae_dtype: Literal["fp32", "bf16"] = "fp32"

@@ -327,11 +327,12 @@ def _optimizer(optimizer: OptimizerConfig, where: str) -> Iterator[str]:
 
 def _encoders(config: RunConfig) -> Iterator[str]:
     encoders = config.encoders
-    for field, value in (("video", "wan_vae"), ("text", "umt5")):
-        if getattr(encoders, field) == value and encoders.folder is None:
+    for field in ("video", "text"):
+        value = getattr(encoders, field)
+        if value in ("wan_vae", "umt5", "t5") and encoders.folder is None:
             yield (
-                f"encoders.folder=null, but encoders.{field}={value} reads it; name a local diffusers checkpoint of Wan "
-                "with vae/, text_encoder/ and tokenizer/"
+                f"encoders.folder=null, but encoders.{field}={value} reads it; name a local diffusers checkpoint with vae/, "
+                "text_encoder/ and tokenizer/"
             )
     if encoders.text == "none" and encoders.negative_prompt is not None:
         yield (
@@ -340,9 +341,9 @@ def _encoders(config: RunConfig) -> Iterator[str]:
         )
     drops = config.distillation.flow.caption_dropout > 0 and any(stage.losses.flow for stage in config.stages)
     own_null = config.data.negative_embedding is None and encoders.negative_prompt is None
-    if encoders.text == "umt5" and drops and own_null:
+    if encoders.text in ("umt5", "t5") and drops and own_null:
         yield (
-            "encoders.negative_prompt=null is Wan's negative prompt, but caption dropout of flow matching needs the empty "
+            "encoders.negative_prompt=null is the release's negative prompt, but caption dropout of flow matching needs the empty "
             'caption; set encoders.negative_prompt to ""'
         )
 

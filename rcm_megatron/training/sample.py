@@ -84,7 +84,9 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
     if not (request.prompts or request.embeddings):
         raise InputError("nothing to sample: give --prompt, --prompts or --embedding")
     if request.prompts and run.encoders.text == "none":
-        raise InputError("got --prompt with encoders.text=none; set encoders.text=umt5, or give --embedding files")
+        raise InputError(
+            "got --prompt with encoders.text=none; set encoders.text to umt5 or t5, or give --embedding files"
+        )
     most = len(run.sampling.student_times) + 1
     if request.weights == "teacher":
         most = request.steps

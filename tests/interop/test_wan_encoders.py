@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from rcm_megatron.config import ConfigError, EncodersConfig
 from rcm_megatron.models.encoders import (
+    COSMOS_NEGATIVE_PROMPT,
     WAN_NEGATIVE_PROMPT,
     EncoderError,
+    T5TextEncoder,
     TextEncoder,
     UMT5TextEncoder,
     VideoEncoder,
@@ -24,7 +27,7 @@ from rcm_megatron.models.encoders import (
     clean_prompt,
 )
 from tests.helpers import assert_close
-from tests.wan_encoders import WAN22_VAE, write_encoders, write_vae
+from tests.wan_encoders import WAN22_VAE, write_encoders, write_text_encoder, write_tokenizer, write_vae
 
 TEXT_LEN = 24
 PROMPTS = [
@@ -91,6 +94,30 @@ def test_bf16_embeddings_equal_the_pipelines(checkpoint, pipeline):
     embed_BLD = encoder.encode(PROMPTS)
     assert embed_BLD.dtype == torch.bfloat16
     assert_close("prompts", expected_BLD, embed_BLD, rel=5e-3)
+
+
+def test_cosmos_embeddings_equal_the_pipelines(tmp_path):
+    """No cleaning of captions; a negative prompt of its own."""
+    from diffusers.pipelines.cosmos import pipeline_cosmos2_text2image as cosmos
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+    write_text_encoder(tmp_path / "text_encoder", kind="T5")
+    write_tokenizer(tmp_path / "tokenizer")
+    pipeline = SimpleNamespace(
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(tmp_path / "text_encoder").eval(),
+    )
+    with torch.no_grad():
+        expected_BLD = cosmos.Cosmos2TextToImagePipeline._get_t5_prompt_embeds(
+            pipeline, PROMPTS, TEXT_LEN, torch.device("cpu")
+        )
+    encoder = T5TextEncoder(tmp_path, text_len=TEXT_LEN, dtype=torch.float32)
+    assert_close("prompts", expected_BLD, encoder.encode(PROMPTS), rel=1e-6)
+    assert encoder.negative_prompt == COSMOS_NEGATIVE_PROMPT == cosmos.DEFAULT_NEGATIVE_PROMPT
+    encoder = build_text_encoder(config(tmp_path, text="t5"), text_len=TEXT_LEN, text_dim=16)
+    assert isinstance(encoder, T5TextEncoder)
+    with pytest.raises(EncoderError, match="does not hold|cannot be loaded"):
+        build_text_encoder(config(tmp_path, text="umt5"), text_len=TEXT_LEN, text_dim=16)
 
 
 def test_prompts_are_cleaned_as_diffusers_does():
@@ -274,7 +301,7 @@ def problems(folder):
 
 def test_missing_and_unfit_files_are_named_before_anything_is_loaded(copy):
     check_encoder_files(config(copy), latent_channels=16, text_dim=16)
-    with pytest.raises(ConfigError, match=r"got z_dim=16, need 48; need a diffusers Wan checkpoint"):
+    with pytest.raises(ConfigError, match=r"got z_dim=16, need 48; need a diffusers checkpoint"):
         check_encoder_files(config(copy), latent_channels=48, text_dim=16)
     shard = sorted((copy / "text_encoder").glob("*.safetensors"))[1]
     shard.unlink()

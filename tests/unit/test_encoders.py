@@ -110,6 +110,7 @@ def test_built_from_a_configuration():
             ["encoders.text=none", "encoders.negative_prompt=ugly"],
             "encoders.negative_prompt='ugly' needs a text encoder",
         ),
+        (["encoders.text=t5"], "encoders.folder=null, but encoders.text=t5 reads it"),
         (
             ["encoders.text=umt5", "encoders.folder=wan", "stages=[{name: f, steps: 1, losses: {flow: 1}}]"],
             'set encoders.negative_prompt to ""',

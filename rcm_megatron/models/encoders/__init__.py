@@ -8,15 +8,23 @@ from rcm_megatron.models.encoders.quickstart import (
     PixelVideoEncoder,
     WordTextEncoder,
 )
-from rcm_megatron.models.encoders.umt5 import WAN_NEGATIVE_PROMPT, UMT5TextEncoder, clean_prompt
+from rcm_megatron.models.encoders.t5 import (
+    COSMOS_NEGATIVE_PROMPT,
+    WAN_NEGATIVE_PROMPT,
+    T5TextEncoder,
+    UMT5TextEncoder,
+    clean_prompt,
+)
 from rcm_megatron.models.encoders.wan_vae import WanVideoEncoder
 
 __all__ = [
+    "COSMOS_NEGATIVE_PROMPT",
     "EMPTY_WORD",
     "QUICKSTART_VOCABULARY",
     "WAN_NEGATIVE_PROMPT",
     "EncoderError",
     "PixelVideoEncoder",
+    "T5TextEncoder",
     "TextEncoder",
     "UMT5TextEncoder",
     "VideoEncoder",
