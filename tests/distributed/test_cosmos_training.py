@@ -22,6 +22,8 @@ STAGES = [
     {"name": "rcm", "steps": 5, "losses": {"scm": 100.0, "dmd": 1.0}, "student_update_freq": 2},
 ]
 LAYOUTS = {"tp2_ring2": (4, ["parallel.tp=2", "parallel.ring=2"]), "pp2": (2, ["parallel.pp=2"])}
+STOP = 4
+"""Where a run is stopped, to go on elsewhere."""
 KINDS = {"text2image": (1, None), "video2world": (4, (1, 2))}
 """Latent frames, and how many of them are given."""
 
@@ -76,13 +78,15 @@ def start(folder, name, ranks, overrides):
     return results[0][0], tiny_run.records(folder / name)
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("text2image", "tp2_ring2"), ("video2world", "pp2")])
-def test_the_same_run_on_two_layouts(runs, kind, layout):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_run_begun_on_stages_and_ended_on_token_shards(runs, kind):
     counters, lines = start(runs[kind], "one", 1, [])
     assert len(lines) == STEPS
     assert counters["refused_updates"] == 0
     assert counters["student_updates"] + counters["fake_score_updates"] == STEPS
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     assert {"scm/loss", "dmd/loss", "critic/loss"} < set().union(*lines)
-    _, others = start(runs[kind], layout, *LAYOUTS[layout])
+    ranks, overrides = LAYOUTS["pp2"]
+    start(runs[kind], "moved", ranks, [*overrides, f"trainer.stop_after={STOP}"])
+    _, others = start(runs[kind], "moved", *LAYOUTS["tp2_ring2"])
     assert_same_curves(lines, others, rel=LOSS_BOUND)
