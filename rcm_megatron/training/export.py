@@ -126,11 +126,23 @@ def _diffusers_forward(run: RunConfig, folder: Path, x_BCTHW: Tensor, timestep_B
     model = getattr(diffusers, _diffusers_class(run)).from_pretrained(folder, torch_dtype=torch.float32).eval()
     given = {}
     if run.model.family == "cosmos":  # no frames given, a whole picture, and time in [0, 1]
+        _check_torchvision()
         timestep_B, given["fps"] = timestep_B / 1000, run.model.cosmos.rope_fps
         given["padding_mask"] = x_BCTHW.new_zeros(1, 1, *x_BCTHW.shape[-2:])
         given["condition_mask"] = torch.zeros_like(x_BCTHW[:, :1]) if run.model.cosmos.condition_frames else None
     (v_BCTHW,) = model(x_BCTHW, timestep=timestep_B, encoder_hidden_states=text_BLD, return_dict=False, **given)
     return v_BCTHW.double()
+
+
+def _check_torchvision() -> None:
+    """diffusers resizes Cosmos' padding mask with it, and without it fails with a NameError."""
+    from diffusers.models.transformers import transformer_cosmos
+
+    if not hasattr(transformer_cosmos, "transforms"):
+        raise CheckpointError(
+            "got no torchvision; need it to verify a Cosmos export, because diffusers' class calls it; fix: install the torchvision "
+            "that goes with this torch (0.28.0 with 2.13.0), or export without --verify"
+        )
 
 
 def _diffusers_class(run: RunConfig) -> str:
