@@ -84,12 +84,29 @@ def measure_video2world(parallel, dtype=torch.float32):
     return measured, worst, given
 
 
-def test_video2world(one_rank):
+@pytest.fixture(scope="module")
+def video2world():
+    return run_ranks(measure_video2world, 1, {})[0]
+
+
+def test_video2world(one_rank, video2world):
     """Given frames leave a rollout as they entered, on every layout, and losses and gradients are those of one rank."""
-    ((reference, worst, given),) = run_ranks(measure_video2world, 1, {})
+    reference, worst, given = video2world
     assert given > 0
     assert worst < 1e-5
     assert not torch.equal(reference["scm"]["loss of scm"], one_rank["scm"]["loss of scm"])
     results = run_ranks(measure_video2world, 4, {"tp": 2, "pp": 2}, timeout=280)
     test_parity.assert_equal_quantities(reference, [measured for measured, _, _ in results])
     assert max(worst for _, worst, _ in results) < 1e-5
+
+
+def test_video2world_in_bf16(video2world):
+    """Finite, close in direction to fp32, and given frames come back in fp32."""
+    measured, worst, _ = run_ranks(measure_video2world, 2, {"pp": 2}, torch.bfloat16)[0]
+    assert worst < 1e-5
+    for objective in OBJECTIVES:
+        names = [name for name in measured[objective] if name.startswith("gradient of ")]
+        expected, got = (torch.cat([d[objective][n].flatten() for n in names]) for d in (video2world[0], measured))
+        assert bool(torch.isfinite(got).all()), objective
+        cosine = float(torch.nn.functional.cosine_similarity(expected, got, dim=0))
+        assert cosine > 0.95, f"{objective}: cosine {cosine:.3f}"
