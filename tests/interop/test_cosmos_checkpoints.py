@@ -152,8 +152,9 @@ def load_and_export(folder, target, parallel):
     export_diffusers(whole, CONFIG, target, is_writer=dist.get_rank() == 0)
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"tp": 2, "pp": 2}], ids=["tp2", "tp2_pp2"])
 def test_loaded_on_a_layout_and_exported_is_bit_exact(tiny, tmp_path, parallel):
     folder, state = tiny
-    run_ranks(load_and_export, 2, str(folder), str(tmp_path / "out"), parallel)
+    ranks = ParallelConfig(**parallel).model_parallel_size
+    run_ranks(load_and_export, ranks, str(folder), str(tmp_path / "out"), parallel)
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "out")))
