@@ -118,6 +118,8 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--embedding", action="append", default=[], type=Path, metavar="FILE", help="an encoded caption [L, D]"
     )
+    parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World: latent [C, T, H, W] to continue")
+    parser.add_argument("--given-frames", type=int, default=1, help="how many of its latent frames; default: 1")
     parser.add_argument("--copies", type=int, default=1, help="videos of each caption; default: 1")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for MP4s and latents")
 
@@ -136,6 +138,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
         embeddings=arguments.embedding,
         copies=arguments.copies,
+        given=arguments.given,
+        given_frames=arguments.given_frames,
     )
     with _named_errors(arguments):
         sample(config, request)

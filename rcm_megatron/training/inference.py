@@ -21,7 +21,7 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.sampling import Sampler
+from rcm_megatron.training.sampling import GivenFrames, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
@@ -94,6 +94,8 @@ class SampleBatches:
     """Of guidance's unconditional branch; None will do without guidance."""
     seed: int
     batch_size: int
+    given: GivenFrames | None = None
+    """Video2World: what all samples begin with."""
 
     def __call__(
         self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
@@ -107,7 +109,8 @@ class SampleBatches:
             null_LBD = self.null_text_L1D
             if null_LBD is not None:
                 null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
-            yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices))
+            condition = None if self.given is None else self.given.condition(layout, len(indices), device)
+            yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition))
 
     def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
         """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""

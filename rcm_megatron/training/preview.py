@@ -16,7 +16,7 @@ from rcm_megatron.models.encoders import VideoEncoder
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import video_encoder
 from rcm_megatron.training.objectives import Networks
-from rcm_megatron.training.sampling import Sampler, student_videos
+from rcm_megatron.training.sampling import GivenFrames, Sampler, student_videos
 
 
 def write_previews(
@@ -24,13 +24,19 @@ def write_previews(
 ) -> dict[str, Path]:
     """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: MP4 path}, others {}.
 
-    Captions are those of the first samples of the micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``,
+    Captions (and given frames, as many as the first of ``distillation.given_frames``) are those of the first samples of the micro-batch, so
+    that no text encoder is needed; noise is that of ``sampling.seed``,
     the same at every iteration. Without a video encoder the latents are written, and no MP4.
     """
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(platform.device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, run.sampling.seed, range(count))
+    condition, given_frames = None, run.distillation.given_frames
+    if given_frames is not None:
+        given = GivenFrames(batch.latent_BCTHW[:count], given_frames[0])
+        condition = given.condition(networks.layout, count, platform.device())
+    seed = run.sampling.seed
+    sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}
     for weights, context in _weights(ema):
         with context:

@@ -7,8 +7,9 @@ import yaml
 
 from rcm_megatron.config import ModelConfig, build
 from tests.distributed import tiny_run
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.test_training_run import LOSS_BOUND, assert_same_curves
+from tests.helpers import assert_close
 
 STEPS = 8
 MODEL = tiny_run.MODEL | {
@@ -87,6 +88,37 @@ def test_the_same_run_begun_on_stages_and_ended_on_token_shards(runs, kind):
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     assert {"scm/loss", "dmd/loss", "critic/loss"} < set().union(*lines)
     ranks, overrides = LAYOUTS["pp2"]
-    start(runs[kind], "moved", ranks, [*overrides, f"trainer.stop_after={STOP}"])
+    start(runs[kind], "moved", ranks, [*overrides, f"trainer.stop_after={STOP}", f"trainer.sample_every={STOP}"])
     _, others = start(runs[kind], "moved", *LAYOUTS["tp2_ring2"])
     assert_same_curves(lines, others, rel=LOSS_BOUND)
+
+
+def sample_continued(folder, given, frames):
+    """Sample a student of random weights, as the command does."""
+    import torch.distributed as dist
+
+    from rcm_megatron.config import load_config
+    from rcm_megatron.training import sample
+
+    dist.destroy_process_group = lambda: None  # the harness does it
+    request = {"weights": "teacher", "output": folder / "samples", "steps": 2, "embeddings": [folder / "negative.pt"]}
+    run = load_config(folder / "run.yaml", ["sampling.guidance=2"])
+    sample.sample(run, sample.SampleRequest(**request, copies=2, given=given, given_frames=frames))
+
+
+def test_samples_of_video2world_continue_the_given_frames(runs):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder, known = runs["video2world"], torch.randn(1, 3, 16, 16)
+    save_file({"latent": known}, folder / "given.safetensors")
+    run_ranks(sample_continued, 2, folder, folder / "given.safetensors", 2)
+    samples = [load_file(path)["latent"] for path in sorted((folder / "samples").glob("*.safetensors"))]
+    assert len(samples) == 2
+    for latent in samples:
+        assert_close("given frames", known[:, :2], latent[:, :2], rel=1e-5)
+    assert not torch.allclose(samples[0][:, 2:], samples[1][:, 2:])
+    with pytest.raises(RankError, match="give its latent with --given"):
+        run_ranks(sample_continued, 1, folder, None, 1)
+    with pytest.raises(RankError, match="need 1 to 3"):
+        run_ranks(sample_continued, 1, folder, folder / "given.safetensors", 4)
