@@ -80,11 +80,14 @@ def _train(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.errors import CheckpointError
     from rcm_megatron.data.manifest import DatasetError
     from rcm_megatron.data.samples import SampleError
+    from rcm_megatron.models.encoders import EncoderError
     from rcm_megatron.training import trainer
+    from rcm_megatron.training.encoding import InputError
 
     try:
         trainer.main(config)
-    except (CheckpointError, DatasetError, SampleError) as error:  # may strike one rank only: each says which it is
+    except (CheckpointError, DatasetError, EncoderError, InputError, SampleError) as error:
+        # may strike one rank only: each says which it is
         raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
 
 
@@ -115,6 +118,8 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--embedding", action="append", default=[], type=Path, metavar="FILE", help="an encoded caption [L, D]"
     )
+    parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World: latent [C, T, H, W] to continue")
+    parser.add_argument("--given-frames", type=int, default=1, help="how many of its latent frames; default: 1")
     parser.add_argument("--copies", type=int, default=1, help="videos of each caption; default: 1")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for MP4s and latents")
 
@@ -133,6 +138,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
         embeddings=arguments.embedding,
         copies=arguments.copies,
+        given=arguments.given,
+        given_frames=arguments.given_frames,
     )
     with _named_errors(arguments):
         sample(config, request)
@@ -161,11 +168,12 @@ def _export(arguments: argparse.Namespace) -> None:
 def _named_errors(arguments: argparse.Namespace) -> Iterator[None]:
     """Bad input as one line instead of a traceback."""
     from rcm_megatron.checkpoint.errors import CheckpointError
-    from rcm_megatron.training.inference import InputError
+    from rcm_megatron.models.encoders import EncoderError
+    from rcm_megatron.training.encoding import InputError
 
     try:
         yield
-    except (CheckpointError, InputError) as error:
+    except (CheckpointError, EncoderError, InputError) as error:
         raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None
 
 

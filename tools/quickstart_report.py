@@ -29,11 +29,10 @@ from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import digit_metrics, media
 from rcm_megatron.data.synthetic import DIRECTIONS, all_captions, caption_of, make_samples
 from rcm_megatron.parallel.groups import ParallelGroups
+from rcm_megatron.training.encoding import InputError, encode_captions, load_null_text
 from rcm_megatron.training.inference import (
-    InputError,
     SampleBatches,
     Weights,
-    encode_captions,
     join,
     load_network,
     resolve_checkpoint,
@@ -41,7 +40,6 @@ from rcm_megatron.training.inference import (
     teacher_draw,
 )
 from rcm_megatron.training.sampling import teacher_evaluations
-from rcm_megatron.training.trainer import load_null_text
 
 REAL_SEED = 4_000_001
 """Of the held-out real videos that all others are compared with; the next seed draws the ones in the table."""

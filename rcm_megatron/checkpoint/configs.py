@@ -9,12 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from rcm_megatron.checkpoint.errors import CheckpointError, nearest
-from rcm_megatron.config import ModelConfig
+from rcm_megatron.config import ConfigError, CosmosConfig, ModelConfig, as_dict, build
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
-_DEFAULTS = {"family": "wan", "text_len": 512, "eps": 1e-6, "cross_attn_norm": True, "rope_max_seq_len": 1024}
+_DEFAULTS = {
+    "family": "wan",
+    "cosmos": None,
+    "text_len": 512,
+    "eps": 1e-6,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 1024,
+}
 # Not visible in any tensor and without effect on the conversion: the run's own value may differ from the file's.
 FREE_FIELDS = ("text_len", "rope_max_seq_len")
+FREE_COSMOS_FIELDS = ("rope_fps", "condition_sigma", "qk_norm_eps")
 _WAN_HEADS = {1536: 12, 5120: 40}
 
 # our field -> (diffusers field, default of WanTransformer3DModel)
@@ -48,10 +56,31 @@ _WAN_FIELDS = {
 }
 
 
+# our field -> (diffusers field, default of CosmosTransformer3DModel)
+_COSMOS_FIELDS = {
+    "num_layers": ("num_layers", 28),
+    "num_heads": ("num_attention_heads", 32),
+    "out_channels": ("out_channels", 16),
+    "patch_size": ("patch_size", (1, 2, 2)),
+    "text_dim": ("text_embed_dim", 1024),
+}
+# field of CosmosConfig -> the same
+_COSMOS_OWN_FIELDS = {
+    "adaln_lora_dim": ("adaln_lora_dim", 256),
+    "rope_scale": ("rope_scale", (2.0, 1.0, 1.0)),
+    "max_size": ("max_size", (128, 240, 240)),
+    "padding_mask": ("concat_padding_mask", True),
+}
+
+
 def model_config_from_diffusers(config: Mapping[str, Any], *, text_len: int = 512) -> dict[str, Any]:
     """Keyword arguments for ModelConfig from a diffusers `config.json`; `text_len` is not stored there."""
+    if config.get("_class_name") == "CosmosTransformer3DModel":
+        return _cosmos_from_diffusers(config, text_len=text_len)
     if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
-        raise CheckpointError(f"config.json: _class_name={config['_class_name']!r}; need 'WanTransformer3DModel'")
+        raise CheckpointError(
+            f"config.json: _class_name={config['_class_name']!r}; need 'WanTransformer3DModel' or 'CosmosTransformer3DModel'"
+        )
     _require(config, "qk_norm", "rms_norm_across_heads", "q/k normalisation across all heads (Wan2.1)")
     for field in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
         _require(config, field, None, "no image conditioning; image-to-video is not supported yet")
@@ -61,8 +90,51 @@ def model_config_from_diffusers(config: Mapping[str, Any], *, text_len: int = 51
     return _checked({**_DEFAULTS, **fields, "text_len": text_len})
 
 
+def _cosmos_from_diffusers(config: Mapping[str, Any], *, text_len: int) -> dict[str, Any]:
+    for field in ("controlnet_block_every_n", "img_context_dim_in"):
+        _require(config, field, None, "a Predict2 network without control or image context")
+    _require(config, "use_crossattn_projection", False, "Predict2's text, not Predict2.5's")
+    positions = config.get("extra_pos_embed_type", "learnable")
+    if positions not in (None, "learnable"):
+        raise CheckpointError(f"config.json: extra_pos_embed_type={positions!r}; need null or 'learnable'")
+    fields, own = _translate(config, _COSMOS_FIELDS), _translate(config, _COSMOS_OWN_FIELDS)
+    masks = config.get("in_channels", 16) - fields["out_channels"]
+    if masks not in (0, 1):
+        raise CheckpointError(
+            f"config.json: in_channels={config.get('in_channels', 16)}, out_channels={fields['out_channels']}; need equal numbers, or "
+            "one channel more for the mask of given frames"
+        )
+    own |= {name: tuple(own[name]) for name in ("rope_scale", "max_size")}
+    patch, hidden = tuple(fields["patch_size"]), fields["num_heads"] * config.get("attention_head_dim", 128)
+    fields |= {
+        "family": "cosmos",
+        "cosmos": CosmosConfig(**own, condition_frames=bool(masks), learnable_positions=positions == "learnable"),
+        "in_channels": fields["out_channels"],
+        "hidden_size": hidden,
+        "ffn_hidden_size": int(hidden * config.get("mlp_ratio", 4.0)),
+        "freq_dim": hidden,
+        "cross_attn_norm": False,
+        "rope_max_seq_len": max(size // step for size, step in zip(own["max_size"], patch, strict=True)),
+    }
+    return _checked({**_DEFAULTS, **fields, "text_len": text_len})
+
+
+def _cosmos_diffusers_config(model_config: ModelConfig) -> dict[str, Any]:
+    cosmos = model_config.cosmos
+    fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _COSMOS_FIELDS.items()}
+    fields |= {theirs: getattr(cosmos, ours) for ours, (theirs, _) in _COSMOS_OWN_FIELDS.items()}
+    fields |= {name: list(fields[name]) for name in ("patch_size", "rope_scale", "max_size")}
+    fields |= {"in_channels": model_config.in_channels + cosmos.condition_frames}
+    fields |= {"attention_head_dim": model_config.head_dim}
+    fields |= {"mlp_ratio": model_config.ffn_hidden_size / model_config.hidden_size}
+    fields |= {"extra_pos_embed_type": "learnable" if cosmos.learnable_positions else None}
+    return {"_class_name": "CosmosTransformer3DModel", "_diffusers_version": "0.34.0", **dict(sorted(fields.items()))}
+
+
 def diffusers_config(model_config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that `WanTransformer3DModel.from_pretrained` reads."""
+    """The `config.json` that `from_pretrained` of the family's class in diffusers reads."""
+    if model_config.family == "cosmos":
+        return _cosmos_diffusers_config(model_config)
     fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _DIFFUSERS_FIELDS.items()}
     fields |= {"patch_size": list(model_config.patch_size), "qk_norm": "rms_norm_across_heads"}
     fields["attention_head_dim"] = model_config.hidden_size // model_config.num_heads
@@ -95,15 +167,21 @@ def model_config_from_internal(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in config:
         if name not in FIELDS:
             raise CheckpointError(f"config.json: unknown field {name!r}{nearest(name, FIELDS)}")
+    config = {"cosmos": None, **config}
     for name in FIELDS:
         if name not in config:
             raise CheckpointError(f"config.json: missing field {name!r}; write the folder again with `convert`")
-    return _checked(dict(config))
+    if config["cosmos"] is not None:
+        try:
+            config["cosmos"] = build(CosmosConfig, config["cosmos"], path="cosmos")
+        except ConfigError as error:
+            raise CheckpointError(f"config.json: {error}") from None
+    return _checked(config)
 
 
 def internal_config(model_config: ModelConfig) -> dict[str, Any]:
     """Our own `config.json`: the fields of ModelConfig."""
-    return {name: getattr(model_config, name) for name in FIELDS} | {"patch_size": list(model_config.patch_size)}
+    return {name: value for name, value in as_dict(model_config).items() if name != "cosmos" or value is not None}
 
 
 def model_config_from_shapes(
@@ -143,6 +221,8 @@ def check_same_network(source_fields: Mapping[str, Any], model_config: ModelConf
     for name in FIELDS:
         got, need = source_fields[name], getattr(model_config, name)
         got, need = (tuple(got), tuple(need)) if name == "patch_size" else (got, need)
+        if name == "cosmos" and got is not None and need is not None:
+            got = dataclasses.replace(got, **{free: getattr(need, free) for free in FREE_COSMOS_FIELDS})
         if name not in FREE_FIELDS and got != need:
             different.append(f"{name}={got!r} (the run has {need!r})")
     if different:

@@ -138,7 +138,7 @@ def export_diffusers(
     texts: Mapping[str, str] | None = None,
     is_writer: bool = True,
 ) -> None:
-    """Write internal full tensors as the folder that `WanTransformer3DModel.from_pretrained` loads.
+    """Write internal full tensors as the folder that `from_pretrained` of the family's class in diffusers loads.
 
     It appears complete or not at all. With `gather_full`, call it on all ranks of its groups, `is_writer` on the first.
     """

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rcm_megatron.checkpoint import key_map_cosmos
 from rcm_megatron.checkpoint.configs import check_heads, check_same_network
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
-from rcm_megatron.checkpoint.key_map_wan import KEY_MAPS, Entry
+from rcm_megatron.checkpoint.key_map_wan import KEY_MAPS, Entry, KeyMap
 from rcm_megatron.checkpoint.sources import CheckpointSource, source_from_tensors
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Source = CheckpointSource | Mapping[str, Tensor]
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+FAMILIES = {"wan": KEY_MAPS, "cosmos": key_map_cosmos.KEY_MAPS}
+"""Family of networks -> format -> its key map."""
 
 
 def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -33,11 +36,21 @@ def check_format(format: str) -> None:
         raise CheckpointError(f"unknown format {format!r}{nearest(format, KEY_MAPS)}; need one of {list(KEY_MAPS)}")
 
 
+def key_map(format: str, model_config: ModelConfig) -> KeyMap | key_map_cosmos.CosmosKeyMap:
+    """The names of a format for the model's family."""
+    check_format(format)
+    maps = FAMILIES[model_config.family]
+    if format not in maps:
+        raise CheckpointError(
+            f"there is no format {format!r} of a {model_config.family} network; need one of {list(maps)}"
+        )
+    return maps[format]
+
+
 def entries_for(format: str, model_config: ModelConfig) -> dict[str, Entry]:
     """Internal name -> Entry of a format's key map."""
-    check_format(format)
     check_heads(model_config.hidden_size, model_config.num_heads)
-    return KEY_MAPS[format].entries(model_config)
+    return key_map(format, model_config).entries(model_config)
 
 
 def as_source(source: Source) -> CheckpointSource:
@@ -103,7 +116,7 @@ def from_internal(
     """
     entries = entries_for(format, model_config)
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    prefix = KEY_MAPS[format].prefix
+    prefix = key_map(format, model_config).prefix
     return _split_all(pairs, dict(entries), prefix=prefix, partial=partial)
 
 

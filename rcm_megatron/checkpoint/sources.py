@@ -92,9 +92,9 @@ class CheckpointSource(Mapping[str, Tensor]):
                 raise CheckpointError(
                     f"{self.where}: {name!r} conditions on images; image-to-video is not supported yet"
                 )
-        if any(name.startswith("condition_embedder.") for name in self.tensors):
+        if any(name.startswith(("condition_embedder.", "transformer_blocks.")) for name in self.tensors):
             return "diffusers"
-        if "text_embedding.linear_1.weight" in self.tensors:
+        if {"text_embedding.linear_1.weight", "time_embedding.norm_weight"} & self.tensors.keys():
             return "internal"
         if (
             any(name.startswith("text_embedding.") for name in self.tensors)
@@ -102,7 +102,7 @@ class CheckpointSource(Mapping[str, Tensor]):
         ):
             return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
         raise CheckpointError(
-            f"{self.where}: not a Wan2.1 text-to-video network; keys look like {sorted(self.tensors)[:3]}; need the "
+            f"{self.where}: not a Wan2.1 text-to-video or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
             "naming of diffusers, the Wan release, NVlabs/rcm or rcm_megatron"
         )
 

@@ -2,7 +2,7 @@
 
 from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.loader import apply_overrides, as_dict, build, load_config, to_yaml
-from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from rcm_megatron.config.model import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from rcm_megatron.config.run import (
     DataConfig,
     DcmConfig,
@@ -25,6 +25,7 @@ from rcm_megatron.config.validate import validate
 
 __all__ = [
     "ConfigError",
+    "CosmosConfig",
     "DataConfig",
     "DcmConfig",
     "DistillationConfig",

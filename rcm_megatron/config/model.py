@@ -9,10 +9,42 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Wan2.1 diffusion transformer. `hidden_size` is `dim` in the Wan release, `ffn_hidden_size` its `ffn_dim`."""
+class CosmosConfig:
+    """What a Cosmos-Predict2 transformer has beside ModelConfig's fields (names as in diffusers' CosmosTransformer3DModel)."""
 
-    family: Literal["wan"] = "wan"
+    adaln_lora_dim: int = 256
+    """Rank of each sublayer's modulation by the time embedding."""
+    rope_scale: tuple[float, float, float]
+    """(frames, rows, columns) by which RoPE is stretched: base 10000 * scale ** (d / (d - 2)) for d channels of an axis."""
+    rope_fps: float | None = None
+    """Frames a second of the latents' videos: time runs in steps of 24 / rope_fps. null: one a frame, as for images."""
+    max_size: tuple[int, int, int] = (128, 240, 240)
+    """Largest latent (frames, height, width); with learnable_positions the size of their tables."""
+    condition_frames: bool = False
+    """Video2World: a channel says which latent frames are given, and each frame has a timestep of its own."""
+    condition_sigma: float = 1e-4
+    """Noise level that the given frames are announced to have (diffusers' sigma_conditioning)."""
+    padding_mask: bool = True
+    """A channel that marks borders of the picture without content. Here it is always zero: latents are whole pictures."""
+    learnable_positions: bool = False
+    """Normalised learned positions added before every block (Cosmos 1.0; not in Predict2)."""
+    qk_norm_eps: float = 1e-5
+    """diffusers' value; NVIDIA's release computes with 1e-6."""
+
+    @property
+    def extra_channels(self) -> int:
+        """Input channels beside the latent's: masks."""
+        return self.condition_frames + self.padding_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A diffusion transformer. `hidden_size` is `dim` in the Wan release, `ffn_hidden_size` its `ffn_dim`."""
+
+    family: Literal["wan", "cosmos"] = "wan"
+    """wan: Wan2.1 text-to-video. cosmos: Cosmos-Predict2, described further by `cosmos`."""
+    cosmos: CosmosConfig | None = None
+    """Required by the family cosmos, null for any other."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -26,10 +58,10 @@ class ModelConfig:
     text_len: int
     """Text positions; shorter captions are padded with zeros, which the network attends to as Wan's does."""
     freq_dim: int = 256
-    """Width of the sinusoid that embeds the timestep."""
+    """Width of the sinusoid that embeds the timestep. Cosmos: hidden_size."""
     eps: float = 1e-6
     cross_attn_norm: bool = True
-    """Affine LayerNorm before cross-attention (Wan's norm3)."""
+    """Affine LayerNorm before cross-attention (Wan's norm3). Cosmos: false."""
     rope_max_seq_len: int = 1024
     """Most tokens along one of the three axes."""
 
@@ -45,8 +77,13 @@ class ModelConfig:
 
     @property
     def patch_dim(self) -> int:
-        """p: numbers in one input token, in_channels * patch_volume."""
+        """p: numbers of latent in one token, in_channels * patch_volume."""
         return self.in_channels * self.patch_volume
+
+    @property
+    def embedded_channels(self) -> int:
+        """Channels that the patch embedding sees: the latent's, and masks that the network adds."""
+        return self.in_channels + (self.cosmos.extra_channels if self.cosmos else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,9 @@ class DistillationConfig:
     """Step in TrigFlow time of the two difference variants; not used by `exact`."""
     scale_jvp_by_warmup: bool = False
     """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
+    given_frames: tuple[int, ...] | None = None
+    """Video2World (model.cosmos.condition_frames): how many first latent frames of a sample the networks are given, one of these
+    numbers, all equally likely. null: none."""
     dcm: DcmConfig = DcmConfig()
     flow: FlowConfig = FlowConfig()
 
@@ -134,8 +137,23 @@ class EncodersConfig:
     """What stands between pixels and captions and the network. `none`: shards hold latents and embeddings already,
     and sampling writes latents."""
 
-    video: Literal["pixels", "none"]
-    text: Literal["words", "none"]
+    video: Literal["pixels", "wan_vae", "none"]
+    """wan_vae: `folder`/vae, of Wan2.1 and Cosmos-Predict2 (16 channels) or Wan2.2 (48). Loaded for samples and
+    previews only, and freed after."""
+    text: Literal["words", "umt5", "t5", "none"]
+    """umt5 (Wan), t5 (Cosmos): `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it,
+    and sends the rest their embeddings."""
+    folder: str | None = None
+    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5 and t5."""
+    negative_prompt: str | None = None
+    """Caption of the unconditional branch; null: the release's own with umt5 and t5, the empty caption with words. Set "" to train
+    flow matching with umt5 or t5: caption dropout wants the empty caption."""
+    text_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 on a GPU, fp32 on the CPU."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """diffusers' advice for Wan is fp32; bf16 halves time and memory."""
+    vae_tiling: bool = False
+    """Work on overlapping tiles of 256 pixels: fits small GPUs, takes longer, and changes the numbers slightly at seams."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,11 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_precision(config),
         *_networks(config),
         *_distillation(config),
+        *_given_frames(config),
         *(problem for i, stage in enumerate(config.stages) for problem in _stage(stage, f"stages.{i} ({stage.name})")),
         *_stage_list(config.stages),
         *_optimizers(config),
+        *_encoders(config),
         *_data(config),
         *_counts(config),
         *_sampling(config),
@@ -72,11 +74,37 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
     if model.freq_dim % 2:
         yield f"model.freq_dim={model.freq_dim} must be even (sines and cosines); use {model.freq_dim + 1}"
+    yield from _family(model)
     if model.in_channels != model.out_channels:
         yield (
             f"model.out_channels={model.out_channels} must equal model.in_channels={model.in_channels}: "
             "the network predicts a velocity of its input's shape"
         )
+
+
+def _family(model: ModelConfig) -> Iterator[str]:
+    """What the family asks of the shared fields, and of its own. Sizes are positive."""
+    cosmos = model.cosmos
+    if (model.family == "cosmos") != (cosmos is not None):
+        fix = (
+            "give at least model.cosmos.rope_scale" if cosmos is None else "remove model.cosmos, or set family: cosmos"
+        )
+        yield f"model.family={model.family} with model.cosmos={'null' if cosmos is None else 'given'}; {fix}"
+    if model.family != "cosmos" or cosmos is None:
+        return
+    if model.freq_dim != model.hidden_size:
+        yield f"model.freq_dim={model.freq_dim} must equal model.hidden_size={model.hidden_size} for family cosmos; set it so"
+    if model.cross_attn_norm:
+        yield "model.cross_attn_norm=true is Wan's; family cosmos modulates before cross-attention: set it to false"
+    if model.head_dim < 12:
+        yield f"model.hidden_size / model.num_heads = {model.head_dim} must be at least 12 to stretch RoPE; lower model.num_heads"
+    yield from _positive("model.cosmos", cosmos, "adaln_lora_dim condition_sigma qk_norm_eps")
+    if min(cosmos.rope_scale) <= 0 or min(cosmos.max_size) <= 0:
+        yield "model.cosmos.rope_scale and max_size must hold numbers greater than 0"
+    if cosmos.rope_fps is not None and cosmos.rope_fps <= 0:
+        yield f"model.cosmos.rope_fps={cosmos.rope_fps} must be greater than 0, or null for images"
+    if cosmos.condition_frames and model.patch_size[0] != 1:
+        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
 
 
 def _latent(latent: LatentConfig, model: ModelConfig) -> Iterator[str]:
@@ -97,6 +125,10 @@ def _latent(latent: LatentConfig, model: ModelConfig) -> Iterator[str]:
                 f"latent.{axis}={size} makes {size // patch} tokens on an axis, more than "
                 f"model.rope_max_seq_len={model.rope_max_seq_len}; raise that or shrink the latent"
             )
+    if model.cosmos is not None and model.cosmos.learnable_positions:
+        for axis, size, most in zip(axes, latent.shape_CTHW[1:], model.cosmos.max_size, strict=True):
+            if size > most:
+                yield f"latent.{axis}={size} exceeds model.cosmos.max_size={list(model.cosmos.max_size)}; shrink the latent"
 
 
 def _layout(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
@@ -245,6 +277,20 @@ def _distillation(config: RunConfig) -> Iterator[str]:
         yield from _step_times("distillation.fixed_rollout_times", fixed, distillation.max_rollout_steps)
 
 
+def _given_frames(config: RunConfig) -> Iterator[str]:
+    given, cosmos = config.distillation.given_frames, config.model.cosmos
+    takes = cosmos is not None and cosmos.condition_frames
+    if given and not takes:
+        yield (
+            f"distillation.given_frames={list(given)}, but the network takes none; set it to null, or model.cosmos.condition_frames "
+            "for a Video2World checkpoint"
+        )
+    if takes and not given:
+        yield "distillation.given_frames is required with model.cosmos.condition_frames; e.g. [1, 2]"
+    if given and not 0 <= min(given) <= max(given) < config.latent.frames:
+        yield f"distillation.given_frames={list(given)} must hold numbers from 0 to {config.latent.frames - 1} (latent.frames - 1)"
+
+
 def _time_distribution(name: str, times: TimeDistribution) -> Iterator[str]:
     belongs = {"lognormal": ("mean", "std"), "uniform_shift": ("shift",)}[times.kind]
     for field in ("mean", "std", "shift"):
@@ -317,6 +363,29 @@ def _optimizer(optimizer: OptimizerConfig, where: str) -> Iterator[str]:
     yield from _positive(where, optimizer, "eps")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"{where}.betas={list(optimizer.betas)} must each be at least 0 and below 1"
+
+
+def _encoders(config: RunConfig) -> Iterator[str]:
+    encoders = config.encoders
+    for field in ("video", "text"):
+        value = getattr(encoders, field)
+        if value in ("wan_vae", "umt5", "t5") and encoders.folder is None:
+            yield (
+                f"encoders.folder=null, but encoders.{field}={value} reads it; name a local diffusers checkpoint with vae/, "
+                "text_encoder/ and tokenizer/"
+            )
+    if encoders.text == "none" and encoders.negative_prompt is not None:
+        yield (
+            f"encoders.negative_prompt={encoders.negative_prompt!r} needs a text encoder, got encoders.text=none; remove it "
+            "or set encoders.text"
+        )
+    drops = config.distillation.flow.caption_dropout > 0 and any(stage.losses.flow for stage in config.stages)
+    own_null = config.data.negative_embedding is None and encoders.negative_prompt is None
+    if encoders.text in ("umt5", "t5") and drops and own_null:
+        yield (
+            "encoders.negative_prompt=null is the release's negative prompt, but caption dropout of flow matching needs the empty "
+            'caption; set encoders.negative_prompt to ""'
+        )
 
 
 def _data(config: RunConfig) -> Iterator[str]:

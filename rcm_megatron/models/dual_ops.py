@@ -24,6 +24,13 @@ def gelu_tanh(x: Tensor | Dual) -> Tensor | Dual:
     )
 
 
+def gelu(x: Tensor | Dual) -> Tensor | Dual:
+    """GELU by the error function, as Cosmos uses it."""
+    if not isinstance(x, Dual):
+        return F.gelu(x)
+    return Dual.pack(F.gelu(x.primal), aten.gelu_backward(x.tangent.contiguous(), x.primal, approximate="none"))
+
+
 def silu(x: Tensor | Dual) -> Tensor | Dual:
     if not isinstance(x, Dual):
         return F.silu(x)
@@ -78,6 +85,22 @@ def rms_norm_across_heads(
     return Dual.pack((x * r * weight_NK).to(dtype), ((tx * r + x * t_r) * weight_NK).to(dtype))
 
 
+def rms_norm(x: Tensor | Dual, weight: Tensor, *, eps: float) -> Tensor | Dual:
+    """RMSNorm over the last dimension in fp32 (fp64 stays fp64), returned in the dtype of the input.
+
+    With r = rsqrt(mean(x²) + eps), the tangent is (tx − x r² mean(x tx)) r, times the weight.
+    """
+    if not isinstance(x, Dual):
+        wide = upcast(x)
+        r = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+        return (wide * r * weight).to(x.dtype)
+    primal, tangent = upcast(x.primal), upcast(x.tangent)
+    r = torch.rsqrt(primal.square().mean(dim=-1, keepdim=True) + eps)
+    t_normed = (tangent - primal * (r * r * (primal * tangent).mean(dim=-1, keepdim=True))) * r
+    dtype = x.stacked.dtype
+    return Dual.pack((primal * r * weight).to(dtype), (t_normed * weight).to(dtype))
+
+
 def modulate(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, dtype: torch.dtype) -> Tensor | Dual:
     """adaLN modulation ``x (1 + scale) + shift``; ``x`` [S, B, D], ``shift`` and ``scale`` [1, B, D]."""
     if not isinstance(x, Dual):
@@ -101,6 +124,13 @@ def gated_residual(h: Tensor | Dual, x: Tensor | Dual, gate: Tensor | Dual) -> T
 
 def add(a: Tensor | Dual, b: Tensor | Dual) -> Tensor | Dual:
     return Dual(a.stacked + b.stacked) if isinstance(a, Dual) else a + b
+
+
+def add_constant(x: Tensor | Dual, constant: Tensor) -> Tensor | Dual:
+    """``x`` plus what does not depend on the input (``constant`` may be a parameter): the tangent stays."""
+    if not isinstance(x, Dual):
+        return (x + constant).to(x.dtype)
+    return Dual.pack((x.primal + constant).to(x.stacked.dtype), x.tangent)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ text_LBD text tokens (replicated), L text length, N local heads, K head dim.
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +17,7 @@ from torch.distributed import ProcessGroup
 from rcm_kernels.flash_attention import attention
 from rcm_kernels.flash_attention_jvp import attention_jvp
 from rcm_megatron.dual import Dual, add_bias, map_linear
-from rcm_megatron.models.dual_ops import gelu_tanh, layer_norm, rms_norm_across_heads
+from rcm_megatron.models.dual_ops import gelu_tanh, layer_norm, rms_norm, rms_norm_across_heads
 from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.rope import apply_rope
 from rcm_megatron.parallel.context import ContextParallel
@@ -28,7 +30,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def column_linear(spec: LayerSpec, in_features: int, out_features: int, **options) -> nn.Module:
-    """A Megatron linear whose output features are split over tensor-parallel ranks; its bias is left to :func:`project`."""
+    """A Megatron linear whose output features are split over tensor-parallel ranks; a bias is left to :func:`project`."""
     linear = _parallel_linear(spec.column_linear, in_features, out_features, gather_output=False, **options)
     for parameter in linear.parameters():
         mark_tensor_parallel(parameter, dim=0)
@@ -36,7 +38,7 @@ def column_linear(spec: LayerSpec, in_features: int, out_features: int, **option
 
 
 def row_linear(spec: LayerSpec, in_features: int, out_features: int, **options) -> nn.Module:
-    """A Megatron linear whose input features are split over tensor-parallel ranks; its bias is left to :func:`project`."""
+    """A Megatron linear whose input features are split over tensor-parallel ranks; a bias is left to :func:`project`."""
     linear = _parallel_linear(spec.row_linear, in_features, out_features, input_is_parallel=True, **options)
     mark_tensor_parallel(linear.weight, dim=1)
     return linear
@@ -49,6 +51,7 @@ def _parallel_linear(
     *,
     config: TransformerConfig,
     tp_group: ProcessGroup,
+    bias: bool = True,
     **layout: bool,
 ) -> nn.Module:
     return linear(
@@ -56,7 +59,7 @@ def _parallel_linear(
         out_features,
         config=config,
         init_method=config.init_method,
-        bias=True,
+        bias=bias,
         skip_bias_add=True,
         is_expert=False,
         tp_group=tp_group,
@@ -81,8 +84,10 @@ class ReplicatedLinear(nn.Linear):
     partial and Megatron must sum them over the tensor-parallel group.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, on_token_shards: bool) -> None:
-        super().__init__(in_features, out_features, dtype=dtype)
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: torch.dtype, on_token_shards: bool, bias: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
         for parameter in self.parameters():
             parameter.sequence_parallel = on_token_shards
 
@@ -129,6 +134,44 @@ class RMSNormAcrossHeads(nn.Module):
         )
 
 
+class RMSNormPerHead(nn.Module):
+    """Cosmos' q/k norm of each head by itself, with weights that all heads share.
+
+    Every tensor-parallel rank holds the weights and sees its own heads alone: their gradients are partial, and are summed over tp like
+    those of parameters on token shards.
+    """
+
+    def __init__(
+        self, num_heads: int, head_dim: int, *, eps: float, dtype: torch.dtype, tp_group: ProcessGroup
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(head_dim, dtype=dtype))
+        self.weight.sequence_parallel = True
+
+    def forward(self, x_SBNK: Tensor | Dual) -> Tensor | Dual:
+        return rms_norm(x_SBNK, self.weight, eps=self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionStyle:
+    """In what the attention and MLP of families differ."""
+
+    head_norm: type = RMSNormAcrossHeads
+    """Norm of q and k."""
+    norm_eps: float
+    rotate: Callable[[Tensor | Dual, Tensor], Tensor | Dual] = apply_rope
+    bias: bool = True
+    """Of all linears."""
+    text_features: int
+    """Width of the text that cross-attention sees."""
+    activation: Callable[[Tensor | Dual], Tensor | Dual] = gelu_tanh
+
+
+def wan_style(model) -> AttentionStyle:
+    return AttentionStyle(norm_eps=model.eps, text_features=model.hidden_size)
+
+
 def split_heads(x: Tensor | Dual, parts: int, head_dim: int) -> tuple[Tensor | Dual, ...]:
     """Views ``[S, B, N, K]`` of a fused projection whose rows are interleaved per head, ``[N, parts, K]``."""
     stacked = x.stacked if isinstance(x, Dual) else x
@@ -137,22 +180,31 @@ def split_heads(x: Tensor | Dual, parts: int, head_dim: int) -> tuple[Tensor | D
 
 
 class SelfAttention(nn.Module):
-    """Self-attention with fused qkv, norm over all heads, RoPE and context parallelism."""
+    """Self-attention with fused qkv, norm of q and k, RoPE and context parallelism."""
 
     def __init__(
-        self, model, *, config: TransformerConfig, spec: LayerSpec, context: ContextParallel, tp_group
+        self,
+        model,
+        *,
+        config: TransformerConfig,
+        spec: LayerSpec,
+        context: ContextParallel,
+        tp_group,
+        style: AttentionStyle | None = None,
     ) -> None:
         super().__init__()
-        self.head_dim, self.context = model.head_dim, context
-        hidden, norm = model.hidden_size, partial(RMSNormAcrossHeads, model.num_heads, model.head_dim)
-        self.linear_qkv = column_linear(spec, hidden, 3 * hidden, config=config, tp_group=tp_group)
-        self.q_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
-        self.k_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
-        self.linear_proj = row_linear(spec, hidden, hidden, config=config, tp_group=tp_group)
+        style = style or wan_style(model)
+        self.head_dim, self.context, self.rotate = model.head_dim, context, style.rotate
+        hidden, norm = model.hidden_size, partial(style.head_norm, model.num_heads, model.head_dim)
+        options = {"config": config, "tp_group": tp_group, "bias": style.bias}
+        self.linear_qkv = column_linear(spec, hidden, 3 * hidden, **options)
+        self.q_norm = norm(eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.k_norm = norm(eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.linear_proj = row_linear(spec, hidden, hidden, **options)
 
     def forward(self, h_SBD: Tensor | Dual, rotation_SK: Tensor, *, valid_tokens: int) -> Tensor | Dual:
         q, k, v = split_heads(project(self.linear_qkv, h_SBD), 3, self.head_dim)
-        q, k = apply_rope(self.q_norm(q), rotation_SK), apply_rope(self.k_norm(k), rotation_SK)
+        q, k = self.rotate(self.q_norm(q), rotation_SK), self.rotate(self.k_norm(k), rotation_SK)
         if isinstance(q, Dual):
             o, to = self.context.attention_jvp(
                 q.primal, k.primal, v.primal, q.tangent, k.tangent, v.tangent, valid_tokens=valid_tokens
@@ -166,18 +218,28 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention to replicated text tokens: local on every rank, and the text carries no tangent."""
 
-    def __init__(self, model, *, config: TransformerConfig, spec: LayerSpec, tp_group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        model,
+        *,
+        config: TransformerConfig,
+        spec: LayerSpec,
+        tp_group: ProcessGroup,
+        style: AttentionStyle | None = None,
+    ) -> None:
         super().__init__()
+        style = style or wan_style(model)
         self.head_dim = model.head_dim
-        hidden, norm = model.hidden_size, partial(RMSNormAcrossHeads, model.num_heads, model.head_dim)
+        hidden, norm = model.hidden_size, partial(style.head_norm, model.num_heads, model.head_dim)
         # Sequence parallelism would gather the replicated text over tp and attend to every key tp times.
         text_config = copy.copy(config)
         text_config.sequence_parallel = False
-        self.linear_q = column_linear(spec, hidden, hidden, config=config, tp_group=tp_group)
-        self.linear_kv = column_linear(spec, hidden, 2 * hidden, config=text_config, tp_group=tp_group)
-        self.q_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
-        self.k_norm = norm(eps=model.eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
-        self.linear_proj = row_linear(spec, hidden, hidden, config=config, tp_group=tp_group)
+        options = {"tp_group": tp_group, "bias": style.bias}
+        self.linear_q = column_linear(spec, hidden, hidden, config=config, **options)
+        self.linear_kv = column_linear(spec, style.text_features, 2 * hidden, config=text_config, **options)
+        self.q_norm = norm(eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.k_norm = norm(eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.linear_proj = row_linear(spec, hidden, hidden, config=config, **options)
 
     def forward(self, h_SBD: Tensor | Dual, text_LBD: Tensor) -> Tensor | Dual:
         (q,) = split_heads(project(self.linear_q, h_SBD), 1, self.head_dim)
@@ -193,13 +255,23 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward with GELU (tanh)."""
+    """Feed-forward with GELU (Wan: tanh; Cosmos: exact)."""
 
-    def __init__(self, model, *, config: TransformerConfig, spec: LayerSpec, tp_group: ProcessGroup) -> None:
+    def __init__(
+        self,
+        model,
+        *,
+        config: TransformerConfig,
+        spec: LayerSpec,
+        tp_group: ProcessGroup,
+        style: AttentionStyle | None = None,
+    ) -> None:
         super().__init__()
-        hidden, ffn = model.hidden_size, model.ffn_hidden_size
-        self.linear_fc1 = column_linear(spec, hidden, ffn, config=config, tp_group=tp_group)
-        self.linear_fc2 = row_linear(spec, ffn, hidden, config=config, tp_group=tp_group)
+        style = style or wan_style(model)
+        hidden, ffn, self.activation = model.hidden_size, model.ffn_hidden_size, style.activation
+        options = {"config": config, "tp_group": tp_group, "bias": style.bias}
+        self.linear_fc1 = column_linear(spec, hidden, ffn, **options)
+        self.linear_fc2 = row_linear(spec, ffn, hidden, **options)
 
     def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
-        return project(self.linear_fc2, gelu_tanh(project(self.linear_fc1, h_SBD)))
+        return project(self.linear_fc2, self.activation(project(self.linear_fc1, h_SBD)))

@@ -54,6 +54,12 @@ class TokenLayout:
     def context_start(self) -> int:
         return self.groups.cp_rank * self.context_tokens
 
+    def grid_indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(frame, row, column) of each token of this rank in the patch grid, ``[S]`` each; of padding, the last token's."""
+        _, rows, columns = self.grid
+        index = torch.arange(self.start, self.start + self.local_tokens).clamp(max=self.num_tokens - 1)
+        return index // (rows * columns), index // columns % rows, index % columns
+
     def patchify(self, x_BCTHW: Tensor) -> Tensor:
         """All tokens ``[T'H'W', B, P]`` of whole latents."""
         if tuple(x_BCTHW.shape[1:]) != self.latent_shape:

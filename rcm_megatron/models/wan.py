@@ -4,35 +4,20 @@ Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidd
 embedding, e_6BD its projection to the six adaLN vectors; B is 2B inside a Dual.
 """
 
-from dataclasses import dataclass
-from functools import partial
-
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.dual import BATCH_DIM, Dual, as_message, from_message, map_linear, recomputed
+from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages, sinusoid
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm, modulate, silu
-from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
+from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
-from rcm_megatron.models.recompute import run_block
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.stages import Stage
-
-
-@dataclass(frozen=True, eq=False)
-class TokenGeometry:
-    """What a block must know of the tokens: the rotations of its context-parallel rank, and how many tokens are no padding."""
-
-    rotation_SK: Tensor
-    valid_tokens: int
 
 
 class TimestepEmbedding(nn.Module):
@@ -45,20 +30,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = ReplicatedLinear(model.hidden_size, model.hidden_size, dtype=dtype, on_token_shards=True)
 
     def forward(self, timestep_1B: Tensor | Dual) -> Tensor | Dual:
-        return self.linear_2(silu(self.linear_1(self.sinusoid(timestep_1B))))
-
-    def sinusoid(self, timestep_1B: Tensor | Dual) -> Tensor | Dual:
-        """``[cos(t w), sin(t w)]`` in fp64, then rounded: fp32 angles near t = 1000 cost 1e-5 of the tangent."""
-        half = self.freq_dim // 2
-        primal = timestep_1B.primal if isinstance(timestep_1B, Dual) else timestep_1B
-        w = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=primal.device) / half)
-        angle = primal.double()[..., None] * w
-        cos, sin = angle.cos(), angle.sin()
-        embedded = torch.cat([cos, sin], dim=-1).to(self.dtype)
-        if not isinstance(timestep_1B, Dual):
-            return embedded
-        t_angle = timestep_1B.tangent.double()[..., None] * w
-        return Dual.pack(embedded, torch.cat([-sin * t_angle, cos * t_angle], dim=-1).to(self.dtype))
+        frequencies = sinusoid(timestep_1B, width=self.freq_dim, dtype=self.dtype)
+        return self.linear_2(silu(self.linear_1(frequencies)))
 
 
 class TextEmbedding(nn.Module):
@@ -78,7 +51,7 @@ class WanBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group) -> None:
         super().__init__()
-        self.eps, self.dtype, self.spec = model.eps, config.params_dtype, spec
+        self.eps, self.dtype = model.eps, config.params_dtype
         wide = wide_dtype(config.params_dtype)
         self.modulation = nn.Parameter(torch.randn(1, 6, model.hidden_size, dtype=wide) / model.hidden_size**0.5)
         self.modulation.sequence_parallel = True
@@ -90,10 +63,6 @@ class WanBlock(nn.Module):
     def forward(
         self, h_SBD: Tensor | Dual, e_6BD: Tensor | Dual, text_LBD: Tensor, *, geometry: TokenGeometry
     ) -> Tensor | Dual:
-        with self.spec.pass_context(h_SBD):
-            return self._forward(h_SBD, e_6BD, text_LBD, geometry)
-
-    def _forward(self, h_SBD, e_6BD, text_LBD: Tensor, geometry: TokenGeometry) -> Tensor | Dual:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(e_6BD, self.modulation)
         x = modulate(layer_norm(h_SBD, eps=self.eps), shift_1, scale_1, dtype=self.dtype)
         x = self.self_attn(x, geometry.rotation_SK, valid_tokens=geometry.valid_tokens)
@@ -126,19 +95,12 @@ class WanHead(nn.Module):
         return x_SBP.unflatten(-1, (*self.patch, -1)).movedim(-1, -4).flatten(-4)
 
 
-class WanModel(MegatronModule):
-    """The network, or one pipeline stage's piece of it: velocity tokens from noisy tokens, timestep and text.
-
-    The time and text embedders are on every piece, because every block needs them and a message carries the hidden state alone.
+class WanModel(DiffusionTransformer):
+    """Wan2.1, or one pipeline stage's piece of it.
 
     Args:
-        model: architecture.
-        config: Megatron's configuration of the run (parallel sizes, dtypes).
-        layout: how the tokens of one latent shape lie on the ranks.
         context: context-parallel attention of this run.
-        stage: which blocks this piece holds; by default all of them.
-        spec: the blocks' linears and their precision (``config`` adapted to it); by default Megatron-Core's own.
-        recompute: what plain passes keep for the backward pass, as in MemoryConfig (dual passes keep a block's primal input alone).
+        rest: as DiffusionTransformer.
     """
 
     def __init__(
@@ -152,16 +114,9 @@ class WanModel(MegatronModule):
         spec: LayerSpec | None = None,
         recompute: str = "full",
     ) -> None:
-        super().__init__(config)
-        self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
-        spec, dtype, tp_group = spec or local_layer_spec(), config.params_dtype, layout.groups.tp
+        super().__init__(model, config, layout=layout, stage=stage, spec=spec, recompute=recompute)
+        dtype, tp_group = config.params_dtype, layout.groups.tp
         wide = wide_dtype(dtype)
-        self.model, self.layout, self.recompute = model, layout, recompute
-        self.stage = stage or Stage(range(model.num_layers))
-        self.pre_process, self.post_process = (
-            self.stage.is_first,
-            self.stage.is_last,
-        )  # finalize_model_grads asks for them
         hidden = model.hidden_size
         if self.stage.is_first:
             self.patch_embedding = ReplicatedLinear(layout.patch_features, hidden, dtype=dtype, on_token_shards=True)
@@ -170,7 +125,7 @@ class WanModel(MegatronModule):
         self.time_projection = ReplicatedLinear(hidden, 6 * hidden, dtype=wide, on_token_shards=True)
         self.blocks = nn.ModuleDict(
             {
-                str(i): WanBlock(model, config=config, spec=spec, context=context, tp_group=tp_group)
+                str(i): WanBlock(model, config=config, spec=self.spec, context=context, tp_group=tp_group)
                 for i in self.stage.layers
             }
         )
@@ -179,91 +134,25 @@ class WanModel(MegatronModule):
         if self.stage.count > 1:
             for embedder in (self.text_embedding, self.time_embedding, self.time_projection):
                 mark_replicated_over_stages(embedder)
-        self._received: Tensor | None = None
-        self._geometry: dict[torch.device, TokenGeometry] = {}
 
-    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Megatron's schedules hand a stage the message of the one before here."""
-        (self._received,) = input_tensor
-
-    def forward(self, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual, text_LBD: Tensor) -> Tensor | Dual:
-        """Velocity ``[S, B, P]`` (RF convention, noise − x0) with padding set to zero; a Dual for Dual inputs.
-
-        A piece that is not the last returns the hidden state instead, as the next one's message ``[S, B or 2B, D]``.
-
-        Args:
-            x_SBP: noisy tokens of this rank, scaled by ``c_in``, in the compute dtype; used by the first piece alone.
-            timestep_1B: ``[1, B]`` in [0, 1000], fp32 or wider; a Dual exactly when ``x_SBP`` is one.
-            text_LBD: ``[L, B, text_dim]`` text embeddings, equal on all ranks of the sample.
-        """
-        dtype, device = self.config.params_dtype, text_LBD.device
-        geometry = self._token_geometry(device)
+    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: None) -> tuple[tuple, tuple]:
+        assert condition is None, "a Wan text-to-video network takes no condition"
         e_1BD = recomputed(self.time_embedding, timestep_1B)
         e_6BD = recomputed(self._project_time, e_1BD)
-        if self.stage.is_first:
-            h_SBD = recomputed(self.patch_embedding, map_linear(lambda value: value.to(dtype), x_SBP))
-        else:
-            h_SBD, self._received = from_message(self._received, dual=isinstance(timestep_1B, Dual)), None
-        text_LBD = self.text_embedding(text_LBD.to(dtype))
-        for block in self.blocks.values():
-            h_SBD = self._run(block, h_SBD, e_6BD, text_LBD, geometry)
-        if not self.stage.is_last:
-            return as_message(h_SBD)
-        return masked(recomputed(self.head, h_SBD, e_1BD), self.layout)
-
-    def new_output(self, batch: int) -> Tensor:
-        """An empty velocity ``[S, batch, P]`` of this rank, to receive the last stage's."""
-        features = self.model.out_channels * self.model.patch_volume
-        shape = (self.layout.local_tokens, batch, features)
-        return torch.empty(shape, dtype=self.config.params_dtype, device=next(self.parameters()).device)
-
-    def _run(self, block: WanBlock, h_SBD, e_6BD, text_LBD: Tensor, geometry: TokenGeometry) -> Tensor | Dual:
-        run = partial(block, geometry=geometry)
-        return run_block(run, h_SBD, e_6BD, text_LBD, policy=self.recompute)
+        return (e_6BD, self.text_embedding(text_LBD.to(self.config.params_dtype))), (e_1BD,)
 
     def _project_time(self, e_1BD: Tensor | Dual) -> Tensor | Dual:
         projected = self.time_projection(silu(e_1BD))
         return map_linear(lambda value: value.unflatten(-1, (6, -1))[0].transpose(0, 1), projected)
 
-    def _token_geometry(self, device: torch.device) -> TokenGeometry:
-        if device not in self._geometry:
-            rotation = rope_frequencies(
-                self.layout.grid,
-                self.model.head_dim,
-                start=self.layout.context_start,
-                length=self.layout.context_tokens,
-                max_position=self.model.rope_max_seq_len,
-            )
-            dtype = torch.complex128 if self.config.params_dtype == torch.float64 else torch.complex64
-            self._geometry[device] = TokenGeometry(rotation.to(device, dtype), self.layout.num_tokens)
-        return self._geometry[device]
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
-        """Every parameter as a Megatron ShardedTensor: split over tp where it is, one main replica elsewhere."""
-        groups = self.layout.groups
-        sharded = {}
-        for name, parameter in self.named_parameters():
-            replicas = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp, "prepend_offsets": sharded_offsets}
-            if getattr(parameter, "tensor_model_parallel", False):
-                sharded[prefix + name] = make_tp_sharded_tensor_for_checkpoint(
-                    parameter, prefix + name, tp_axis=parameter.partition_dim, **replicas
-                )
-            else:
-                piece = self.stage.index if getattr(parameter, "pipeline_parallel", False) else 0
-                sharded[prefix + name] = make_sharded_tensor_for_checkpoint(
-                    parameter, prefix + name, replica_id=(piece, groups.tp.rank(), groups.dp_cp.rank()), **replicas
-                )
-        return sharded
-
-
-def mark_replicated_over_stages(module: nn.Module) -> None:
-    """Tell Megatron that every stage holds ``module``: its gradients are summed over the stages.
-
-    With the distributed optimizer that sum comes after the reduce-scatter over dp*cp, and stages of different sizes would cut their buffers
-    at different places. ``shared_embedding`` gives each parameter a bucket of its own, cut alike on all stages.
-    """
-    for parameter in module.parameters():
-        parameter.pipeline_parallel = parameter.shared_embedding = True
+    def _rotation(self) -> Tensor:
+        return rope_frequencies(
+            self.layout.grid,
+            self.model.head_dim,
+            start=self.layout.context_start,
+            length=self.layout.context_tokens,
+            max_position=self.model.rope_max_seq_len,
+        )
 
 
 def split_modulation(e_MBD: Tensor | Dual, table_1MD: Tensor) -> tuple[Tensor | Dual, ...]:
@@ -275,10 +164,3 @@ def split_modulation(e_MBD: Tensor | Dual, table_1MD: Tensor) -> tuple[Tensor | 
     stacked = e_MBD.stacked.clone()
     stacked.narrow(BATCH_DIM, 0, e_MBD.batch).add_(table)
     return tuple(Dual(stacked[i : i + 1]) for i in range(count))
-
-
-def masked(v_SBP: Tensor | Dual, layout: TokenLayout) -> Tensor | Dual:
-    """Padding set to exactly zero in both halves."""
-    if isinstance(v_SBP, Dual):
-        return Dual(layout.mask(v_SBP.stacked), None if v_SBP.graph is None else layout.mask(v_SBP.graph))
-    return layout.mask(v_SBP)

@@ -25,12 +25,33 @@ from rcm_megatron.dual import BATCH_DIM, Dual, shape_of
 
 
 @dataclass(frozen=True, eq=False)
+class Condition:
+    """What is known of the video itself: its first latent frames, clean. It carries no tangent.
+
+    ``x0_SBP``: clean tokens of this rank (those of other frames are not used); ``frames_B``: how many latent frames of each sample
+    are known, 0 or more.
+    """
+
+    x0_SBP: Tensor
+    frames_B: Tensor
+
+    def repeated(self, times: int) -> "Condition":
+        """For a batch that holds every sample ``times`` times, one after the other."""
+        return Condition(self.x0_SBP.repeat(1, times, 1), self.frames_B.repeat(times))
+
+    def chunk(self, parts: int) -> "list[Condition]":
+        """For a batch in ``parts`` equal parts."""
+        return [Condition(*part) for part in zip(self.x0_SBP.chunk(parts, 1), self.frames_B.chunk(parts), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
 class NetworkInput:
     """What a network sees of one micro-batch: tokens [S, B, P], timestep [1, B], text [L, B, D]; Duals for a JVP."""
 
     x_SBP: Tensor | Dual
     timestep_1B: Tensor | Dual
     text_LBD: Tensor
+    condition: Condition | None = None
 
 
 LossFunction = Callable[[Tensor | Dual], tuple[Tensor, dict[str, Tensor]]]
@@ -116,7 +137,8 @@ def _run(
 ) -> list:
     def forward_step(iterator, model: nn.Module):
         network_input, loss = next(iterator)
-        return model(network_input.x_SBP, network_input.timestep_1B, network_input.text_LBD), loss
+        given = () if network_input.condition is None else (network_input.condition,)
+        return model(network_input.x_SBP, network_input.timestep_1B, network_input.text_LBD, *given), loss
 
     micro_batches = list(zip(inputs, losses or [None] * len(inputs), strict=True))
     iterators = [iter(micro_batches) for _ in chunks]

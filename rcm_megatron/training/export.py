@@ -16,7 +16,7 @@ from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import RunConfig, to_yaml
 from rcm_megatron.diffusion.noise import SeededDraws
-from rcm_megatron.models.wan import WanModel
+from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
 from rcm_megatron.training.inference import Weights, join, load_network, resolve_checkpoint
@@ -68,13 +68,15 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     dist.destroy_process_group()
 
 
-def _verify(run: RunConfig, network: Sequence[WanModel], groups: ParallelGroups, request: ExportRequest) -> None:
+def _verify(
+    run: RunConfig, network: Sequence[DiffusionTransformer], groups: ParallelGroups, request: ExportRequest
+) -> None:
     """Compare on rank 0; all ranks learn the error, so that all fail together."""
     error = torch.zeros(1, dtype=torch.float64)
     x_BCTHW, timestep_B, text_BLD = _random_input(run)
     ours_BCTHW = _our_forward(network, x_BCTHW, timestep_B, text_BLD, dtype=DTYPES[request.dtype])
     if dist.get_rank() == 0:
-        theirs_BCTHW = _diffusers_forward(request.output, x_BCTHW, timestep_B, text_BLD)
+        theirs_BCTHW = _diffusers_forward(run, request.output, x_BCTHW, timestep_B, text_BLD)
         error[0] = (theirs_BCTHW - ours_BCTHW).norm() / ours_BCTHW.norm()
     error = error.to(platform.device())
     dist.broadcast(error, src=0)
@@ -85,7 +87,7 @@ def _verify(run: RunConfig, network: Sequence[WanModel], groups: ParallelGroups,
         )
     if dist.get_rank() == 0:
         print(
-            f"WanTransformer3DModel.from_pretrained loads it; relative error of its velocity against the trained network "
+            f"{_diffusers_class(run)}.from_pretrained loads it; relative error of its velocity against the trained network "
             f"on {groups.token_shards} rank(s): {float(error):.1e} (at most {VERIFY_BOUND:.0e})"
         )
 
@@ -99,7 +101,12 @@ def _random_input(run: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def _our_forward(
-    network: Sequence[WanModel], x_BCTHW: Tensor, timestep_B: Tensor, text_BLD: Tensor, *, dtype: torch.dtype
+    network: Sequence[DiffusionTransformer],
+    x_BCTHW: Tensor,
+    timestep_B: Tensor,
+    text_BLD: Tensor,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Velocity [B, C, T, H, W], fp64 on the CPU, of the network with its weights rounded to `dtype` as they were written."""
     for chunk in network:
@@ -113,12 +120,33 @@ def _our_forward(
 
 
 @torch.no_grad()
-def _diffusers_forward(folder: Path, x_BCTHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
-    from diffusers import WanTransformer3DModel
+def _diffusers_forward(run: RunConfig, folder: Path, x_BCTHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+    import diffusers
 
-    model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    (v_BCTHW,) = model(x_BCTHW, timestep=timestep_B, encoder_hidden_states=text_BLD, return_dict=False)
+    model = getattr(diffusers, _diffusers_class(run)).from_pretrained(folder, torch_dtype=torch.float32).eval()
+    given = {}
+    if run.model.family == "cosmos":  # no frames given, a whole picture, and time in [0, 1]
+        _check_torchvision()
+        timestep_B, given["fps"] = timestep_B / 1000, run.model.cosmos.rope_fps
+        given["padding_mask"] = x_BCTHW.new_zeros(1, 1, *x_BCTHW.shape[-2:])
+        given["condition_mask"] = torch.zeros_like(x_BCTHW[:, :1]) if run.model.cosmos.condition_frames else None
+    (v_BCTHW,) = model(x_BCTHW, timestep=timestep_B, encoder_hidden_states=text_BLD, return_dict=False, **given)
     return v_BCTHW.double()
+
+
+def _check_torchvision() -> None:
+    """diffusers resizes Cosmos' padding mask with it, and without it fails with a NameError."""
+    from diffusers.models.transformers import transformer_cosmos
+
+    if not hasattr(transformer_cosmos, "transforms"):
+        raise CheckpointError(
+            "got no torchvision; need it to verify a Cosmos export, because diffusers' class calls it; fix: install the torchvision "
+            "that goes with this torch (0.28.0 with 2.13.0), or export without --verify"
+        )
+
+
+def _diffusers_class(run: RunConfig) -> str:
+    return {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransformer3DModel"}[run.model.family]
 
 
 def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str]:
@@ -136,10 +164,10 @@ def _model_card(run: RunConfig, request: ExportRequest, facts: dict[str, str]) -
             "rectified-flow velocity, as its teacher does."
         )
     else:
-        usage = "Predicts the rectified-flow velocity, as Wan2.1 does."
+        usage = "Predicts the rectified-flow velocity, as its teacher does."
     return (
         f"# {run.name}: {request.weights}\n\nWan2.1-architecture text-to-video transformer in diffusers' format, "
         f"distilled with rCM by rcm_megatron.\n\n{usage}\n\n| | |\n| --- | --- |\n{table}\n\n"
-        f"```python\nWanTransformer3DModel.from_pretrained({str(request.output)!r})\n```\n\n"
+        f"```python\n{_diffusers_class(run)}.from_pretrained({str(request.output)!r})\n```\n\n"
         f"## Configuration of the run\n\n```yaml\n{to_yaml(run)}```\n"
     )

@@ -18,21 +18,16 @@ from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
-from rcm_megatron.models.encoders import build_text_encoder
+from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
-from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.sampling import Sampler
+from rcm_megatron.training.sampling import GivenFrames, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
 _STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_score": ("fake_score", "main")}
 """Where a run's checkpoint holds them: (network, kind), in fp32."""
-
-
-class InputError(ValueError):
-    """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""
 
 
 def join(run: RunConfig) -> ParallelGroups:
@@ -63,7 +58,7 @@ def load_network(
     weights: Weights,
     checkpoint: Path | None = None,
     dtype: torch.dtype | None = None,
-) -> list[WanModel]:
+) -> list[DiffusionTransformer]:
     """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
     Its passes run in that dtype, never in FP8. The teacher comes from ``init.teacher``; the others from `checkpoint` (of
@@ -100,12 +95,15 @@ class SampleBatches:
 
     text_LBD: Tensor
     """[L, N, D] for all N samples."""
-    null_text_L1D: Tensor
+    null_text_L1D: Tensor | None
+    """Of guidance's unconditional branch; None will do without guidance."""
     seed: int
     batch_size: int
+    given: GivenFrames | None = None
+    """Video2World: what all samples begin with."""
 
     def __call__(
-        self, network: Sequence[WanModel], draw: Callable[[Sampler], Tensor]
+        self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """(sample indices, latents [B, C, T, H, W]) of each batch; `draw` calls one of `Sampler`'s methods."""
         layout, device = network[0].layout, platform.device()
@@ -113,10 +111,13 @@ class SampleBatches:
         for start in range(0, len(mine), self.batch_size):
             indices = mine[start : start + self.batch_size]
             text_LBD = self.text_LBD[:, indices].to(device)
-            null_LBD = self.null_text_L1D.to(device).expand(-1, len(indices), -1)
-            yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices))
+            null_LBD = self.null_text_L1D
+            if null_LBD is not None:
+                null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
+            condition = None if self.given is None else self.given.condition(layout, len(indices), device)
+            yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition))
 
-    def all(self, network: Sequence[WanModel], draw: Callable[[Sampler], Tensor]) -> Tensor:
+    def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
         """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""
         mine = [(indices, latents.cpu()) for indices, latents in self(network, draw)]
         groups = network[0].layout.groups
@@ -140,12 +141,3 @@ def student_draw(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:
     """Sampling of the student as ``run.sampling`` says."""
     settings = run.sampling
     return lambda sampler: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)
-
-
-def encode_captions(run: RunConfig, captions: Sequence[str]) -> Tensor:
-    """Embeddings [L, N, D] by the run's text encoder; InputError where it has none or does not know a word."""
-    try:
-        encoder = build_text_encoder(run.encoders.text, text_len=run.model.text_len, text_dim=run.model.text_dim)
-        return encoder.encode(captions).transpose(0, 1)
-    except ValueError as error:
-        raise InputError(str(error)) from error

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
 from rcm_megatron import platform
 from rcm_megatron.config import ConfigError, RunConfig
-from rcm_megatron.models.wan import WanModel
+from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.parallel.optimizer_shards import owned_shards
 
 
@@ -46,7 +46,9 @@ def check_memory(run: RunConfig, *, has_cuda: bool) -> None:
 # ---- the teacher's weights
 
 
-def shard_weights(chunks: Sequence[WanModel], *, group: ProcessGroup, offload: bool = False) -> list[WanModel]:
+def shard_weights(
+    chunks: Sequence[DiffusionTransformer], *, group: ProcessGroup, offload: bool = False
+) -> list[DiffusionTransformer]:
     """Leave on each rank of ``group`` its part of every frozen parameter; a forward gathers them block by block.
 
     The embedders and the head are gathered for the whole of a chunk's forward. On CUDA the next block is gathered on a stream of its own

@@ -13,6 +13,8 @@ from rcm_megatron.checkpoint.convert import load_into
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, RunConfig
+from rcm_megatron.models.cosmos import CosmosModel
+from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec, local_layer_spec
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.models.wan import WanModel
@@ -23,6 +25,7 @@ from rcm_megatron.training.memory import check_memory, shard_weights
 from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.optimizer import wrap_ddp
 
+FAMILIES: dict[str, type[DiffusionTransformer]] = {"wan": WanModel, "cosmos": CosmosModel}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -36,7 +39,7 @@ def build_chunks(
     recompute: str = "full",
     spec: LayerSpec | None = None,
     token_multiple: int = 1,
-) -> list[WanModel]:
+) -> list[DiffusionTransformer]:
     """This rank's pieces of one network, weights not set: one chunk, or vpp of them.
 
     ``spec``: the blocks' linears and their precision (`choose_layer_spec`), by default Megatron-Core's own. ``token_multiple``: of what the
@@ -49,13 +52,15 @@ def build_chunks(
     context = ContextParallel(ring_group=groups.ring, ulysses_group=groups.ulysses)
     stages = stages_of_rank(parallel, model.num_layers, pp_rank=groups.pp_rank)
     chunks = [
-        WanModel(model, config, layout=layout, context=context, stage=stage, spec=spec, recompute=recompute)
+        FAMILIES[model.family](
+            model, config, layout=layout, context=context, stage=stage, spec=spec, recompute=recompute
+        )
         for stage in stages
     ]
     return [chunk.to(platform.device()) for chunk in chunks]
 
 
-def load_weights(chunks: Sequence[WanModel], source: Mapping[str, Tensor]) -> list[WanModel]:
+def load_weights(chunks: Sequence[DiffusionTransformer], source: Mapping[str, Tensor]) -> list[DiffusionTransformer]:
     """Fill ``chunks`` from an open checkpoint (or tensors in any known naming); every rank reads its own slices."""
     groups, stage = chunks[0].layout.groups, chunks[0].stage
     place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": stage.count > 1}
@@ -66,7 +71,7 @@ def load_weights(chunks: Sequence[WanModel], source: Mapping[str, Tensor]) -> li
 def seeded_weights(model: ModelConfig, *, seed: int) -> CheckpointSource:
     """Random full weights in internal names that depend on (seed, name) alone: equal on every layout, made when they are read.
 
-    As diffusers initialises Wan: linears uniform in ±1/√fan_in, norms at one, modulation tables normal/√hidden_size.
+    As diffusers initialises Wan: linears uniform in ±1/√fan_in, norms at one, tables of modulations or positions normal/√hidden_size.
     """
     shapes = internal_shapes(model)
     read = partial(_seeded_tensor, shapes, seed=seed)
@@ -81,7 +86,7 @@ def _seeded_tensor(shapes: Mapping[str, tuple[int, ...]], name: str, index: tupl
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     if "norm" in name:
         return (torch.ones(shape) if name.endswith("weight") else torch.zeros(shape))[index]
-    if name.endswith("modulation"):
+    if name.endswith("modulation") or name.startswith("positions."):
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1]))[index]
     fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
     return ((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in))[index]

@@ -17,17 +17,26 @@ from rcm_megatron.diffusion import losses, timesteps, trigflow
 from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import NetworkInput, accumulate_gradients, evaluate, share_from_last_stage, timed
+from rcm_megatron.parallel.pipeline import (
+    Condition,
+    NetworkInput,
+    accumulate_gradients,
+    evaluate,
+    share_from_last_stage,
+    timed,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Samples of one micro-batch on this rank: x0_SBP tokens, text and null text [L, B, D], and their random draws."""
+    """Samples of one micro-batch on this rank: x0_SBP tokens, text and null text [L, B, D], their random draws, and which of their
+    frames the networks are given (Video2World)."""
 
     x0_SBP: Tensor
     text_LBD: Tensor
     null_text_LBD: Tensor
     draws: Draws
+    condition: Condition | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +88,29 @@ def as_tokens(t_B: Tensor, device: torch.device) -> Tensor:
     return t_B.to(device, torch.float64)[None, :, None]
 
 
-def network_input(xt_SBP: Tensor, t_1B1: Tensor, text_LBD: Tensor) -> NetworkInput:
+def draw_condition(batch: MicroBatch, *, given_frames: Sequence[int]) -> Condition:
+    """The samples' own first latent frames, of each sample as many as one of ``given_frames``, all equally likely."""
+    choice = (batch.draws.uniform("given_frames") * len(given_frames)).long()
+    frames_B = torch.tensor(given_frames)[choice].to(batch.x0_SBP.device)
+    return Condition(batch.x0_SBP, frames_B)
+
+
+def network_input(xt_SBP: Tensor, t_1B1: Tensor, text_LBD: Tensor, condition: Condition | None = None) -> NetworkInput:
     x_in, timestep = trigflow.precondition(xt_SBP, t_1B1)
-    return NetworkInput(x_in, timestep[..., 0], text_LBD)
+    return NetworkInput(x_in, timestep[..., 0], text_LBD, condition)
 
 
-def dual_network_input(xt: Tensor, t: Tensor, t_xt: Tensor, t_t: Tensor, text_LBD: Tensor) -> NetworkInput:
+def dual_network_input(
+    xt: Tensor, t: Tensor, t_xt: Tensor, t_t: Tensor, text_LBD: Tensor, condition: Condition | None = None
+) -> NetworkInput:
     x_in, timestep, t_x_in, t_timestep = trigflow.precondition_jvp(xt, t, t_xt, t_t)
-    return NetworkInput(Dual.pack(x_in, t_x_in), Dual.pack(timestep[..., 0], t_timestep[..., 0]), text_LBD)
+    times = Dual.pack(timestep[..., 0], t_timestep[..., 0])
+    return NetworkInput(Dual.pack(x_in, t_x_in), times, text_LBD, condition)
+
+
+def given(batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Condition | None]]:
+    """What a network is told beside xt and t: text and condition of each micro-batch."""
+    return [b.text_LBD for b in batches], [b.condition for b in batches]
 
 
 def raw_outputs(
@@ -94,11 +118,12 @@ def raw_outputs(
     xt: Sequence[Tensor],
     t: Sequence[Tensor],
     text: Sequence[Tensor],
+    conditions: Sequence[Condition | None],
     *,
     phase: str | None = None,
 ) -> list[Tensor]:
     """The network's outputs v at (xt, t), without gradient; timed as ``phase``."""
-    return evaluate(chunks, [network_input(*args) for args in zip(xt, t, text, strict=True)], phase=phase)
+    return evaluate(chunks, [network_input(*args) for args in zip(xt, t, text, conditions, strict=True)], phase=phase)
 
 
 def guided_outputs(
@@ -114,9 +139,10 @@ def guided_outputs(
     F and x0 are affine in v, so guiding v guides them alike.
     """
     if not trigflow.needs_guidance(guidance):
-        return raw_outputs(chunks, xt, t, [b.text_LBD for b in batches], phase="teacher")
+        return raw_outputs(chunks, xt, t, *given(batches), phase="teacher")
     text = [torch.cat([b.text_LBD, b.null_text_LBD], dim=1) for b in batches]
-    rows = ([x.repeat(1, 2, 1) for x in xt], [s.repeat(1, 2, 1) for s in t], text)
+    conditions = [None if b.condition is None else b.condition.repeated(2) for b in batches]
+    rows = ([x.repeat(1, 2, 1) for x in xt], [s.repeat(1, 2, 1) for s in t], text, conditions)
     both = raw_outputs(chunks, *rows, phase="teacher")
     halves = [v.double().chunk(2, dim=1) for v in both]
     return [trigflow.guided(conditional, unconditional, scale=guidance) for conditional, unconditional in halves]
@@ -173,7 +199,7 @@ def _difference_outputs(
     xt = [p.xt for p in passes]
     if settings.jvp_kind == "finite_difference":
         xt = [losses.discrete_xt_before(p.xt, p.F_teacher, h=h) for p in passes]
-    v = raw_outputs(networks.student, xt, t, [p.batch.text_LBD for p in passes], phase="student")
+    v = raw_outputs(networks.student, xt, t, *given([p.batch for p in passes]), phase="student")
     return [trigflow.velocity(*args) for args in zip(xt, v, t, strict=True)]
 
 
@@ -199,8 +225,8 @@ class ScmPass:
 
     def network_input(self) -> NetworkInput:
         if self.settings.jvp_kind == "finite_difference":
-            return network_input(self.xt, self.t, self.batch.text_LBD)
-        return dual_network_input(self.xt, self.t, *self.tangents, self.batch.text_LBD)
+            return network_input(self.xt, self.t, self.batch.text_LBD, self.batch.condition)
+        return dual_network_input(self.xt, self.t, *self.tangents, self.batch.text_LBD, self.batch.condition)
 
     def loss(self, v: Tensor | Dual) -> tuple[Tensor, dict[str, Tensor]]:
         F, dF = self._velocity(v)
@@ -255,8 +281,8 @@ def dcm(
         v = guided_outputs(networks.teacher, x, t, batches, guidance=settings.teacher_guidance)
         F = [trigflow.velocity(*args) for args in zip(x, v, t, strict=True)]
         x = [trigflow.euler_step(*args) for args in zip(x, F, t, after, strict=True)]
-    last, text = [t[-1] for t in times], [b.text_LBD for b in batches]
-    v = raw_outputs(networks.student, x, last, text)
+    last = [t[-1] for t in times]
+    v = raw_outputs(networks.student, x, last, *given(batches))
     targets = [trigflow.denoised(*args) for args in zip(x, v, last, strict=True)]
 
     def loss_of(xt: Tensor, t: Tensor, target: Tensor):
@@ -266,7 +292,7 @@ def dcm(
 
         return loss
 
-    inputs = [network_input(*args) for args in zip(xt, first, text, strict=True)]
+    inputs = [network_input(*args) for args in zip(xt, first, *given(batches), strict=True)]
     losses_of = [loss_of(*a) for a in zip(xt, first, targets, strict=True)]
     reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
     return _collect(
@@ -289,7 +315,7 @@ def _draw_p_d(draws: Draws, settings: DistillationConfig, purpose: str) -> Tenso
 
 def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: DistillationConfig, *, steps: int) -> Rollout:
     """Backward simulation: ``steps`` student steps from pure noise, re-noised in between, without gradient."""
-    layout, text = networks.layout, [b.text_LBD for b in batches]
+    layout = networks.layout
     times = [
         timesteps.rollout_times(
             batch_size=b.draws.batch_size,
@@ -302,7 +328,7 @@ def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: Distill
     xt = [noise.double() for noise in draw_noise(layout, batches, "rollout_init")]
     for j in range(steps):
         t = [as_tokens(s[j], b.x0_SBP.device) for s, b in zip(times, batches, strict=True)]
-        v = raw_outputs(networks.student, xt, t, text, phase="rollout")
+        v = raw_outputs(networks.student, xt, t, *given(batches), phase="rollout")
         G = [trigflow.denoised(*args) for args in zip(xt, v, t, strict=True)]
         if j + 1 < steps:
             noise = draw_noise(layout, batches, f"rollout_noise/{j}")
@@ -334,7 +360,7 @@ def dmd(
     layout = networks.layout
     simulated = rollout(networks, batches, settings, steps=rollout_steps)
     t, xt = noise_again(networks, batches, simulated.G, settings)
-    v_fake = raw_outputs(networks.fake_score, xt, t, [b.text_LBD for b in batches], phase="fake_score")
+    v_fake = raw_outputs(networks.fake_score, xt, t, *given(batches), phase="fake_score")
     v_teacher = guided_outputs(networks.teacher, xt, t, batches, guidance=settings.teacher_guidance)
     x0_fake = [trigflow.denoised(*args) for args in zip(xt, v_fake, t, strict=True)]
     x0_teacher = [trigflow.denoised(*args) for args in zip(xt, v_teacher, t, strict=True)]
@@ -353,7 +379,7 @@ def dmd(
 
         return loss
 
-    inputs = [network_input(*a) for a in zip(simulated.xt, simulated.t, (b.text_LBD for b in batches), strict=True)]
+    inputs = [network_input(*args) for args in zip(simulated.xt, simulated.t, *given(batches), strict=True)]
     stored = zip(simulated.xt, simulated.t, simulated.G, x0_fake, x0_teacher, strict=True)
     losses_of = [loss_of(*args) for args in stored]
     reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
@@ -382,7 +408,7 @@ def critic(
 
         return loss
 
-    inputs = [network_input(*args) for args in zip(xt, t, (b.text_LBD for b in batches), strict=True)]
+    inputs = [network_input(*args) for args in zip(xt, t, *given(batches), strict=True)]
     losses_of = [loss_of(*a) for a in zip(xt, t, simulated.G, strict=True)]
     reports = accumulate_gradients(networks.fake_score, inputs, losses_of, is_last=is_last, phase="critic")
     return _collect(networks, batches, reports, {"G_x0": simulated.G, "D_xt": xt, "D_time": t})
@@ -413,7 +439,7 @@ def flow_matching(
 
         return loss
 
-    inputs = [network_input(x, s, text_of(b)) for x, s, b in zip(xt, t, batches, strict=True)]
+    inputs = [network_input(x, s, text_of(b), b.condition) for x, s, b in zip(xt, t, batches, strict=True)]
     losses_of = [loss_of(b.x0_SBP, n) for b, n in zip(batches, noise, strict=True)]
     reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
     return _collect(networks, batches, reports, {"xt": xt, "time": t})

@@ -12,10 +12,11 @@ from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
-from rcm_megatron.models.encoders import build_video_encoder
+from rcm_megatron.models.encoders import VideoEncoder
 from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.encoding import video_encoder
 from rcm_megatron.training.objectives import Networks
-from rcm_megatron.training.sampling import Sampler, student_videos
+from rcm_megatron.training.sampling import GivenFrames, Sampler, student_videos
 
 
 def write_previews(
@@ -23,20 +24,33 @@ def write_previews(
 ) -> dict[str, Path]:
     """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: MP4 path}, others {}.
 
-    Captions are those of the first samples of the micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``,
+    Captions (and given frames, as many as the first of ``distillation.given_frames``) are those of the first samples of the micro-batch, so
+    that no text encoder is needed; noise is that of ``sampling.seed``,
     the same at every iteration. Without a video encoder the latents are written, and no MP4.
     """
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(platform.device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, run.sampling.seed, range(count))
-    folder, written = Path(run.output_dir) / "previews" / f"{iteration:07d}", {}
+    condition, given_frames = None, run.distillation.given_frames
+    if given_frames is not None:
+        given = GivenFrames(batch.latent_BCTHW[:count], given_frames[0])
+        condition = given.condition(networks.layout, count, platform.device())
+    seed = run.sampling.seed
+    sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, seed, range(count), condition)
+    latents = {}
     for weights, context in _weights(ema):
         with context:
             for steps, latents_BCTHW in student_videos(sampler, run.sampling).items():
-                if dist.get_rank() == 0:
-                    written |= _write(run, folder, f"{weights}_{steps}_steps", latents_BCTHW.cpu(), batch.prompts)
-    return written
+                latents[f"{weights}_{steps}_steps"] = latents_BCTHW.cpu()
+    if dist.get_rank() != 0:
+        return {}
+    folder = Path(run.output_dir) / "previews" / f"{iteration:07d}"
+    with video_encoder(run) as encoder:  # after sampling, so that its memory is free again for the VAE
+        return {
+            video: path
+            for name, latents_BCTHW in latents.items()
+            for video, path in _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps).items()
+        }
 
 
 def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
@@ -45,16 +59,17 @@ def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
         yield "ema", ema.swapped_in()
 
 
-def _write(run: RunConfig, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...]) -> dict[str, Path]:
+def _write(
+    encoder: VideoEncoder | None, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...], fps: int
+) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
     save_file({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
-    if run.encoders.video == "none":
+    if encoder is None:
         return {}
-    encoder = build_video_encoder(run.encoders.video, channels=run.latent.channels)
     videos = {}
-    for i, video_CTHW in enumerate(encoder.decode(latents_BCTHW)):
-        frames_THWC = to_frames(video_CTHW)
+    for i, latent_CTHW in enumerate(latents_BCTHW):
+        frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
-        videos[f"previews/{name}/{i}"] = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=run.sampling.fps)
+        videos[f"previews/{name}/{i}"] = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
     return videos

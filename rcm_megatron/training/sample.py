@@ -15,21 +15,20 @@ from torch import Tensor
 
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.media import to_frames, write_mp4
-from rcm_megatron.data.samples import load_negative_embedding
-from rcm_megatron.models.encoders import build_video_encoder
+from rcm_megatron.data.samples import decode_tensor, fit_latent, load_negative_embedding
+from rcm_megatron.diffusion.trigflow import needs_guidance
+from rcm_megatron.models.encoders import VideoEncoder
+from rcm_megatron.training.encoding import InputError, check_encoders, encode_captions, load_null_text, video_encoder
 from rcm_megatron.training.inference import (
-    InputError,
     SampleBatches,
     Weights,
-    encode_captions,
     join,
     load_network,
     resolve_checkpoint,
     student_draw,
     teacher_draw,
 )
-from rcm_megatron.training.sampling import teacher_evaluations
-from rcm_megatron.training.trainer import load_null_text
+from rcm_megatron.training.sampling import GivenFrames, teacher_evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,27 +45,33 @@ class SampleRequest:
     embeddings: Sequence[Path] = ()
     """Files of encoded captions, [l, D] or [1, l, D]; the way for a run without a text encoder."""
     copies: int = 1
+    given: Path | None = None
+    """Video2World: file of one clean latent [C, t, H, W], with whose first `given_frames` frames every sample begins."""
+    given_frames: int = 1
 
 
 def sample(run: RunConfig, request: SampleRequest) -> None:
     """Write `<number>_<caption>.mp4` (where the run has a video encoder) and `.safetensors` for each sample.
 
     Any layout. Raises InputError for prompts that cannot be encoded, or step counts that the sampler does not have.
+    The text encoder is freed before the network is loaded; ranks that write videos hold a video encoder beside it.
     """
-    names, text_LBD = _conditions(run, request)
+    _check(run, request)
     teacher = request.weights == "teacher"
-    _check_steps(run, request)
     groups = join(run)
     checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
+    names, text_LBD, null_text_L1D = _conditions(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
     draw = (teacher_draw if teacher else student_draw)(run, steps=request.steps)
-    batches = SampleBatches(text_LBD, load_null_text(run), run.sampling.seed, run.trainer.micro_batch_size)
+    given = _given(run, request)
+    batches = SampleBatches(text_LBD, null_text_L1D, run.sampling.seed, run.trainer.micro_batch_size, given)
     request.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    for indices, latents_BCTHW in batches(network, draw):
-        if groups.token_shard == 0 and groups.pp_rank == 0:
-            for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True):
-                _write(run, request, index, names[index], latent_CTHW.cpu())
+    writes = groups.token_shard == 0 and groups.pp_rank == 0
+    with video_encoder(run, wanted=writes) as encoder:
+        for indices, latents_BCTHW in batches(network, draw):
+            for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True) if writes else ():
+                _write(run, request, index, names[index], latent_CTHW.cpu(), encoder)
     dist.barrier()
     if dist.get_rank() == 0:
         evaluations = teacher_evaluations(request.steps, guidance=run.sampling.guidance) if teacher else request.steps
@@ -77,7 +82,16 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     dist.destroy_process_group()
 
 
-def _check_steps(run: RunConfig, request: SampleRequest) -> None:
+def _check(run: RunConfig, request: SampleRequest) -> None:
+    """Everything that can be refused before ranks meet and weights are read."""
+    check_encoders(run)
+    if not (request.prompts or request.embeddings):
+        raise InputError("nothing to sample: give --prompt, --prompts or --embedding")
+    if request.prompts and run.encoders.text == "none":
+        raise InputError(
+            "got --prompt with encoders.text=none; set encoders.text to umt5 or t5, or give --embedding files"
+        )
+    _given(run, request)
     most = len(run.sampling.student_times) + 1
     if request.weights == "teacher":
         most = request.steps
@@ -88,25 +102,52 @@ def _check_steps(run: RunConfig, request: SampleRequest) -> None:
         )
 
 
-def _conditions(run: RunConfig, request: SampleRequest) -> tuple[list[str], Tensor]:
-    """Name and text embedding [L, N, D] of every sample."""
+def _given(run: RunConfig, request: SampleRequest) -> GivenFrames | None:
+    trained_on, path = run.distillation.given_frames, request.given
+    if trained_on is None and path is not None:
+        raise InputError(
+            f"got --given {path}, but this network takes no frames (distillation.given_frames=null); leave it out"
+        )
+    if path is None:
+        if trained_on is not None and 0 not in trained_on:
+            raise InputError("this network continues a video: give its latent with --given, and --given-frames")
+        return None
+    channels, frames, height, width = run.latent.shape_CTHW
+    shape = (channels, request.given_frames, height, width)
+    if not 1 <= request.given_frames < frames:
+        raise InputError(f"got --given-frames {request.given_frames}, need 1 to {frames - 1} (latent.frames - 1)")
+    try:
+        latent = fit_latent(decode_tensor(path.read_bytes(), path.suffix.removeprefix(".")), shape)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--given {path}: {error}") from error
+    latent_1CTHW = torch.zeros(1, *run.latent.shape_CTHW)
+    latent_1CTHW[0, :, : request.given_frames] = torch.from_numpy(latent)
+    return GivenFrames(latent_1CTHW, request.given_frames)
+
+
+def _conditions(run: RunConfig, request: SampleRequest) -> tuple[list[str], Tensor, Tensor | None]:
+    """Name and text embedding [L, N, D] of every sample, and of the unconditional branch [L, 1, D] where guidance takes it."""
     model = run.model
-    if not (request.prompts or request.embeddings):
-        raise InputError("nothing to sample: give --prompt, --prompts or --embedding")
-    encoded = [encode_captions(run, request.prompts)] if request.prompts else []
+    guided = request.weights == "teacher" and needs_guidance(run.sampling.guidance)
+    own_null = guided and run.data.negative_embedding is None  # then it is encoded with the prompts: one load
+    captions = [*request.prompts, *([None] if own_null else [])]
+    text = encode_captions(run, captions) if captions else torch.empty(model.text_len, 0, model.text_dim)
+    null_text = text[:, -1:] if own_null else load_null_text(run) if guided else None
+    encoded = [text[:, : len(request.prompts)]]
     for path in request.embeddings:
         encoded.append(load_negative_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None])
     names = [*request.prompts, *(path.stem for path in request.embeddings)]
     names = [name for name in names for _ in range(request.copies)]
-    return names, torch.cat(encoded, dim=1).repeat_interleave(request.copies, dim=1)
+    return names, torch.cat(encoded, dim=1).repeat_interleave(request.copies, dim=1), null_text
 
 
-def _write(run: RunConfig, request: SampleRequest, index: int, name: str, latent_CTHW: Tensor) -> None:
+def _write(
+    run: RunConfig, request: SampleRequest, index: int, name: str, latent_CTHW: Tensor, encoder: VideoEncoder | None
+) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
     path = request.output / f"{index:04d}_{slug}.safetensors"
     facts = {"prompt": name, "weights": request.weights, "steps": str(request.steps), "seed": str(run.sampling.seed)}
     save_file({"latent": latent_CTHW.contiguous()}, path, metadata={**facts, "sample": str(index)})
-    if run.encoders.video != "none":
-        encoder = build_video_encoder(run.encoders.video, channels=run.latent.channels)
+    if encoder is not None:
         frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
         write_mp4(path.with_suffix(".mp4"), frames_THWC, fps=run.sampling.fps)

@@ -12,8 +12,20 @@ from rcm_megatron.config import SamplingConfig
 from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
+from rcm_megatron.parallel.pipeline import Condition, NetworkInput, evaluate
 from rcm_megatron.training.objectives import network_input
+
+
+@dataclass(frozen=True, eq=False)
+class GivenFrames:
+    """Clean latents ``[B, C, T, H, W]`` (B of 1: for every sample) whose first ``frames`` latent frames samples begin with."""
+
+    latent_BCTHW: Tensor
+    frames: int
+
+    def condition(self, layout: TokenLayout, samples: int, device: torch.device) -> Condition:
+        x0_SBP = layout.shard(self.latent_BCTHW.to(device).expand(samples, -1, -1, -1, -1))
+        return Condition(x0_SBP, torch.full((samples,), self.frames, device=device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +38,12 @@ class Sampler:
     chunks: Sequence[nn.Module]
     layout: TokenLayout
     text_LBD: Tensor
-    null_text_LBD: Tensor
+    null_text_LBD: Tensor | None
+    """None will do without guidance."""
     seed: int
     sample_indices: Sequence[int]
+    condition: Condition | None = None
+    """Video2World: the first latent frames, which samples then begin with."""
 
     def student(self, *, steps: int, mid_times: Sequence[float], sigma_max: float | None) -> Tensor:
         """Latents [B, C, T, H, W] in ``steps`` network evaluations."""
@@ -57,17 +72,18 @@ class Sampler:
 
     def _denoise(self, xt_SBP: Tensor, t: Tensor) -> Tensor:
         t_1B1 = t.expand(1, xt_SBP.shape[1], 1)
-        v = self._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD))
+        v = self._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD, self.condition))
         return trigflow.denoised(xt_SBP, v, t_1B1)
 
     def _guided_velocity(self, x_SBP: Tensor, s: float, *, guidance: float) -> Tensor:
-        text = self.text_LBD
+        text, condition = self.text_LBD, self.condition
         if trigflow.needs_guidance(guidance):
+            condition = None if condition is None else condition.repeated(2)
             x_SBP, text = x_SBP.repeat(1, 2, 1), torch.cat([text, self.null_text_LBD], dim=1)
         timestep = torch.full(
             (1, x_SBP.shape[1]), trigflow.TIMESTEP_SCALE * s, dtype=torch.float32, device=x_SBP.device
         )
-        v = self._evaluate(NetworkInput(x_SBP, timestep, text))
+        v = self._evaluate(NetworkInput(x_SBP, timestep, text, condition))
         if not trigflow.needs_guidance(guidance):
             return v
         return trigflow.guided(*v.double().chunk(2, dim=1), scale=guidance)
@@ -76,7 +92,8 @@ class Sampler:
         """The network's output; pipeline stages work on parts of the batch (of one size, as schedules want) at a time."""
         parts = math.gcd(whole.x_SBP.shape[1], self.layout.groups.pp_size)
         split = (tensor.chunk(parts, dim=1) for tensor in (whole.x_SBP, whole.timestep_1B, whole.text_LBD))
-        inputs = [NetworkInput(*part) for part in zip(*split, strict=True)]
+        conditions = [None] * parts if whole.condition is None else whole.condition.chunk(parts)
+        inputs = [NetworkInput(*part) for part in zip(*split, conditions, strict=True)]
         return torch.cat(evaluate(self.chunks, inputs), dim=1)
 
 

@@ -6,12 +6,11 @@ global sample index, purpose), so there is no generator to save and every layout
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from rcm_megatron import platform
 from rcm_megatron.checkpoint import folders
@@ -19,16 +18,15 @@ from rcm_megatron.checkpoint.dist import NetworkState, find_latest, load_checkpo
 from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
-from rcm_megatron.data.samples import load_negative_embedding
 from rcm_megatron.diffusion.noise import SeededDraws
-from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.encoding import check_encoders, load_null_text
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
-from rcm_megatron.training.objectives import MicroBatch
+from rcm_megatron.training.objectives import MicroBatch, draw_condition
 from rcm_megatron.training.optimizer import (
     StepResult,
     build_optimizer,
@@ -70,6 +68,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
         self.run, self.groups, self.progress, self.timers = run, groups, Progress(), Timers()
+        self.null_text_L1D = load_null_text(run).to(platform.device())  # first: a text encoder needs room of its own
         self.networks = build_networks(run, groups)
         self.layout = self.networks.layout
         self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
@@ -79,7 +78,6 @@ class Trainer:
         attach(self.timers, networks, list(self.optimizers.values()))
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.loader = build_loader(run, groups)
-        self.null_text_L1D = load_null_text(run).to(platform.device())
         self._resume()
         self.residency = Residency(
             {name: getattr(self.networks, name) for name in self.optimizers},
@@ -189,12 +187,16 @@ class Trainer:
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
         device, samples = platform.device(), batch.latent_BCTHW.shape[0]
-        return MicroBatch(
+        micro_batch = MicroBatch(
             self.layout.shard(batch.latent_BCTHW.to(device)),
             batch.text_LBD.to(device),
             self.null_text_L1D.expand(-1, samples, -1),
             SeededDraws(self.run.seed, self.progress.iteration, batch.sample_indices.tolist()),
         )
+        given_frames = self.run.distillation.given_frames
+        if given_frames is None:
+            return micro_batch
+        return replace(micro_batch, condition=draw_condition(micro_batch, given_frames=given_frames))
 
     def _sum_over_dp(self, value: int) -> int:
         total = torch.tensor(value, device=platform.device())
@@ -249,18 +251,9 @@ def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
     )
 
 
-def load_null_text(run: RunConfig) -> Tensor:
-    """Embedding ``[L, 1, D]`` of the unconditional branch: from the configured file, or the text encoder's negative prompt."""
-    model = run.model
-    if run.data.negative_embedding is not None:
-        text = load_negative_embedding(run.data.negative_embedding, text_len=model.text_len, text_dim=model.text_dim)
-        return text[:, None]
-    encoder = build_text_encoder(run.encoders.text, text_len=model.text_len, text_dim=model.text_dim)
-    return encoder.encode([encoder.negative_prompt]).transpose(0, 1)
-
-
 def main(run: RunConfig) -> None:
     """Train ``run`` on the ranks of the environment (torchrun, srun or one process)."""
+    check_encoders(run)
     platform.install()
     platform.init_distributed()
     logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")

@@ -32,9 +32,9 @@ def sample_on_layout(parallel):
     """{name: latents [N, C, T, H, W]} from seeded random weights; imports here, as the harness asks."""
     from rcm_megatron import platform
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.inference import SampleBatches, encode_captions, student_draw, teacher_draw
+    from rcm_megatron.training.encoding import encode_captions, load_null_text
+    from rcm_megatron.training.inference import SampleBatches, student_draw, teacher_draw
     from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
-    from rcm_megatron.training.trainer import load_null_text
 
     platform.install()
     run = run_config(**parallel)

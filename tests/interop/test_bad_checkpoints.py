@@ -226,4 +226,4 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     fails(tmp_path / "a.bin", "need a folder, or a file that ends in")
     save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    fails(tmp_path / "other.safetensors", "not a Wan2.1 text-to-video network")
+    fails(tmp_path / "other.safetensors", "not a Wan2.1 text-to-video or Cosmos-Predict2 network")

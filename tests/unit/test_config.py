@@ -14,7 +14,14 @@ from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, as_dict,
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "model_configs"
-WORLD_SIZES = {"quickstart": (2,), "wan2.1_t2v_1.3b_480p": (8, 32, 256), "wan2.1_t2v_14b_480p": (8, 64, 512)}
+WORLD_SIZES = {
+    "quickstart": (2,),
+    "wan2.1_t2v_1.3b_480p": (8, 32, 256),
+    "wan2.1_t2v_14b_480p": (8, 64, 512),
+    "cosmos_predict2_2b_text2image": (8, 32, 256),
+    "cosmos_predict2_14b_text2image": (8, 64, 512),
+    "cosmos_predict2_2b_video2world": (8, 64, 512),
+}
 QUICKSTART = CONFIGS / "quickstart.yaml"
 SIX_HEADS = ("model.hidden_size=192", "model.num_heads=6")
 """Overrides for a network whose heads some layouts do not divide."""
@@ -56,7 +63,7 @@ def test_every_shipped_config_is_valid_complete_and_says_what_it_costs(path):
         "sampling",
         "logging",
     ):
-        missing = as_dict(config)[section].keys() - given[section].keys()
+        missing = as_dict(config)[section].keys() - given[section].keys() - {"cosmos"}  # null but for its family
         assert not missing, f"{section} leaves {missing} to defaults"
 
 
@@ -372,3 +379,27 @@ def test_cli_takes_overrides_after_options_and_refuses_what_is_none():
     result = run_cli("check", str(QUICKSTART), "--world-size", "4", "--bogus")
     assert result.returncode == 2
     assert "unrecognized arguments: --bogus" in result.stderr
+
+
+COSMOS = CONFIGS / "cosmos_predict2_2b_video2world.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["model.cosmos=null"], "model.family=cosmos with model.cosmos=null"),
+        (["model.family=wan"], "remove model.cosmos, or set family: cosmos"),
+        (["model.freq_dim=256"], "model.freq_dim=256 must equal model.hidden_size=2048"),
+        (["model.cross_attn_norm=true"], "set it to false"),
+        (["model.cosmos.adaln_lora_dim=0"], "model.cosmos.adaln_lora_dim=0 must be greater than 0"),
+        (["model.cosmos.rope_scale=[1, 0, 1]"], "model.cosmos.rope_scale"),
+        (["model.cosmos.rope_fps=0"], "model.cosmos.rope_fps=0.0"),
+        (["model.cosmos.condition_frames=false"], "the network takes none"),
+        (["model.patch_size=[2, 2, 2]"], "must begin with 1 with condition_frames"),
+        (["model.cosmos.learnable_positions=true", "model.cosmos.max_size=[8, 88, 160]"], "latent.frames=24 exceeds"),
+        (["distillation.given_frames=null"], "distillation.given_frames is required"),
+        (["distillation.given_frames=[24]"], "must hold numbers from 0 to 23"),
+    ],
+)
+def test_a_cosmos_network_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=COSMOS, world_size=8)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from rcm_megatron.dual import Dual, add_bias, as_message, from_message, map_linear, primal_of, recomputed, shape_of
 from rcm_megatron.models import dual_ops
-from rcm_megatron.models.rope import apply_rope, rope_frequencies
+from rcm_megatron.models.rope import apply_rope, apply_rope_halves, rope_frequencies
 from tests.helpers import assert_close
 
 TOKENS, BATCH, FEATURES, HEADS, HEAD_DIM = 7, 3, 22, 3, 10
@@ -57,12 +57,19 @@ def rotate_pairs(x, rotation):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def paired(x, *, back=False):
+    """Channels (k, k + K/2) as neighbours; `back` undoes it."""
+    parts = x.unflatten(-1, (-1, 2) if back else (2, -1))
+    return parts.transpose(-1, -2).flatten(-2)
+
+
 WEIGHT_D, BIAS_D, WEIGHT_NK = normal(FEATURES, seed=91), normal(FEATURES, seed=92), normal(HEADS, HEAD_DIM, seed=93)
 ROTATION = rope_frequencies((1, 3, 2), HEAD_DIM, start=0, length=TOKENS, max_position=8)
 
 # name: (rule, plain formula, inputs)
 RULES = {
     "gelu_tanh": (dual_ops.gelu_tanh, lambda x: F.gelu(x, approximate="tanh"), [hidden]),
+    "gelu": (dual_ops.gelu, F.gelu, [hidden]),
     "silu": (dual_ops.silu, F.silu, [hidden]),
     "layer_norm": (
         lambda x: dual_ops.layer_norm(x, eps=EPS),
@@ -81,16 +88,33 @@ RULES = {
         lambda x: reference_rms_norm(x, WEIGHT_NK, HEADS * HEAD_DIM),
         [heads],
     ),
+    "rms_norm": (
+        lambda x: dual_ops.rms_norm(x, WEIGHT_NK[0], eps=EPS),
+        lambda x: x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + EPS) * WEIGHT_NK[0],
+        [heads],
+    ),
     "modulate": (
         lambda x, shift, scale: dual_ops.modulate(x, shift, scale, dtype=torch.float64),
         lambda x, shift, scale: x * (1 + scale) + shift,
         [hidden, vector, vector],
     ),
+    "modulate_each_token": (
+        lambda x, shift, scale: dual_ops.modulate(x, shift, scale, dtype=torch.float64),
+        lambda x, shift, scale: x * (1 + scale) + shift,
+        [hidden, hidden, hidden],
+    ),
+    "gated_residual_each_token": (dual_ops.gated_residual, lambda h, x, gate: h + gate * x, [hidden, hidden, hidden]),
     "gated_residual": (dual_ops.gated_residual, lambda h, x, gate: h + gate * x, [hidden, hidden, vector]),
     "add": (dual_ops.add, lambda a, b: a + b, [hidden, hidden]),
+    "add_constant": (lambda x: dual_ops.add_constant(x, BIAS_D), lambda x: x + BIAS_D, [hidden]),
     "add_bias": (lambda x: add_bias(x, BIAS_D), lambda x: x + BIAS_D, [hidden]),
     "map_linear": (lambda x: map_linear(lambda v: v.flatten(2), x), lambda x: x.flatten(2), [heads]),
     "apply_rope": (lambda x: apply_rope(x, ROTATION), lambda x: rotate_pairs(x, ROTATION), [heads]),
+    "apply_rope_halves": (
+        lambda x: apply_rope_halves(x, ROTATION),
+        lambda x: paired(rotate_pairs(paired(x), ROTATION), back=True),
+        [heads],
+    ),
 }
 
 

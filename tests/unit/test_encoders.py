@@ -1,10 +1,24 @@
-"""The quick start's video and text encoders."""
+"""The quick start's video and text encoders, and the choice of encoders by configuration."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from rcm_megatron.config import ConfigError, EncodersConfig, load_config, validate
 from rcm_megatron.data.synthetic import all_captions
-from rcm_megatron.models.encoders import PixelVideoEncoder, TextEncoder, VideoEncoder, WordTextEncoder
+from rcm_megatron.models.encoders import (
+    EncoderError,
+    PixelVideoEncoder,
+    TextEncoder,
+    VideoEncoder,
+    WordTextEncoder,
+    build_text_encoder,
+    build_video_encoder,
+    check_encoder_files,
+)
+
+QUICKSTART = Path(__file__).parents[2] / "model_configs" / "quickstart.yaml"
 
 
 def test_both_satisfy_their_protocols():
@@ -73,3 +87,37 @@ def test_unknown_words_and_long_captions_are_errors():
         encoder.encode(["seven jumping left"])
     with pytest.raises(ValueError, match="has 4 words, text_len=3"):
         encoder.encode(["seven moving left left"])
+
+
+def test_built_from_a_configuration():
+    config = EncodersConfig(video="pixels", text="words", negative_prompt="two")
+    check_encoder_files(config, latent_channels=1, text_dim=32)  # needs no files
+    assert build_video_encoder(config, channels=3).latent_channels == 3
+    encoder = build_text_encoder(config, text_len=4, text_dim=8)
+    assert (encoder.text_len, encoder.text_dim, encoder.negative_prompt) == (4, 8, "two")
+    with pytest.raises(EncoderError, match="got encoders.text=none"):
+        build_text_encoder(EncodersConfig(video="none", text="none"), text_len=4, text_dim=8)
+    with pytest.raises(EncoderError, match="got encoders.video=none"):
+        build_video_encoder(EncodersConfig(video="none", text="none"), channels=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["encoders.video=wan_vae"], "encoders.folder=null, but encoders.video=wan_vae reads it"),
+        (["encoders.text=umt5"], "encoders.folder=null, but encoders.text=umt5 reads it"),
+        (
+            ["encoders.text=none", "encoders.negative_prompt=ugly"],
+            "encoders.negative_prompt='ugly' needs a text encoder",
+        ),
+        (["encoders.text=t5"], "encoders.folder=null, but encoders.text=t5 reads it"),
+        (
+            ["encoders.text=umt5", "encoders.folder=wan", "stages=[{name: f, steps: 1, losses: {flow: 1}}]"],
+            'set encoders.negative_prompt to ""',
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together(overrides, part):
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config(QUICKSTART, overrides), 2)
+    assert part in str(caught.value)

@@ -1,7 +1,4 @@
-"""What turns videos and captions into the transformer's inputs: the interface, and the two quick-start implementations.
-
-A Wan VAE and a UMT5 encoder fit the same two protocols. The quick start needs neither: its one-channel latents are the
-pixels, and its captions are a handful of words.
+"""The quick start's encoders, which need no files: one-channel latents that are the pixels, captions of a handful of words.
 
 Shapes: B batch, C channels, T frames, H, W, L text positions (always the full text_len), D text width.
 """
@@ -9,7 +6,6 @@ Shapes: B batch, C channels, T frames, H, W, L text positions (always the full t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,35 +16,6 @@ QUICKSTART_VOCABULARY = (*_DIGITS, "moving", "left", "right", "up", "down")
 
 EMPTY_WORD = "<empty>"
 """Stands for the caption "", so that "no caption" is a vector of its own and not a row of zeros."""
-
-
-@runtime_checkable
-class VideoEncoder(Protocol):
-    """Pixels in [-1, 1] to normalised latents and back."""
-
-    latent_channels: int
-
-    def encode(self, video_BCTHW: Tensor) -> Tensor:
-        """Latents [B, C', T', H', W'] of pixel videos [B, C, T, H, W]."""
-        ...
-
-    def decode(self, latent_BCTHW: Tensor) -> Tensor:
-        """Pixel videos [B, C, T, H, W], within [-1, 1], of latents [B, C', T', H', W']."""
-        ...
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Captions to embeddings of one length."""
-
-    text_len: int
-    text_dim: int
-    negative_prompt: str
-    """Caption of the unconditional branch of classifier-free guidance."""
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, D], zeros after each caption's last token (the transformer attends to those zeros too)."""
-        ...
 
 
 class PixelVideoEncoder:
@@ -67,6 +34,9 @@ class PixelVideoEncoder:
         self._check(latent_BCTHW)
         return latent_BCTHW.float().clamp(-1.0, 1.0)
 
+    def close(self) -> None:
+        """Nothing to free."""
+
     def _check(self, x_BCTHW: Tensor) -> None:
         if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != self.latent_channels:
             raise ValueError(
@@ -82,8 +52,6 @@ class WordTextEncoder:
     (its order too), `seed`, `text_dim` or `text_len` makes a different encoder.
     """
 
-    negative_prompt = ""
-
     def __init__(
         self,
         *,
@@ -91,7 +59,9 @@ class WordTextEncoder:
         text_dim: int = 32,
         text_len: int = 6,
         seed: int = 0,
+        negative_prompt: str = "",
     ) -> None:
+        self.negative_prompt = negative_prompt
         self.text_dim = text_dim
         self.text_len = text_len
         words = (EMPTY_WORD, *vocabulary)
@@ -109,6 +79,9 @@ class WordTextEncoder:
             embed_BLD[row, : len(words)] = self._word_VD[self._rows(words, caption)] + self._place_LD[: len(words)]
         return embed_BLD
 
+    def close(self) -> None:
+        """Nothing to free."""
+
     def _rows(self, words: list[str], caption: str) -> list[int]:
         if len(words) > self.text_len:
             raise ValueError(f"caption {caption!r} has {len(words)} words, text_len={self.text_len} is the most")
@@ -117,20 +90,3 @@ class WordTextEncoder:
             known = ", ".join(list(self._row_of_word)[1:])
             raise ValueError(f"unknown word {unknown[0]!r} in caption {caption!r}; the vocabulary is: {known}")
         return [self._row_of_word[word] for word in words]
-
-
-def build_video_encoder(kind: str, *, channels: int) -> VideoEncoder:
-    """The video encoder that `encoders.video` names; ValueError for one that cannot encode."""
-    if kind != "pixels":
-        raise ValueError(f"got encoders.video={kind!r}, need a video encoder here; set encoders.video to pixels")
-    return PixelVideoEncoder(channels=channels)
-
-
-def build_text_encoder(kind: str, *, text_len: int, text_dim: int) -> TextEncoder:
-    """The text encoder that `encoders.text` names; ValueError for one that cannot encode."""
-    if kind != "words":
-        raise ValueError(
-            f"got encoders.text={kind!r}, need a text encoder here; set encoders.text to words, or give "
-            "data.negative_embedding and captions as embeddings"
-        )
-    return WordTextEncoder(text_len=text_len, text_dim=text_dim)

@@ -1,0 +1,330 @@
+"""Cosmos-Predict2 Text2Image and Video2World DiTs (arXiv 2501.03575, 2511.00062) on Megatron-Core, for plain and dual passes.
+
+The network is rectified flow like Wan: with s = sigma / (1 + sigma) it sees x / (1 + sigma) at time s and predicts noise − x0; it counts
+time in [0, 1] where this program's networks are given 1000 s (rcm_megatron.diffusion.trigflow.precondition).
+
+Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD text embeddings, e_FBD normed time
+embedding and shared_FB3 its three shared adaLN vectors, F = 1, or latent frames where each has its own time; B is 2B inside a Dual.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from rcm_megatron.config import ModelConfig
+from rcm_megatron.dual import Dual, map_linear, recomputed
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages, sinusoid
+from rcm_megatron.models.dual_ops import (
+    add,
+    add_constant,
+    gated_residual,
+    gelu,
+    layer_norm,
+    modulate,
+    rms_norm,
+    silu,
+)
+from rcm_megatron.models.layer_specs import LayerSpec
+from rcm_megatron.models.layers import (
+    MLP,
+    AttentionStyle,
+    CrossAttention,
+    ReplicatedLinear,
+    RMSNormPerHead,
+    SelfAttention,
+    wide_dtype,
+)
+from rcm_megatron.models.rope import apply_rope_halves, rope_frequencies, stretched_thetas
+from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.parallel.context import ContextParallel
+from rcm_megatron.parallel.pipeline import Condition
+from rcm_megatron.parallel.stages import Stage
+
+TIME_UNIT = 1000.0
+"""Networks are given 1000 s; Cosmos was trained on s."""
+ROPE_FPS = 24.0
+"""Frames a second at which a latent frame lasts one position."""
+
+
+def cosmos_style(model: ModelConfig) -> AttentionStyle:
+    return AttentionStyle(
+        head_norm=RMSNormPerHead,
+        norm_eps=model.cosmos.qk_norm_eps,
+        rotate=apply_rope_halves,
+        bias=False,
+        text_features=model.text_dim,
+        activation=gelu,
+    )
+
+
+class TimeEmbedding(nn.Module):
+    """What blocks take of the time: the sinusoid, normed, and its projection to a shift, scale and gate that all sublayers share."""
+
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype, self.eps = model.hidden_size, dtype, model.eps
+        options = {"dtype": dtype, "on_token_shards": True, "bias": False}
+        self.linear_1 = ReplicatedLinear(self.width, self.width, **options)
+        self.linear_2 = ReplicatedLinear(self.width, 3 * self.width, **options)
+        self.norm_weight = nn.Parameter(torch.ones(self.width, dtype=dtype))
+        self.norm_weight.sequence_parallel = True
+
+    def normed(self, timestep_FB: Tensor | Dual) -> Tensor | Dual:
+        """e_FBD."""
+        return rms_norm(self._sinusoid(timestep_FB), self.norm_weight, eps=self.eps)
+
+    def shared(self, timestep_FB: Tensor | Dual) -> Tensor | Dual:
+        """shared_FB3."""
+        return self.linear_2(silu(self.linear_1(self._sinusoid(timestep_FB))))
+
+    def _sinusoid(self, timestep_FB: Tensor | Dual) -> Tensor | Dual:
+        s_FB = map_linear(lambda value: value.double() / TIME_UNIT, timestep_FB)
+        return sinusoid(s_FB, width=self.width, dtype=self.dtype)
+
+
+class Modulation(nn.Module):
+    """adaLN-LoRA: ``vectors`` (shift, scale and perhaps gate) of low rank in the time embedding, plus the shared ones."""
+
+    def __init__(self, model: ModelConfig, *, vectors: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vectors, hidden, rank = vectors, model.hidden_size, model.cosmos.adaln_lora_dim
+        options = {"dtype": dtype, "on_token_shards": True, "bias": False}
+        self.linear_1 = ReplicatedLinear(hidden, rank, **options)
+        self.linear_2 = ReplicatedLinear(rank, vectors * hidden, **options)
+
+    def forward(self, e_FBD: Tensor | Dual, shared_FB3: Tensor | Dual, frame_S: Tensor) -> tuple[Tensor | Dual, ...]:
+        """Vectors ``[1, B, D]``, or ``[S, B, D]`` of every token where frames differ in time."""
+        shared = map_linear(lambda value: value[..., : self.linear_2.out_features], shared_FB3)
+        both = add(self.linear_2(self.linear_1(silu(e_FBD))), shared)
+        if isinstance(both, Dual):
+            return tuple(Dual(of_tokens(part, frame_S)) for part in both.stacked.chunk(self.vectors, dim=-1))
+        return tuple(of_tokens(part, frame_S) for part in both.chunk(self.vectors, dim=-1))
+
+
+def of_tokens(value_FBD: Tensor, frame_S: Tensor) -> Tensor:
+    """Each token's vector from its frame's; one frame serves all tokens by broadcasting."""
+    return value_FBD if value_FBD.shape[0] == 1 else value_FBD.index_select(0, frame_S)
+
+
+class LearnedPositions(nn.Module):
+    """Sum of a learned vector for each axis, scaled to a root mean square of one (Cosmos 1.0)."""
+
+    def __init__(self, model: ModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = 1e-6
+        for index, (axis, size, patch) in enumerate(zip("thw", model.cosmos.max_size, model.patch_size, strict=True)):
+            table = nn.Parameter(torch.zeros(size // patch, model.hidden_size, dtype=dtype))
+            table.sequence_parallel = True
+            self.register_parameter(f"pos_emb_{axis}", table)
+            self.register_buffer(f"index_{axis}", layout.grid_indices()[index], persistent=False)
+
+    def forward(self) -> Tensor:
+        """``[S, 1, D]`` of this rank's tokens."""
+        tables = ((self.pos_emb_t, self.index_t), (self.pos_emb_h, self.index_h), (self.pos_emb_w, self.index_w))
+        total_SD = sum(table.index_select(0, index) for table, index in tables)
+        norm_S1 = torch.linalg.vector_norm(total_SD, dim=-1, keepdim=True)
+        return (total_SD / (norm_S1 / total_SD.shape[-1] ** 0.5 + self.eps))[:, None]
+
+
+class CosmosBlock(nn.Module):
+    """Self-attention, cross-attention and MLP, each modulated and gated by the time embedding."""
+
+    def __init__(self, model: ModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group) -> None:
+        super().__init__()
+        self.eps, self.dtype = model.eps, config.params_dtype
+        wide, style = wide_dtype(config.params_dtype), cosmos_style(model)
+        options = {"config": config, "spec": spec, "tp_group": tp_group, "style": style}
+        self.self_attn_modulation = Modulation(model, vectors=3, dtype=wide)
+        self.self_attn = SelfAttention(model, context=context, **options)
+        self.cross_attn_modulation = Modulation(model, vectors=3, dtype=wide)
+        self.cross_attn = CrossAttention(model, **options)
+        self.mlp_modulation = Modulation(model, vectors=3, dtype=wide)
+        self.mlp = MLP(model, **options)
+
+    def forward(
+        self,
+        h_SBD: Tensor | Dual,
+        e_FBD: Tensor | Dual,
+        shared_FB3: Tensor | Dual,
+        text_LBD: Tensor,
+        positions_S1D: Tensor | None = None,
+        *,
+        geometry: TokenGeometry,
+    ) -> Tensor | Dual:
+        if positions_S1D is not None:
+            h_SBD = add_constant(h_SBD, positions_S1D)
+        time = (e_FBD, shared_FB3, geometry.frame_S)
+        shift, scale, gate = self.self_attn_modulation(*time)
+        x = modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype)
+        x = self.self_attn(x, geometry.rotation_SK, valid_tokens=geometry.valid_tokens)
+        h_SBD = gated_residual(h_SBD, x, gate)
+        shift, scale, gate = self.cross_attn_modulation(*time)
+        x = modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype)
+        h_SBD = gated_residual(h_SBD, self.cross_attn(x, text_LBD), gate)
+        shift, scale, gate = self.mlp_modulation(*time)
+        x = modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype)
+        return gated_residual(h_SBD, self.mlp(x), gate)
+
+
+class CosmosHead(nn.Module):
+    """Final modulated norm and projection to patches, whose rows the release orders (ph, pw, pt, C)."""
+
+    def __init__(self, model: ModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.patch, self.dtype = model.eps, model.patch_size, dtype
+        self.modulation = Modulation(model, vectors=2, dtype=wide_dtype(dtype))
+        features = model.out_channels * model.patch_volume
+        self.linear = ReplicatedLinear(model.hidden_size, features, dtype=dtype, on_token_shards=True, bias=False)
+        self.register_buffer("frame_S", layout.grid_indices()[0], persistent=False)
+
+    def forward(self, h_SBD: Tensor | Dual, e_FBD: Tensor | Dual, shared_FB3: Tensor | Dual) -> Tensor | Dual:
+        shift, scale = self.modulation(e_FBD, shared_FB3, self.frame_S)
+        x = self.linear(modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype))
+        return map_linear(self._channels_first, x)
+
+    def _channels_first(self, x_SBP: Tensor) -> Tensor:
+        pt, ph, pw = self.patch
+        return x_SBP.unflatten(-1, (ph, pw, pt, -1)).permute(0, 1, 5, 4, 2, 3).flatten(-4)
+
+
+class CosmosModel(DiffusionTransformer):
+    """Cosmos-Predict2, or one pipeline stage's piece of it.
+
+    A Video2World network is told the first latent frames (``condition``): it sees them clean, at a time of nearly zero and with their mask
+    set, and its velocity there is the one that leads exactly to them, (x_in − x0) / s. So every loss and every sampler keeps them
+    without knowing of them, and their tokens carry neither loss nor gradient.
+
+    Args:
+        context: context-parallel attention of this run.
+        rest: as DiffusionTransformer.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        *,
+        layout: TokenLayout,
+        context: ContextParallel,
+        stage: Stage | None = None,
+        spec: LayerSpec | None = None,
+        recompute: str = "full",
+    ) -> None:
+        super().__init__(model, config, layout=layout, stage=stage, spec=spec, recompute=recompute)
+        dtype, tp_group = config.params_dtype, layout.groups.tp
+        wide = wide_dtype(dtype)
+        if self.stage.is_first:
+            features = model.embedded_channels * model.patch_volume
+            self.patch_embedding = ReplicatedLinear(
+                features, model.hidden_size, dtype=dtype, on_token_shards=True, bias=False
+            )
+        self.time_embedding = TimeEmbedding(model, dtype=wide)
+        self.positions = LearnedPositions(model, layout, dtype=wide) if model.cosmos.learnable_positions else None
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): CosmosBlock(model, config=config, spec=self.spec, context=context, tp_group=tp_group)
+                for i in self.stage.layers
+            }
+        )
+        if self.stage.is_last:
+            self.head = CosmosHead(model, layout, dtype=dtype)
+        if self.stage.count > 1:
+            for embedder in filter(None, (self.time_embedding, self.positions)):
+                mark_replicated_over_stages(embedder)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Wide where given frames come out: rounded to bf16 they would come back changed."""
+        dtype = self.config.params_dtype
+        return wide_dtype(dtype) if self.model.cosmos.condition_frames else dtype
+
+    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
+        timestep_FB = self._frame_timesteps(timestep_1B, condition)
+        e_FBD = recomputed(self.time_embedding.normed, timestep_FB)
+        shared_FB3 = recomputed(self.time_embedding.shared, timestep_FB)
+        for_blocks = (e_FBD, shared_FB3, text_LBD.to(self.config.params_dtype))
+        if self.positions is not None:
+            for_blocks += (self.positions(),)
+        return for_blocks, (e_FBD, shared_FB3)
+
+    def _frame_timesteps(self, timestep_1B: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
+        """``[1, B]``, or with a condition ``[F, B]`` of each latent frame."""
+        if condition is None:
+            return timestep_1B
+        assert self.model.cosmos.condition_frames, (
+            "this network takes no condition: model.cosmos.condition_frames=false"
+        )
+        sigma, frames = self.model.cosmos.condition_sigma, self.layout.grid[0]
+        known_FB = torch.arange(frames, device=condition.frames_B.device)[:, None] < condition.frames_B
+        given = torch.full((), TIME_UNIT * sigma / (sigma + 1), dtype=torch.float64, device=known_FB.device)
+        timestep_FB = map_linear(lambda value: value.double().expand(frames, -1), timestep_1B)
+        return where_known(known_FB, given, timestep_FB)
+
+    def _known(self, condition: Condition) -> Tensor:
+        """Which tokens of this rank lie in given frames, ``[S, B, 1]``."""
+        frame_S = self._token_geometry(condition.x0_SBP.device).frame_S
+        return (frame_S[:, None] < condition.frames_B)[..., None]
+
+    def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
+        """Latent tokens, given ones in their place, and the channels of masks."""
+        x_SBP = super()._patches(x_SBP, condition)
+        volume, cosmos = self.model.patch_volume, self.model.cosmos
+        if condition is not None:
+            known = self._known(condition)
+            x_SBP = where_known(known, condition.x0_SBP, x_SBP)
+        x_SBP = map_linear(lambda x: nn.functional.pad(x, (0, volume * cosmos.extra_channels)), x_SBP)
+        if condition is not None:
+            start = self.model.patch_dim
+            rows = x_SBP.stacked.narrow(1, 0, x_SBP.batch) if isinstance(x_SBP, Dual) else x_SBP
+            rows[..., start : start + volume] = known.to(rows.dtype)
+        return x_SBP
+
+    def _finish(self, v_SBP, x_SBP, timestep_1B, condition: Condition | None) -> Tensor | Dual:
+        v_SBP = map_linear_with_graph(lambda v: v.to(self.output_dtype), v_SBP)
+        if condition is None:
+            return v_SBP
+        known = self._known(condition)
+        primal, tangent = _towards(condition.x0_SBP, x_SBP, timestep_1B)
+        if not isinstance(v_SBP, Dual):
+            return torch.where(known, primal.to(v_SBP.dtype), v_SBP)
+        kept = torch.cat([primal, tangent], dim=1).to(v_SBP.stacked.dtype)
+        stacked = torch.where(known.repeat(1, 2, 1), kept, v_SBP.stacked)
+        graph = None if v_SBP.graph is None else torch.where(known, primal.to(v_SBP.graph.dtype), v_SBP.graph)
+        return Dual(stacked, graph)
+
+    def _rotation(self) -> Tensor:
+        cosmos = self.model.cosmos
+        return rope_frequencies(
+            self.layout.grid,
+            self.model.head_dim,
+            start=self.layout.context_start,
+            length=self.layout.context_tokens,
+            max_position=self.model.rope_max_seq_len,
+            thetas=stretched_thetas(self.model.head_dim, cosmos.rope_scale),
+            frame_step=1.0 if cosmos.rope_fps is None else ROPE_FPS / cosmos.rope_fps,
+        )
+
+
+def where_known(known: Tensor, given: Tensor, value: Tensor | Dual) -> Tensor | Dual:
+    """``given`` where ``known``, which carries no tangent."""
+    if not isinstance(value, Dual):
+        return torch.where(known, given.to(value.dtype), value)
+    zero = torch.zeros((), dtype=value.tangent.dtype, device=value.tangent.device)
+    primal = torch.where(known, given.to(value.primal.dtype), value.primal)
+    return Dual.pack(primal, torch.where(known, zero, value.tangent))
+
+
+def _towards(x0_SBP: Tensor, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
+    """The velocity v = (x_in − x0) / s whose x0 is ``x0_SBP``, in fp64, and its tangent (t_x − v t_s) / s for duals."""
+    if not isinstance(x_SBP, Dual):
+        return (x_SBP.double() - x0_SBP.double()) / (timestep_1B.double()[..., None] / TIME_UNIT), None
+    s, t_s = (half.double()[..., None] / TIME_UNIT for half in (timestep_1B.primal, timestep_1B.tangent))
+    v = (x_SBP.primal.double() - x0_SBP.double()) / s
+    return v, (x_SBP.tangent.double() - v * t_s) / s
+
+
+def map_linear_with_graph(function, value: Tensor | Dual) -> Tensor | Dual:
+    """``function`` on a tensor, or on both halves of a dual and on the primal's graph."""
+    if not isinstance(value, Dual):
+        return function(value)
+    return Dual(function(value.stacked), None if value.graph is None else function(value.graph))

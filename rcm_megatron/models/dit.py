@@ -1,0 +1,199 @@
+"""What every diffusion transformer here shares: its piece of the pipeline, recomputation, token geometry and sharded state.
+
+A family (rcm_megatron.models.wan, .cosmos) adds its embedders, its blocks and its head. Shapes: x_SBP patch tokens of this rank
+(rcm_megatron.models.tokens), h_SBD hidden states, text_LBD text embeddings; B is 2B inside a Dual.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor, nn
+
+from rcm_megatron.config import ModelConfig
+from rcm_megatron.dual import Dual, as_message, from_message, map_linear, recomputed
+from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
+from rcm_megatron.models.recompute import run_block
+from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.parallel.pipeline import Condition
+from rcm_megatron.parallel.stages import Stage
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGeometry:
+    """What a block must know of the tokens: the rotations of its context-parallel rank, how many tokens are no padding, and the latent
+    frame (in patches) of each token of this rank."""
+
+    rotation_SK: Tensor
+    valid_tokens: int
+    frame_S: Tensor
+
+
+class DiffusionTransformer(MegatronModule):
+    """A network, or one pipeline stage's piece of it: velocity tokens from noisy tokens, timestep and text.
+
+    The embedders of time and text are on every piece, because every block needs them and a message carries the hidden state alone.
+    A family's constructor builds ``patch_embedding`` on the first piece, ``blocks`` (by layer number), ``head`` on the last.
+
+    Args:
+        model: architecture.
+        config: Megatron's configuration of the run (parallel sizes, dtypes).
+        layout: how the tokens of one latent shape lie on the ranks.
+        stage: which blocks this piece holds; by default all of them.
+        spec: the blocks' linears and their precision (``config`` adapted to it); by default Megatron-Core's own.
+        recompute: what plain passes keep for the backward pass, as in MemoryConfig (dual passes keep a block's primal input alone).
+    """
+
+    blocks: nn.ModuleDict
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        *,
+        layout: TokenLayout,
+        stage: Stage | None = None,
+        spec: LayerSpec | None = None,
+        recompute: str = "full",
+    ) -> None:
+        super().__init__(config)
+        self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
+        self.model, self.layout, self.recompute = model, layout, recompute
+        self.spec = spec or local_layer_spec()
+        self.stage = stage or Stage(range(model.num_layers))
+        self.pre_process, self.post_process = (
+            self.stage.is_first,
+            self.stage.is_last,
+        )  # finalize_model_grads asks for them
+        self._received: Tensor | None = None
+        self._geometry: dict[torch.device, TokenGeometry] = {}
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Megatron's schedules hand a stage the message of the one before here."""
+        (self._received,) = input_tensor
+
+    def forward(
+        self,
+        x_SBP: Tensor | Dual,
+        timestep_1B: Tensor | Dual,
+        text_LBD: Tensor,
+        condition: Condition | None = None,
+    ) -> Tensor | Dual:
+        """Velocity ``[S, B, P]`` (RF convention, noise − x0) with padding set to zero; a Dual for Dual inputs.
+
+        A piece that is not the last returns the hidden state instead, as the next one's message ``[S, B or 2B, D]``.
+
+        Args:
+            x_SBP: noisy tokens of this rank, scaled by ``c_in``, in the compute dtype or wider.
+            timestep_1B: ``[1, B]`` in [0, 1000], 1000 s for the rectified-flow time s, fp32 or wider, whatever unit the family's release
+                counts in; a Dual exactly when ``x_SBP`` is one.
+            text_LBD: ``[L, B, text_dim]`` text embeddings, equal on all ranks of the sample.
+            condition: what is known of the video itself, for families that take it.
+        """
+        geometry = self._token_geometry(text_LBD.device)
+        for_blocks, for_head = self._embed(timestep_1B, text_LBD, condition)
+        if self.stage.is_first:
+            h_SBD = recomputed(self.patch_embedding, self._patches(x_SBP, condition))
+        else:
+            h_SBD, self._received = from_message(self._received, dual=isinstance(timestep_1B, Dual)), None
+        for block in self.blocks.values():
+            h_SBD = self._run(block, h_SBD, *for_blocks, geometry=geometry)
+        if not self.stage.is_last:
+            return as_message(h_SBD)
+        v_SBP = self._finish(recomputed(self.head, h_SBD, *for_head), x_SBP, timestep_1B, condition)
+        return masked(v_SBP, self.layout)
+
+    def new_output(self, batch: int) -> Tensor:
+        """An empty velocity ``[S, batch, P]`` of this rank, to receive the last stage's."""
+        features = self.model.out_channels * self.model.patch_volume
+        shape = (self.layout.local_tokens, batch, features)
+        return torch.empty(shape, dtype=self.output_dtype, device=next(self.parameters()).device)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Of the velocity."""
+        return self.config.params_dtype
+
+    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
+        """What the blocks and what the head take beside the hidden state."""
+        raise NotImplementedError
+
+    def _rotation(self) -> Tensor:
+        """Complex rotations ``[S, K / 2]`` of the tokens of this context-parallel rank."""
+        raise NotImplementedError
+
+    def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
+        """What the patch embedding takes."""
+        return map_linear(lambda value: value.to(self.config.params_dtype), x_SBP)
+
+    def _finish(
+        self, v_SBP: Tensor | Dual, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual, condition: Condition | None
+    ) -> Tensor | Dual:
+        """The velocity that leaves the network, from what its head gives."""
+        return v_SBP
+
+    def _run(self, block: nn.Module, h_SBD, *inputs: Tensor | Dual, geometry: TokenGeometry) -> Tensor | Dual:
+        def run(hidden, *values):
+            with self.spec.pass_context(hidden):
+                return block(hidden, *values, geometry=geometry)
+
+        return run_block(run, h_SBD, *inputs, policy=self.recompute)
+
+    def _token_geometry(self, device: torch.device) -> TokenGeometry:
+        if device not in self._geometry:
+            dtype = torch.complex128 if self.config.params_dtype == torch.float64 else torch.complex64
+            frame_S = self.layout.grid_indices()[0].to(device)
+            self._geometry[device] = TokenGeometry(self._rotation().to(device, dtype), self.layout.num_tokens, frame_S)
+        return self._geometry[device]
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
+        """Every parameter as a Megatron ShardedTensor: split over tp where it is, one main replica elsewhere."""
+        groups = self.layout.groups
+        sharded = {}
+        for name, parameter in self.named_parameters():
+            replicas = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp, "prepend_offsets": sharded_offsets}
+            if getattr(parameter, "tensor_model_parallel", False):
+                sharded[prefix + name] = make_tp_sharded_tensor_for_checkpoint(
+                    parameter, prefix + name, tp_axis=parameter.partition_dim, **replicas
+                )
+            else:
+                piece = self.stage.index if getattr(parameter, "pipeline_parallel", False) else 0
+                sharded[prefix + name] = make_sharded_tensor_for_checkpoint(
+                    parameter, prefix + name, replica_id=(piece, groups.tp.rank(), groups.dp_cp.rank()), **replicas
+                )
+        return sharded
+
+
+def mark_replicated_over_stages(module: nn.Module) -> None:
+    """Tell Megatron that every stage holds ``module``: its gradients are summed over the stages.
+
+    With the distributed optimizer that sum comes after the reduce-scatter over dp*cp, and stages of different sizes would cut their buffers
+    at different places. ``shared_embedding`` gives each parameter a bucket of its own, cut alike on all stages.
+    """
+    for parameter in module.parameters():
+        parameter.pipeline_parallel = parameter.shared_embedding = True
+
+
+def sinusoid(timestep_1B: Tensor | Dual, *, width: int, dtype: torch.dtype) -> Tensor | Dual:
+    """``[cos(t w), sin(t w)]`` in fp64, then rounded: fp32 angles near t = 1000 cost 1e-5 of the tangent."""
+    half = width // 2
+    primal = timestep_1B.primal if isinstance(timestep_1B, Dual) else timestep_1B
+    w = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=primal.device) / half)
+    angle = primal.double()[..., None] * w
+    cos, sin = angle.cos(), angle.sin()
+    embedded = torch.cat([cos, sin], dim=-1).to(dtype)
+    if not isinstance(timestep_1B, Dual):
+        return embedded
+    t_angle = timestep_1B.tangent.double()[..., None] * w
+    return Dual.pack(embedded, torch.cat([-sin * t_angle, cos * t_angle], dim=-1).to(dtype))
+
+
+def masked(v_SBP: Tensor | Dual, layout: TokenLayout) -> Tensor | Dual:
+    """Padding set to exactly zero in both halves."""
+    if isinstance(v_SBP, Dual):
+        return Dual(layout.mask(v_SBP.stacked), None if v_SBP.graph is None else layout.mask(v_SBP.graph))
+    return layout.mask(v_SBP)

@@ -1,0 +1,64 @@
+"""The encoders of a run where it needs them: loaded, used, freed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rcm_megatron import platform
+from rcm_megatron.config import RunConfig
+from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.models.encoders import VideoEncoder, build_text_encoder, build_video_encoder, check_encoder_files
+from rcm_megatron.parallel.broadcast import computed_once
+
+
+class InputError(ValueError):
+    """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""
+
+
+def check_encoders(run: RunConfig) -> None:
+    """ConfigError if files of the run's encoders are missing or do not fit its model. Takes milliseconds."""
+    check_encoder_files(run.encoders, latent_channels=run.latent.channels, text_dim=run.model.text_dim)
+
+
+def encode_captions(run: RunConfig, captions: Sequence[str | None], *, group: ProcessGroup | None = None) -> Tensor:
+    """Embeddings [L, N, D] by the run's text encoder, float32 on the CPU; None stands for its negative prompt.
+
+    Call on all ranks of `group` (default: all ranks): its first one loads the encoder, encodes and frees it, the others receive.
+    InputError on all of them where the run has no text encoder, it cannot be loaded, or it does not know a word.
+    """
+
+    def encode() -> Tensor:
+        model, device = run.model, platform.device()
+        encoder = build_text_encoder(run.encoders, text_len=model.text_len, text_dim=model.text_dim, device=device)
+        with closing(encoder):
+            return encoder.encode([encoder.negative_prompt if text is None else text for text in captions])
+
+    try:
+        return computed_once(encode, device=platform.device(), group=group).float().transpose(0, 1)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def load_null_text(run: RunConfig) -> Tensor:
+    """Embedding [L, 1, D] of the unconditional branch: from the configured file, or of the text encoder's negative prompt.
+
+    Call on all ranks, before the networks take their memory.
+    """
+    path, model = run.data.negative_embedding, run.model
+    if path is None:
+        return encode_captions(run, [None])
+    return load_negative_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None]
+
+
+@contextmanager
+def video_encoder(run: RunConfig, *, wanted: bool = True) -> Iterator[VideoEncoder | None]:
+    """The run's video encoder on this rank, freed at the end; None where the run has none or it is not `wanted` here."""
+    if run.encoders.video == "none" or not wanted:
+        yield None
+        return
+    with closing(build_video_encoder(run.encoders, channels=run.latent.channels, device=platform.device())) as encoder:
+        yield encoder

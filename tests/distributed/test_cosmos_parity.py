@@ -1,0 +1,112 @@
+"""Cosmos-Predict2 on several layouts against one rank: losses, tangents and raw gradients, as test_parity does for Wan.
+
+45 tokens need padding on 2 and 4 ranks; stages have different numbers of blocks. Learned positions are on: they are replicated over stages
+and token shards.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rcm_megatron.config import CosmosConfig, ModelConfig
+from tests.distributed import test_parity
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import Layout
+
+COSMOS = CosmosConfig(
+    adaln_lora_dim=6, rope_scale=(1.0, 4.0, 3.0), rope_fps=16.0, max_size=(4, 8, 12), learnable_positions=True
+)
+MODEL = ModelConfig(
+    family="cosmos",
+    cosmos=COSMOS,
+    num_layers=3,
+    hidden_size=48,
+    num_heads=4,
+    ffn_hidden_size=96,
+    in_channels=3,
+    out_channels=3,
+    patch_size=(1, 2, 2),
+    text_dim=10,
+    text_len=5,
+    freq_dim=48,
+    cross_attn_norm=False,
+)
+OBJECTIVES = ("scm", "dmd", "critic")
+LAYOUTS = (Layout(tp=2, ring=2), Layout(pp=2))
+
+
+def measure(parallel):
+    test_parity.MODEL = MODEL  # in this rank's own process
+    micro_batch, layers = test_parity.MICRO_BATCH, MODEL.num_layers
+    return test_parity.measure(parallel, micro_batch, torch.float32, OBJECTIVES, layers)
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return run_ranks(measure, 1, {})[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
+def test_layout(one_rank, layout):
+    ranks = run_ranks(measure, layout.processes, layout.parallel, timeout=280)
+    test_parity.assert_equal_quantities(one_rank, ranks)
+
+
+VIDEO2WORLD = replace(MODEL, cosmos=replace(COSMOS, learnable_positions=False, condition_frames=True))
+
+
+def measure_video2world(parallel, dtype=torch.float32):
+    """As `measure`, each sample given 0, 1 or 2 of its 3 latent frames; and how the frames come back from a rollout."""
+    from rcm_megatron.training import objectives
+
+    plain, build, built = test_parity.micro_batches, test_parity.build, []
+
+    def with_condition(networks, *args):
+        batches = plain(networks, *args)
+        return [replace(b, condition=objectives.draw_condition(b, given_frames=(0, 1, 2))) for b in batches]
+
+    def build_once(*args, **options):
+        built.append(build(*args, **options))
+        return built[0]
+
+    test_parity.MODEL, test_parity.micro_batches, test_parity.build = VIDEO2WORLD, with_condition, build_once
+    measured = test_parity.measure(parallel, test_parity.MICRO_BATCH, dtype, OBJECTIVES, MODEL.num_layers)
+    (networks,) = built
+    batches = with_condition(networks, 4, test_parity.MICRO_BATCH)
+    rollout = objectives.rollout(networks, batches, test_parity.settings_of("exact"), steps=2)
+    frames = networks.layout.grid_indices()[0][: networks.layout.valid_local]
+    worst, given = 0.0, 0
+    for batch, G in zip(batches, rollout.G, strict=True):
+        known = frames[:, None] < batch.condition.frames_B
+        error = (G - batch.x0_SBP).abs()[: len(frames)][known]
+        worst, given = max(worst, float(error.max()) if len(error) else 0.0), given + len(error)
+    return measured, worst, given
+
+
+@pytest.fixture(scope="module")
+def video2world():
+    return run_ranks(measure_video2world, 1, {})[0]
+
+
+def test_video2world(one_rank, video2world):
+    """Given frames leave a rollout as they entered, on every layout, and losses and gradients are those of one rank."""
+    reference, worst, given = video2world
+    assert given > 0
+    assert worst < 1e-5
+    assert not torch.equal(reference["scm"]["loss of scm"], one_rank["scm"]["loss of scm"])
+    results = run_ranks(measure_video2world, 4, {"tp": 2, "pp": 2}, timeout=280)
+    test_parity.assert_equal_quantities(reference, [measured for measured, _, _ in results])
+    assert max(worst for _, worst, _ in results) < 1e-5
+
+
+def test_video2world_in_bf16(video2world):
+    """Finite, close in direction to fp32, and given frames come back in fp32."""
+    measured, worst, _ = run_ranks(measure_video2world, 2, {"pp": 2}, torch.bfloat16)[0]
+    assert worst < 1e-5
+    for objective in OBJECTIVES:
+        names = [name for name in measured[objective] if name.startswith("gradient of ")]
+        expected, got = (torch.cat([d[objective][n].flatten() for n in names]) for d in (video2world[0], measured))
+        assert bool(torch.isfinite(got).all()), objective
+        cosine = float(torch.nn.functional.cosine_similarity(expected, got, dim=0))
+        assert cosine > 0.95, f"{objective}: cosine {cosine:.3f}"

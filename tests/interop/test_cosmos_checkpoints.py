@@ -1,0 +1,160 @@
+"""Cosmos-Predict2 between diffusers and this program: bit-exact both ways, every key once, each layout, config.json."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import CosmosTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from rcm_megatron.checkpoint import configs
+from rcm_megatron.checkpoint.convert import convert, export_diffusers, gather_full, load_into
+from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.formats import from_internal, to_internal
+from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig
+from tests.distributed.harness import run_ranks
+from tests.interop.wan_networks import assert_same_tensors
+
+TINY = {
+    "in_channels": 4,
+    "out_channels": 3,
+    "num_attention_heads": 4,
+    "attention_head_dim": 12,
+    "num_layers": 3,
+    "mlp_ratio": 1.5,
+    "text_embed_dim": 10,
+    "adaln_lora_dim": 5,
+    "max_size": (3, 4, 6),
+    "rope_scale": (1.0, 4.0, 3.0),
+    "extra_pos_embed_type": "learnable",
+}
+CONFIG = ModelConfig(
+    family="cosmos",
+    cosmos=CosmosConfig(
+        adaln_lora_dim=5,
+        rope_scale=(1.0, 4.0, 3.0),
+        max_size=(3, 4, 6),
+        condition_frames=True,
+        learnable_positions=True,
+    ),
+    num_layers=3,
+    hidden_size=48,
+    num_heads=4,
+    ffn_hidden_size=72,
+    in_channels=3,
+    out_channels=3,
+    patch_size=(1, 2, 2),
+    text_dim=10,
+    text_len=512,
+    freq_dim=48,
+    cross_attn_norm=False,
+    rope_max_seq_len=3,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder, state dict) of a saved CosmosTransformer3DModel of which no two elements are equal."""
+    folder = tmp_path_factory.mktemp("cosmos") / "diffusers"
+    model, start = CosmosTransformer3DModel(**TINY), 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            values = torch.arange(start, start + parameter.numel(), dtype=torch.float32)
+            parameter.copy_(values.view(parameter.shape).sub_(60_000).mul_(1e-5))
+            start += parameter.numel()
+    model.save_pretrained(folder)
+    return folder, model.state_dict()
+
+
+def run(source, target, target_format, **options):
+    return convert(source, target, target_format=target_format, progress=False, **options)
+
+
+def test_there_and_back_is_bit_exact_and_from_pretrained_loads_it(tiny, tmp_path):
+    folder, state = tiny
+    assert run(folder, tmp_path / "internal", "internal") == CONFIG
+    assert run(tmp_path / "internal", tmp_path / "back", "diffusers", max_shard_bytes=40_000) == CONFIG
+    back = open_checkpoint(tmp_path / "back")
+    assert back.format == "diffusers"
+    assert_same_tensors(state, dict(back))
+    loaded = CosmosTransformer3DModel.from_pretrained(tmp_path / "back")
+    assert_same_tensors(state, loaded.state_dict())
+    original = CosmosTransformer3DModel.from_pretrained(folder)
+    ours, theirs = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in model.config.items() if not k.startswith("_")}
+        for model in (loaded, original)
+    )
+    assert ours == theirs
+
+
+def test_every_external_key_is_used_once(tiny):
+    folder, state = tiny
+    internal = list(to_internal(open_checkpoint(folder), CONFIG))
+    external = [name for name, _ in from_internal(internal, CONFIG, "diffusers")]
+    assert len(external) == len(set(external)) == len(state)
+    assert sum(value.numel() for _, value in internal) == sum(value.numel() for value in state.values())
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "misshaped", "wan"])
+def test_a_wrong_key_is_named(tiny, tmp_path, change):
+    folder, _ = tiny
+    (file,) = folder.glob("*.safetensors")
+    tensors, key = load_file(file), "transformer_blocks.1.norm2.linear_1.weight"
+    if change == "missing":
+        del tensors[key]
+    elif change == "unknown":
+        tensors[key.replace("linear_1", "linear_3")] = tensors[key].clone()
+    elif change == "misshaped":
+        tensors[key] = tensors[key][:, :-1].contiguous()
+    (tmp_path / "bad").mkdir()
+    save_file(tensors, tmp_path / "bad" / file.name)
+    (tmp_path / "bad" / "config.json").write_text((folder / "config.json").read_text())
+    target = "wan" if change == "wan" else "internal"
+    with pytest.raises(CheckpointError, match=r"cosmos network" if change == "wan" else r"norm2\.linear"):
+        run(tmp_path / "bad", tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_network_is_refused(tiny):
+    config = json.loads((tiny[0] / "config.json").read_text())
+    assert ModelConfig(**configs.model_config_from_diffusers(config)) == CONFIG
+    for change in ({"img_context_dim_in": 7}, {"use_crossattn_projection": True}, {"in_channels": 9}):
+        with pytest.raises(CheckpointError, match=next(iter(change))):
+            configs.model_config_from_diffusers(config | change)
+
+
+def test_released_configurations():
+    """What diffusers' conversion script writes for the releases."""
+    released = {"num_attention_heads": 16, "rope_scale": [1.0, 4.0, 4.0], "extra_pos_embed_type": None}
+    config = {"_class_name": "CosmosTransformer3DModel", **released}
+    model = ModelConfig(**configs.model_config_from_diffusers(config))
+    assert (model.hidden_size, model.ffn_hidden_size, model.num_layers, model.text_dim) == (2048, 8192, 28, 1024)
+    assert model.embedded_channels == 17
+    video = ModelConfig(**configs.model_config_from_diffusers({**config, "in_channels": 17}))
+    assert video.embedded_channels == 18
+    assert video.in_channels == 16
+    assert video.cosmos.condition_frames
+
+
+def load_and_export(folder, target, parallel):
+    from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.training.networks import build_chunks
+
+    parallel = ParallelConfig(**parallel)
+    groups = initialize_parallel(parallel)
+    latent = LatentConfig(channels=3, frames=3, height=4, width=6)
+    chunks = build_chunks(CONFIG, latent, parallel, groups=groups, params_dtype=torch.float32)
+    place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": parallel.pp > 1}
+    load_into(chunks, open_checkpoint(folder), model_config=CONFIG, **place)
+    whole = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp)
+    export_diffusers(whole, CONFIG, target, is_writer=dist.get_rank() == 0)
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"tp": 2, "pp": 2}], ids=["tp2", "tp2_pp2"])
+def test_loaded_on_a_layout_and_exported_is_bit_exact(tiny, tmp_path, parallel):
+    folder, state = tiny
+    ranks = ParallelConfig(**parallel).model_parallel_size
+    run_ranks(load_and_export, ranks, str(folder), str(tmp_path / "out"), parallel)
+    assert_same_tensors(state, dict(open_checkpoint(tmp_path / "out")))

@@ -1,0 +1,130 @@
+"""diffusers' Cosmos2 pipelines around an exported network give what our teacher sampler gives: time, guidance, given frames.
+
+An Euler step in EDM's x0 + sigma noise is an Euler step in rectified flow, so the two can be compared at the pipeline's own noise levels.
+The pipelines' guidance is cond + g (cond - uncond), ours uncond + w (cond - uncond): w = g + 1.
+"""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import (
+    Cosmos2TextToImagePipeline,
+    Cosmos2VideoToWorldPipeline,
+    CosmosTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
+
+from rcm_megatron import platform
+from rcm_megatron.checkpoint.convert import export_diffusers
+from rcm_megatron.config import ParallelConfig
+from rcm_megatron.parallel.pipeline import Condition
+from tests.helpers import assert_close
+from tests.unit.test_cosmos_model import VIDEO, Case, network_config, without_torchvision
+
+STEPS, GUIDANCE, SIZE = 5, 3.0, (64, 48)
+"""Network evaluations, the pipelines' guidance_scale, and height and width of the picture: 8 times the latent's."""
+IMAGE = Case(network_config(), frames=1, height=8, width=6, batch=2, text=7)
+VIDEO2WORLD = Case(network_config(VIDEO), frames=3, height=8, width=6, batch=2, text=7, given=(1, 1))
+
+
+class NoChecker(torch.nn.Module):
+    """In place of the guardrail, which the pipelines insist on; it is given no prompt and no picture here."""
+
+    device = torch.device("cpu")
+
+
+class KnownVideo(torch.nn.Module):
+    """In place of the VAE: every video has the same latent, whose statistics leave it as it is."""
+
+    dtype, device, temperal_downsample = torch.float32, torch.device("cpu"), (False, True, True)
+
+    def __init__(self, latent_CTHW):
+        super().__init__()
+        self.latent_CTHW, channels = latent_CTHW, len(latent_CTHW)
+        self.config = SimpleNamespace(z_dim=channels, latents_mean=[0.0] * channels, latents_std=[1.0] * channels)
+
+    def encode(self, video):
+        return SimpleNamespace(latents=self.latent_CTHW[None])
+
+
+@pytest.fixture(scope="module")
+def groups():
+    platform.install()
+    from megatron.core import parallel_state
+
+    from rcm_megatron.parallel.groups import initialize_parallel
+
+    platform.init_distributed()
+    yield initialize_parallel(ParallelConfig())
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def exported(case, groups, folder):
+    """Our network, and diffusers' class loaded from its export."""
+    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
+
+    without_torchvision()
+    chunks = build_chunks(case.model, case.latent, ParallelConfig(), groups=groups, params_dtype=torch.float32)
+    load_weights(chunks, seeded_weights(case.model, seed=2))
+    export_diffusers(seeded_weights(case.model, seed=2).items(), case.model, folder)
+    return chunks, CosmosTransformer3DModel.from_pretrained(folder)
+
+
+def inputs(case):
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(case.batch, *case.latent.shape_CTHW, generator=generator)
+    text, null = torch.randn(2, case.batch, case.text, case.model.text_dim, generator=generator)
+    return noise, text, null
+
+
+def ours(chunks, case, sigmas, condition=None):
+    """Euler in rectified flow at s = sigma / (1 + sigma) with our sampler's guided velocity; x0 + sigma noise at the end."""
+    from rcm_megatron.training.sampling import Sampler
+
+    noise, text, null = inputs(case)
+    layout = chunks[0].layout
+    text_LBD, null_LBD = (value.transpose(0, 1).contiguous() for value in (text, null))
+    sampler = Sampler(chunks, layout, text_LBD, null_LBD, 0, range(case.batch), condition)
+    times = [float(sigma / (1 + sigma)) for sigma in sigmas.double()]
+    x = (1 - times[0]) * float(sigmas[0]) * layout.shard(noise).double()
+    for s, after in pairwise(times):
+        x = x + (after - s) * sampler._guided_velocity(x, s, guidance=GUIDANCE + 1)
+    return layout.unpatchify(x) / (1 - times[-1])
+
+
+def call(pipeline_class, case, transformer, vae, **given):
+    """The pipeline's latents, and the noise levels that it went through."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    parts = {"text_encoder": None, "tokenizer": None, "vae": vae, "safety_checker": NoChecker()}
+    pipeline = pipeline_class(transformer=transformer, scheduler=scheduler, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, text, null = inputs(case)
+    given |= {"latents": noise, "prompt_embeds": text, "negative_prompt_embeds": null, "output_type": "latent"}
+    given |= {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    (latents,) = pipeline(return_dict=False, **given)
+    return latents, pipeline.scheduler.sigmas
+
+
+def test_text2image(groups, tmp_path):
+    chunks, transformer = exported(IMAGE, groups, tmp_path / "net")
+    theirs, sigmas = call(Cosmos2TextToImagePipeline, IMAGE, transformer, None)
+    assert float(sigmas[0]) == pytest.approx(80.0)
+    assert_close("latents", theirs[:, :, None] if theirs.ndim == 4 else theirs, ours(chunks, IMAGE, sigmas), rel=1e-5)
+
+
+def test_video2world(groups, tmp_path):
+    chunks, transformer = exported(VIDEO2WORLD, groups, tmp_path / "net")
+    known = torch.randn(VIDEO2WORLD.latent.shape_CTHW, generator=torch.Generator().manual_seed(9))
+    picture = torch.rand(VIDEO2WORLD.batch, 3, *SIZE)
+    given = {"image": picture, "num_frames": 9, "fps": 16}
+    theirs, sigmas = call(Cosmos2VideoToWorldPipeline, VIDEO2WORLD, transformer, KnownVideo(known), **given)
+    x0_SBP = chunks[0].layout.shard(known.expand(VIDEO2WORLD.batch, -1, -1, -1, -1))
+    v = ours(chunks, VIDEO2WORLD, sigmas, Condition(x0_SBP, torch.tensor(VIDEO2WORLD.given)))
+    assert_close("latents", theirs, v, rel=1e-5)
+    assert_close(
+        "the given frame", known[:, :1].expand(2, -1, -1, -1, -1), v[:, :, :1], rel=1e-2
+    )  # sigma ends at 0.002
