@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny_run import MODEL, STEPS, flat_change, initial_weights, records, train, write_tiny_run
+from tests.distributed.tiny_run import STEPS, flat_change, initial_weights, records, train, write_tiny_run
 
 LOSS_BOUND, CHANGE_BOUND = 1e-5, 1e-4  # measured 4e-7 and 2e-6 (of one parameter 1.3e-5)
 
@@ -14,10 +14,10 @@ LOSS_BOUND, CHANGE_BOUND = 1e-5, 1e-4  # measured 4e-7 and 2e-6 (of one paramete
 class Runs:
     """The undisturbed run of each layout, done when first asked for. `layouts`: {name: (processes, overrides)}."""
 
-    def __init__(self, folder, layouts, *, num_layers=MODEL["num_layers"], fault=None):
+    def __init__(self, folder, layouts, *, fault=None, **changes):
         self.folder, self.layouts, self.fault, self.done = folder, layouts, fault, {}
-        self.config = write_tiny_run(folder, num_layers=num_layers)
-        self.initial = initial_weights(num_layers)
+        self.config = write_tiny_run(folder, **changes)
+        self.initial = initial_weights(**changes)
 
     def start(self, layout, name, *extra, fault=None):
         """Train into folder `name`; (rank results, records)."""

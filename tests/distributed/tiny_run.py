@@ -31,29 +31,29 @@ MODEL = {
 ADAM = {"lr": 1e-3, "betas": [0.0, 0.999], "eps": 1e-4, "weight_decay": 0.01, "lr_warmup_steps": 4}
 
 
-def write_tiny_run(folder, *, num_layers=MODEL["num_layers"]):
-    """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns the path of the latter."""
+def write_tiny_run(folder, **changes):
+    """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path. `changes`: other fields of MODEL."""
     from rcm_megatron.checkpoint.convert import export_diffusers
     from rcm_megatron.training.networks import seeded_weights
     from tools.build_digits_dataset import write_digits_dataset
 
-    folder, model = Path(folder), model_config(num_layers)
+    folder, model = Path(folder), model_config(**changes)
     write_digits_dataset(folder / "data", num_samples=13, samples_per_shard=5, seed=0)
     export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
-    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder, num_layers), sort_keys=False))
+    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder, **changes), sort_keys=False))
     return folder / "run.yaml"
 
 
-def model_config(num_layers=MODEL["num_layers"]):
-    return ModelConfig(**(MODEL | {"patch_size": tuple(MODEL["patch_size"]), "num_layers": num_layers}))
+def model_config(**changes):
+    return ModelConfig(**(MODEL | {"patch_size": tuple(MODEL["patch_size"])} | changes))
 
 
-def tiny_config(folder, num_layers):
+def tiny_config(folder, **changes):
     return {
         "name": "tiny",
         "seed": 3,
         "output_dir": str(folder / "out"),
-        "model": MODEL | {"num_layers": num_layers},
+        "model": MODEL | changes,
         "latent": {"channels": 1, "frames": 4, "height": 16, "width": 16},
         "precision": {"params_dtype": "fp32"},
         "init": {"teacher": str(folder / "teacher")},
@@ -129,11 +129,11 @@ def records(folder):
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(measured)} for line in lines]
 
 
-def initial_weights(num_layers=MODEL["num_layers"]):
+def initial_weights(**changes):
     """What student and fake score start from."""
     from rcm_megatron.training.networks import seeded_weights
 
-    return dict(seeded_weights(model_config(num_layers), seed=5))
+    return dict(seeded_weights(model_config(**changes), seed=5))
 
 
 def flat_change(weights, initial):
