@@ -74,7 +74,10 @@ def mark_tensor_parallel(parameter: nn.Parameter, *, dim: int) -> None:
 
 def project(linear: nn.Module, x: Tensor | Dual) -> Tensor | Dual:
     """Apply a Megatron linear to a tensor, or to both halves of a dual with the bias on the primal alone."""
-    return add_bias(map_linear(lambda value: linear(value)[0], x), linear.bias)
+    bias = (
+        linear.bias if linear.bias is not None and linear.bias.numel() else None
+    )  # Transformer Engine's "none" is empty
+    return add_bias(map_linear(lambda value: linear(value)[0], x), bias)
 
 
 class ReplicatedLinear(nn.Linear):

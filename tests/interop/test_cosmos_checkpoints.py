@@ -1,6 +1,7 @@
 """Cosmos-Predict2 between diffusers and this program: bit-exact both ways, every key once, each layout, config.json."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.convert import convert, export_diffusers, gather_full, load_into
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import from_internal, to_internal
+from rcm_megatron.checkpoint.formats import entries_for, from_internal, to_internal
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, load_config
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import assert_same_tensors
 
@@ -136,6 +137,36 @@ def test_released_configurations():
     assert video.embedded_channels == 18
     assert video.in_channels == 16
     assert video.cosmos.condition_frames
+
+
+RELEASED = {
+    "cosmos_predict2_2b_text2image": ({"num_attention_heads": 16, "rope_scale": (1.0, 4.0, 4.0)}, 1.96e9),
+    "cosmos_predict2_14b_text2image": (
+        {"num_attention_heads": 40, "num_layers": 36, "rope_scale": (1.0, 4.0, 4.0)},
+        14.3e9,
+    ),
+    "cosmos_predict2_2b_video2world": (
+        {"num_attention_heads": 16, "in_channels": 17, "rope_scale": (1.0, 3.0, 3.0)},
+        1.96e9,
+    ),
+}
+"""Shipped configuration -> what diffusers' conversion script sets of the release beside the class's defaults, and its parameters."""
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_shipped_configurations_are_the_releases(name):
+    options, parameters = RELEASED[name]
+    with torch.device("meta"):
+        network = CosmosTransformer3DModel(**options, extra_pos_embed_type=None)
+    model = load_config(f"model_configs/{name}.yaml").model
+    entries = entries_for("diffusers", model).values()
+    shapes = {key: entry.external_shape for entry in entries for key in entry.external}
+    assert shapes == {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+    assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(parameters, rel=0.03)
+    written = configs.diffusers_config(model)
+    for key, value in network.config.items():
+        if key in written and not key.startswith("_"):
+            assert written[key] == (list(value) if isinstance(value, tuple) else value), key
 
 
 def load_and_export(folder, target, parallel):
