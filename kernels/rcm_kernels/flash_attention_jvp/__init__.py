@@ -1,7 +1,7 @@
 """Attention and its Jacobian-vector product in one pass: `attention_jvp`, `merge_blocks`, the choice of the backend.
 
-A backend is a function with the signature and the contract of `reference.attention_jvp`. A Triton kernel adds one entry to
-`_LOADERS`: its name and a function that imports and returns it, raising ImportError or RuntimeError where it cannot run.
+A backend is a function with the signature and the contract of `reference.attention_jvp`, and one entry of `_LOADERS`: its name
+and a function that imports and returns it, raising ImportError or RuntimeError where it cannot run.
 """
 
 import logging
@@ -13,7 +13,17 @@ from rcm_kernels.flash_attention_jvp.reference import merge_blocks
 __all__ = ["attention_jvp", "available_backends", "merge_blocks", "select_backend"]
 
 _logger = logging.getLogger(__name__)
-_LOADERS: dict[str, Callable[[], Callable]] = {"reference": lambda: reference.attention_jvp}
+
+
+def _triton():
+    from rcm_kernels import launch
+    from rcm_kernels.flash_attention_jvp import triton_impl
+
+    launch.check_machine()
+    return triton_impl.attention_jvp
+
+
+_LOADERS: dict[str, Callable[[], Callable]] = {"reference": lambda: reference.attention_jvp, "triton": _triton}
 _selected: Callable | None = None
 
 
@@ -39,11 +49,11 @@ def select_backend(name):
     _logger.info("attention_jvp backend: %s", name)
 
 
-def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None, **blocks):
+def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None, **options):
     """Softmax attention and its tangent by the selected backend: "reference" unless `select_backend` said otherwise.
 
-    Arguments and results as in `reference.attention_jvp`: `(o, to, lse, mu)`.
+    Arguments, `options` (masks, output type) and results as in `reference.attention_jvp`: `(o, to, lse, mu)`.
     """
     if _selected is None:
         select_backend("reference")
-    return _selected(q, k, v, tq, tk, tv, valid_keys=valid_keys, scale=scale, carry=carry, **blocks)
+    return _selected(q, k, v, tq, tk, tv, valid_keys=valid_keys, scale=scale, carry=carry, **options)
