@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_iter
 from rcm_megatron.dual import Dual, add_bias, map_linear, primal_of
 from rcm_megatron.models import dual_ops
 from rcm_megatron.models.layers import split_heads
-from rcm_megatron.models.rope import apply_rope
 
 EPS = 1e-6
 PASSES = ("dual", "plain", "backward")
@@ -121,7 +120,7 @@ def cases(shape: Shape) -> list[Case]:
         return dual_ops.rms_norm_across_heads(x, weight, eps=EPS, num_features=d, sum_over_tp=lambda total: total)
 
     def rms_norm_rope(x, weight, rotation_SK):
-        return apply_rope(rms_norm(x, weight), rotation_SK)
+        return dual_ops.apply_rope(rms_norm(x, weight), rotation_SK)
 
     def head_view(rows: int, parts: int) -> Tensor:
         return split_heads(empty(s, rows, parts * d), parts, k)[0]

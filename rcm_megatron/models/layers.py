@@ -15,9 +15,8 @@ from torch.distributed import ProcessGroup
 from rcm_kernels.flash_attention import attention
 from rcm_kernels.flash_attention_jvp import attention_jvp
 from rcm_megatron.dual import Dual, add_bias, map_linear
-from rcm_megatron.models.dual_ops import gelu_tanh, layer_norm, rms_norm_across_heads
+from rcm_megatron.models.dual_ops import gelu_tanh, layer_norm_affine, rms_norm_across_heads
 from rcm_megatron.models.layer_specs import LayerSpec
-from rcm_megatron.models.rope import apply_rope
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.mappings import all_reduce_sum
 
@@ -102,8 +101,9 @@ class AffineLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
         self.weight.sequence_parallel = self.bias.sequence_parallel = True
 
-    def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
-        return layer_norm(h_SBD, eps=self.eps, weight=self.weight, bias=self.bias)
+    def forward(self, h_SBD: Tensor | Dual, *, dtype: torch.dtype | None = None) -> Tensor | Dual:
+        """The normed state in ``dtype``; by default in that of the statistics."""
+        return layer_norm_affine(h_SBD, self.weight, self.bias, eps=self.eps, dtype=dtype)
 
 
 class RMSNormAcrossHeads(nn.Module):
@@ -115,17 +115,19 @@ class RMSNormAcrossHeads(nn.Module):
         super().__init__()
         self.eps, self.num_features = eps, num_heads * head_dim
         self.shape = (num_heads // tp_group.size(), head_dim)
-        self.sum_over_tp = partial(all_reduce_sum, group=tp_group)
+        self.sum_over_tp = partial(all_reduce_sum, group=tp_group) if tp_group.size() > 1 else None
         self.weight = nn.Parameter(torch.ones(self.shape[0] * head_dim, dtype=dtype))
         mark_tensor_parallel(self.weight, dim=0)
 
-    def forward(self, x_SBNK: Tensor | Dual) -> Tensor | Dual:
+    def forward(self, x_SBNK: Tensor | Dual, rotation_SK: Tensor | None = None) -> Tensor | Dual:
+        """The norm, and after it RoPE by ``rotation_SK`` if there is one."""
         return rms_norm_across_heads(
             x_SBNK,
             self.weight.view(self.shape),
             eps=self.eps,
             num_features=self.num_features,
             sum_over_tp=self.sum_over_tp,
+            rotation_SK=rotation_SK,
         )
 
 
@@ -152,7 +154,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, h_SBD: Tensor | Dual, rotation_SK: Tensor, *, valid_tokens: int) -> Tensor | Dual:
         q, k, v = split_heads(project(self.linear_qkv, h_SBD), 3, self.head_dim)
-        q, k = apply_rope(self.q_norm(q), rotation_SK), apply_rope(self.k_norm(k), rotation_SK)
+        q, k = self.q_norm(q, rotation_SK), self.k_norm(k, rotation_SK)
         if isinstance(q, Dual):
             o, to = self.context.attention_jvp(
                 q.primal, k.primal, v.primal, q.tangent, k.tangent, v.tangent, valid_tokens=valid_tokens
@@ -202,4 +204,5 @@ class MLP(nn.Module):
         self.linear_fc2 = row_linear(spec, ffn, hidden, config=config, tp_group=tp_group)
 
     def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
-        return project(self.linear_fc2, gelu_tanh(project(self.linear_fc1, h_SBD)))
+        x = map_linear(lambda value: self.linear_fc1(value)[0], h_SBD)
+        return project(self.linear_fc2, gelu_tanh(x, self.linear_fc1.bias))

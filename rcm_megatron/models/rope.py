@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-from rcm_megatron.dual import Dual
-from rcm_megatron.models.dual_ops import upcast
-
 
 def rope_frequencies(
     grid: tuple[int, int, int], head_dim: int, *, start: int, length: int, max_position: int, theta: float = 10000.0
@@ -29,17 +26,3 @@ def rope_frequencies(
         angles.append(position[:, None].double() * inverse)
     angle = torch.cat(angles, dim=1) * (index < frames * rows * columns)[:, None]
     return torch.polar(torch.ones_like(angle), angle)
-
-
-def apply_rope(x_SBNK: Tensor | Dual, rotation_SK: Tensor) -> Tensor | Dual:
-    """Rotate interleaved pairs of the head dimension in fp32; linear, so a Dual rotates as one tensor."""
-    if isinstance(x_SBNK, Dual):
-        return Dual(_rotate(x_SBNK.stacked, rotation_SK))
-    return _rotate(x_SBNK, rotation_SK)
-
-
-def _rotate(x_SBNK: Tensor, rotation_SK: Tensor) -> Tensor:
-    wide = upcast(x_SBNK).contiguous()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    rotation = rotation_SK.to(pairs.dtype)[:, None, None, :]
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_SBNK.dtype)
