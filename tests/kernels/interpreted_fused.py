@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from rcm_kernels.fused import launcher, layer_norm_modulate, reference, rms_norm_rope
+from rcm_kernels.fused import gated_residual, launcher, layer_norm_modulate, reference, rms_norm_rope
 from tests.helpers import assert_close, relative_error
 from tests.kernels.fused_cases import (
     CASES,
@@ -124,3 +124,25 @@ def test_a_row_must_fit_into_one_program():
     wide_row = torch.zeros(1, 1, 20000)
     with pytest.raises(ValueError, match="got 20000 features in one row; need at most 16384"):
         layer_norm_modulate.plain(wide_row, wide_row, wide_row, eps=EPS, dtype=torch.float32)
+
+
+def test_vectors_that_samples_share():
+    """[1, 1, d] for a batch of 2: the gradient is a sum over the samples too. [s, 1, d] is refused."""
+    x, dy, one, two = (
+        normal(3, 2, 10, seed=1),
+        normal(3, 2, 10, seed=2),
+        normal(1, 1, 10, seed=3),
+        normal(1, 1, 10, seed=4),
+    )
+    options = {"eps": EPS}
+    for module, inputs, mine in (
+        (layer_norm_modulate, [x, one, two], {"dtype": torch.float32} | options),
+        (gated_residual, [x, dy, one], {}),
+    ):
+        got = gradients(module.plain, inputs, dy, **mine)
+        theirs = {} if module is gated_residual else options
+        expected = gradients(reference_of(module), wide(inputs), dy.double(), **theirs)
+        for ref, out in zip((expected[0], *expected[1]), (got[0], *got[1]), strict=True):
+            assert_close(module.__name__, ref, out, rel=5e-6)
+    with pytest.raises(ValueError, match=r"got a vector of shape \(3, 1, 10\)"):
+        gated_residual.plain(x, x, x[:, :1])

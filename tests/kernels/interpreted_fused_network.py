@@ -10,6 +10,7 @@ from rcm_kernels.fused import OPS, select_ops
 from rcm_megatron import platform
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.dual import Dual
+from tests.distributed.harness import run_ranks
 from tests.helpers import assert_close
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run me with TRITON_INTERPRET=1"
@@ -79,3 +80,34 @@ def test_network_with_kernels_equals_network_with_rules(network, setting):
     assert not torch.equal(expected["tangent"], got["tangent"]), "the same bits: the kernels did not run"
     for name, value in expected.items():
         assert_close(f"{setting}: {name}", value, got[name], rel=1e-5)
+
+
+def norm_on_a_rank(setting):
+    """Half of the heads on each of two ranks: the dual, and a plain pass with its gradients. Runs on a forked rank."""
+    from functools import partial
+
+    from rcm_megatron.models.dual_ops import rms_norm_across_heads
+    from rcm_megatron.parallel.mappings import all_reduce_sum
+
+    platform.install()
+    select_ops(setting)
+    generator = torch.Generator().manual_seed(4)
+    x, weight = torch.randn(5, 4, 4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    stacked, weight = x[:, :, mine], weight[mine].clone().requires_grad_()
+    norm = partial(
+        rms_norm_across_heads, eps=1e-6, num_features=24, sum_over_tp=partial(all_reduce_sum, group=dist.group.WORLD)
+    )
+    with torch.no_grad():
+        dual = norm(Dual(stacked), weight).stacked
+    primal = stacked[:, :2].clone().requires_grad_()
+    y = norm(primal, weight)
+    (y * x[:, 2:, mine]).sum().backward()
+    return {"dual": dual, "y": y.detach(), "dx": primal.grad, "d_weight": weight.grad}
+
+
+def test_norm_over_tensor_parallel_ranks():
+    """The sums of two Gloo ranks in between of the kernels, in the forward and in the backward."""
+    for expected, got in zip(run_ranks(norm_on_a_rank, 2, "none"), run_ranks(norm_on_a_rank, 2, "all"), strict=True):
+        for name, value in expected.items():
+            assert_close(name, value, got[name], rel=5e-6)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rcm_kernels.fused.launcher import as_dtype, empty_like, halves, launch, prepared, row_programs
+from rcm_kernels.fused.launcher import batch_stride, empty_like, gradient_of, halves, launch, prepared, row_programs
 
 ROWS, BLOCK_D, WARPS = 4, 512, 4
 """16 elements a thread; the vectors of a tile are loaded once for its rows."""
@@ -80,7 +80,7 @@ def _forward(h, x, gate, *, is_dual=False):
     batch, (tokens, _, features) = halves(h) if is_dual else h.shape[1], h.shape
     grid = triton.cdiv(features, BLOCK_D), triton.cdiv(tokens, ROWS), batch
     launch(
-        forward_kernel, grid, h, x, gate, y, *h.stride()[:2], *x.stride()[:2], *y.stride()[:2], gate.stride(1),
+        forward_kernel, grid, h, x, gate, y, *h.stride()[:2], *x.stride()[:2], *y.stride()[:2], batch_stride(gate),
         tokens, batch, DUAL=is_dual, FEATURES=features, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=WARPS,
     )  # fmt: skip
     return y
@@ -96,7 +96,7 @@ def _backward(dy, x, gate):
     sums = torch.empty(programs, batch, features, dtype=torch.float32, device=x.device)
     launch(
         backward_kernel, (tiles, programs, batch), dy, x, gate, dx, sums,
-        *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2], gate.stride(1), tokens, batch,
+        *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2], batch_stride(gate), tokens, batch,
         FEATURES=features, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=WARPS,
     )  # fmt: skip
     return dx, sums.sum(0)
@@ -112,4 +112,4 @@ class _Plain(torch.autograd.Function):
     def backward(ctx, dy):
         x, gate = ctx.saved_tensors
         dx, d_gate = _backward(dy, x, gate)
-        return dy, dx, as_dtype(d_gate, gate)
+        return dy, dx, gradient_of(gate, d_gate)

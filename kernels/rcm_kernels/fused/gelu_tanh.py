@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rcm_kernels.fused.launcher import as_dtype, empty_like, halves, launch, prepared, row_programs
+from rcm_kernels.fused.launcher import empty_like, gradient_of, halves, launch, prepared, row_programs
 
 ROWS, BLOCK_F, WARPS = 4, 512, 4
 """16 elements a thread."""
@@ -126,4 +126,4 @@ class _Plain(torch.autograd.Function):
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         dx, d_bias = _backward(dy, x, bias)
-        return dx, None if bias is None else as_dtype(d_bias, bias)
+        return dx, None if bias is None else gradient_of(bias, d_bias)

@@ -74,9 +74,20 @@ def halves(stacked):
     return stacked.shape[1] // 2
 
 
-def as_dtype(gradient, parameter):
-    """A summed fp32 gradient in the dtype and shape of what it belongs to."""
-    return gradient.to(parameter.dtype).view(parameter.shape)
+def batch_stride(vector):
+    """Elements between the vectors of two samples: `[1, b, d]`, or one for all of them, `[1, 1, d]` or `[d]`."""
+    if vector.dim() == 1:
+        return 0
+    if vector.dim() != 3 or vector.shape[0] != 1:
+        raise ValueError(
+            f"got a vector of shape {tuple(vector.shape)}; need [1, b, d] or [d]; fix: one vector per sample"
+        )
+    return vector.stride(1) if vector.shape[1] > 1 else 0
+
+
+def gradient_of(vector, sums):
+    """Gradient of a vector from fp32 sums over tokens, `[b, d]` or `[d]`, in its shape and dtype."""
+    return sums.sum_to_size(vector.shape[-2:]).to(vector.dtype).view(vector.shape)
 
 
 def empty_like(x, dtype=None):

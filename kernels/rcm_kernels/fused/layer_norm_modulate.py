@@ -13,9 +13,10 @@ import triton.language as tl
 
 from rcm_kernels.fused.launcher import (
     MAX_REGISTERS,
-    as_dtype,
+    batch_stride,
     block_of,
     empty_like,
+    gradient_of,
     halves,
     launch,
     prepared,
@@ -111,7 +112,7 @@ def _forward(x, shift, scale, eps, dtype, one, *, tangents=(False, False)):
     features, block = x.shape[-1], block_of(x.shape[-1])
     launch(
         forward_kernel, (x.shape[0] * batch,), x, y, shift, scale, *x.stride()[:2], *y.stride()[:2],
-        _batch_stride(shift), _batch_stride(scale), batch, eps, one,
+        batch_stride(shift), batch_stride(scale), batch, eps, one,
         DUAL=tangents[0], VECTOR_TANGENTS=tangents[1], FEATURES=features, BLOCK_D=block,
         num_warps=warps_of(block), maxnreg=MAX_REGISTERS,
     )  # fmt: skip
@@ -127,14 +128,10 @@ def _backward(dy, x, scale, eps, one):
     sums = torch.empty(2, programs, batch, features, dtype=torch.float32, device=x.device)
     launch(
         backward_kernel, (programs, batch), dy, x, dx, scale, sums[0], sums[1],
-        *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2], _batch_stride(scale), tokens, batch, eps, one,
+        *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2], batch_stride(scale), tokens, batch, eps, one,
         FEATURES=features, BLOCK_D=block, num_warps=warps_of(block, most=16),
     )  # fmt: skip
     return dx, *sums.sum(1)
-
-
-def _batch_stride(vector):
-    return vector.stride(-2) if vector.dim() == 3 and vector.shape[1] > 1 else 0
 
 
 class _Plain(torch.autograd.Function):
@@ -148,8 +145,5 @@ class _Plain(torch.autograd.Function):
     def backward(ctx, dy):
         x, shift, scale = ctx.saved_tensors
         dx, *sums = _backward(dy, x, scale, ctx.eps, ctx.one)
-        gradients = (
-            value.sum_to_size(parameter.shape[-2:]) for value, parameter in zip(sums, (shift, scale), strict=True)
-        )
-        d_shift, d_scale = (as_dtype(g, v) for g, v in zip(gradients, (shift, scale), strict=True))
+        d_shift, d_scale = (gradient_of(v, s) for v, s in zip((shift, scale), sums, strict=True))
         return dx, d_shift, d_scale, None, None, None

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from rcm_kernels.fused.launcher import (
     MAX_REGISTERS,
-    as_dtype,
     block_of,
     empty_like,
+    gradient_of,
     halves,
     launch,
     prepared,
@@ -266,4 +266,4 @@ class _Plain(torch.autograd.Function):
             (d_stats,) = torch.autograd.grad(total, local, d_total)
             d_stats = d_stats.contiguous()
         dx, d_weight = _backward(dy, dense, w, pairs, stats, d_stats, ctx.eps, ctx.features)
-        return dx, as_dtype(d_weight, weight), None, None, None, None
+        return dx, gradient_of(weight, d_weight), None, None, None, None
