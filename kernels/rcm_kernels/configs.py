@@ -25,31 +25,98 @@ class Config:
     stages: int
 
 
-# (kernel, GPU generation, head dim up to, "half" or "fp32"). Generation 89 stands for all GPUs with 99 KiB of shared memory (8.6, 8.9,
-# 12.x). Filled from compiler output (no spills, registers used well), not yet from measurements: no GPU was at hand.
+# (kernel, GPU generation, head dim up to, "half" or "fp32"). Generation 80 stands for all GPUs without the matmul instructions of 9.0
+# and 10.0: 8.x, 12.x. Filled from compiler output (no spills, registers used well), not yet from measurements: no GPU was at hand.
 TABLE = {
+    ("jvp", 80, 32, "half"): Config(128, 32, 32, 32, 8, 2),
+    ("jvp", 80, 64, "half"): Config(128, 32, 64, 64, 8, 2),
+    ("jvp", 80, 128, "half"): Config(128, 16, 128, 128, 8, 2),
+    ("jvp", 80, 256, "half"): Config(128, 32, 64, 64, 8, 2),
+    ("jvp", 80, 256, "fp32"): Config(64, 16, 32, 32, 4, 1),
+    ("jvp", 90, 32, "half"): Config(128, 64, 32, 32, 8, 3),
+    ("jvp", 90, 64, "half"): Config(128, 128, 64, 64, 8, 2),
     ("jvp", 90, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("jvp", 90, 256, "half"): Config(128, 32, 256, 64, 8, 2),
+    ("jvp", 90, 256, "fp32"): Config(64, 16, 32, 32, 4, 1),
+    ("jvp", 100, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("jvp", 100, 64, "half"): Config(128, 64, 64, 64, 8, 2),
+    ("jvp", 100, 128, "half"): Config(128, 32, 128, 128, 8, 2),
+    ("jvp", 100, 256, "half"): Config(128, 32, 256, 64, 8, 1),
+    ("jvp", 100, 256, "fp32"): Config(64, 16, 32, 32, 4, 1),
+    ("forward", 80, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("forward", 80, 64, "half"): Config(128, 64, 64, 64, 8, 2),
+    ("forward", 80, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("forward", 80, 256, "half"): Config(64, 32, 64, 128, 4, 2),
+    ("forward", 80, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("forward", 90, 32, "half"): Config(128, 64, 32, 32, 8, 3),
+    ("forward", 90, 64, "half"): Config(128, 128, 64, 64, 8, 3),
+    ("forward", 90, 128, "half"): Config(128, 128, 128, 128, 8, 2),
+    ("forward", 90, 256, "half"): Config(128, 64, 256, 128, 8, 2),
+    ("forward", 90, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("forward", 100, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("forward", 100, 64, "half"): Config(128, 128, 64, 64, 8, 2),
+    ("forward", 100, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("forward", 100, 256, "half"): Config(128, 32, 256, 64, 8, 1),
+    ("forward", 100, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("dq", 80, 32, "half"): Config(128, 32, 32, 32, 8, 2),
+    ("dq", 80, 64, "half"): Config(128, 32, 64, 64, 8, 2),
+    ("dq", 80, 128, "half"): Config(128, 32, 128, 128, 8, 2),
+    ("dq", 80, 256, "half"): Config(64, 32, 64, 64, 4, 2),
+    ("dq", 80, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("dq", 90, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("dq", 90, 64, "half"): Config(128, 128, 64, 64, 8, 2),
+    ("dq", 90, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("dq", 90, 256, "half"): Config(128, 32, 256, 128, 8, 1),
+    ("dq", 90, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("dq", 100, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("dq", 100, 64, "half"): Config(128, 128, 64, 64, 8, 2),
+    ("dq", 100, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("dq", 100, 256, "half"): Config(128, 32, 256, 64, 8, 1),
+    ("dq", 100, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("dkdv", 80, 32, "half"): Config(128, 32, 32, 32, 8, 2),
+    ("dkdv", 80, 64, "half"): Config(128, 32, 64, 64, 8, 2),
+    ("dkdv", 80, 128, "half"): Config(128, 32, 128, 64, 8, 2),
+    ("dkdv", 80, 256, "half"): Config(64, 32, 64, 64, 4, 2),
+    ("dkdv", 80, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("dkdv", 90, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("dkdv", 90, 64, "half"): Config(128, 64, 64, 64, 8, 2),
+    ("dkdv", 90, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("dkdv", 90, 256, "half"): Config(128, 32, 256, 64, 8, 1),
+    ("dkdv", 90, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
+    ("dkdv", 100, 32, "half"): Config(128, 64, 32, 32, 8, 2),
+    ("dkdv", 100, 64, "half"): Config(128, 64, 64, 64, 8, 2),
+    ("dkdv", 100, 128, "half"): Config(128, 64, 128, 128, 8, 2),
+    ("dkdv", 100, 256, "half"): Config(128, 32, 256, 64, 8, 1),
+    ("dkdv", 100, 256, "fp32"): Config(64, 32, 32, 32, 4, 1),
 }
 
 INTERPRETER = Config(32, 32, 256, 256, 4, 1)
 
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes that one program can have, per generation."""
+SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes that one program can have. For 80 the least of the GPUs that it stands for; an A100 has 166,912."""
 
 
 def config_for(kernel, q, *, irregular=False):
-    """The configuration for tensors like q. `irregular`: strides that share no offsets, for which registers run out earlier."""
+    """The configuration for tensors like q. `irregular`: see `narrower`."""
     bucket = block_dim(q.shape[-1])
     if q.device.type != "cuda":
         return replace(INTERPRETER, block_d=bucket, block_e=bucket)
-    kind = "fp32" if q.dtype == torch.float32 else "half"
-    config = TABLE[kernel, generation(q.device.index), bucket, kind]
-    return narrower(config) if irregular or q.shape[-1] != bucket else config
+    key = table_key(kernel, generation(q.device.index), q.shape[-1], q.dtype)
+    return narrower(TABLE[key]) if irregular or q.shape[-1] != bucket else TABLE[key]
+
+
+def table_key(kernel, generation, head_dim, dtype):
+    """Key of TABLE. fp32 is cut into pieces of the head dim, so that one entry serves all."""
+    if dtype == torch.float32:
+        return kernel, generation, 256, "fp32"
+    return kernel, generation, max(32, block_dim(head_dim)), "half"
 
 
 def narrower(config):
-    """Half the rows per step, for calls that need more registers: unequal strides, a head dim that is no power of two."""
-    return replace(config, block_n=max(16, config.block_n // 2))
+    """Smaller steps, for calls that need more registers: masks by chunk, unequal strides, a head dim that is no power of two."""
+    if config.block_n > 16:
+        return replace(config, block_n=config.block_n // 2)
+    return replace(config, block_e=max(16, config.block_e // 2))
 
 
 def block_dim(head_dim):
@@ -59,10 +126,10 @@ def block_dim(head_dim):
 
 @functools.cache
 def generation(device_index):
-    """The GPU generation of the table: 80, 89, 90 or 100."""
+    """The GPU generation of the table: 80, 90 or 100."""
     major, minor = torch.cuda.get_device_capability(device_index)
     if (major, minor) < (8, 0):
         raise ValueError(
             f"got a GPU of capability {major}.{minor}; need 8.0 or later; fix: choose the backend 'reference'"
         )
-    return {(8, 0): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}.get((major, minor), 89)
+    return {9: 90, 10: 100}.get(major, 80)

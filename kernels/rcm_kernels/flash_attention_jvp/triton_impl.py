@@ -30,7 +30,7 @@ def _first_tile_mean(
     MASK_D: tl.constexpr = HEAD_DIM % BLOCK_D != 0
     rows_M, rows_N = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    for d in tl.static_range(0, HEAD_DIM, BLOCK_D):
+    for d in tl.range(0, HEAD_DIM, BLOCK_D, num_stages=1):
         k_ND = load_rows(k + d, k_s, rows_N, num_keys, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
         tq_MD = load_rows(tq + d, tq_s, rows_M, rows_left, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
         sum_M += tl.sum(tq_MD * tl.sum(k_ND, 0)[None, :], 1)
@@ -217,7 +217,7 @@ def attention_jvp(
     carry = tuple(x.contiguous() for x in carry) if has_carry else (None,) * 4
     outputs = carry if update_carry and has_carry else _new_outputs(q, out_dtype)
     same_strides = tk is None or (tk.stride() == k.stride() and tv.stride() == v.stride())
-    config = config or config_for("jvp", q, irregular=not same_strides)
+    config = config or config_for("jvp", q, irregular=not same_strides or chunk is not None)
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
     if update_carry and has_carry and grid[1] > 1:  # a program must not read the lse that another one has updated
         carry = (*carry[:2], carry[2].clone(), carry[3].clone())
