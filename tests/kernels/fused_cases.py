@@ -53,7 +53,9 @@ def bias_gelu_case(s, b, d, dtype):
 
 
 def heads_of(d):
-    return (d // 22, 22) if d % 22 == 0 else (1, d + d % 2)
+    """(heads, head dim) of about d features."""
+    head_dim = next((k for k in (128, 22) if d % k == 0), d + d % 2)
+    return max(d // head_dim, 1), head_dim
 
 
 def rms_case(s, b, d, dtype):
