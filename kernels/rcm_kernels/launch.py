@@ -35,6 +35,11 @@ def check_tensors(*tensors):
         raise ValueError(
             f"got {odd.dtype} on {odd.device} beside {q.dtype} on {q.device}; need one dtype and device; fix: convert it"
         )
+    far = next((x for x in tensors if x is not None and x.stride(0) >= 2**24), None)
+    if far is not None:  # offsets within a tile of 128 rows are 32-bit
+        raise ValueError(
+            f"got tokens {far.stride(0)} elements apart; need less than {2**24}; fix: call contiguous() on it"
+        )
     if q.shape[-1] > 256:
         raise ValueError(f"got head dim {q.shape[-1]}; need at most 256; fix: choose the backend 'reference'")
 

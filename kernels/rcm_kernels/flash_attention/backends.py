@@ -40,7 +40,7 @@ def select_backend(name):
             "fix: set one of these, 'auto' to choose by device"
         )
     if name != "auto":
-        _load(name)
+        load(name)
     _forced = None if name == "auto" else name
     _choose.cache_clear()
 
@@ -56,7 +56,7 @@ def _choose(device, dtype, head_dim):
     refused = []
     for name in names:
         try:
-            backend = _load(name)
+            backend = load(name)
         except ValueError as error:
             if _forced:
                 raise
@@ -82,7 +82,8 @@ def _candidates(device, dtype, head_dim):
 
 
 @functools.cache
-def _load(name):
+def load(name):
+    """The backend of that name; ValueError where it cannot run."""
     try:
         return _LOADERS[name]()
     except (ImportError, AttributeError, RuntimeError, TypeError) as error:
