@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rcm_kernels.configs import Config
-from rcm_kernels.flash_attention_jvp import available_backends, reference, select_backend, triton_impl
+from rcm_kernels.flash_attention_jvp import attention_jvp, available_backends, reference, select_backend, triton_impl
 from tests.helpers import assert_close, relative_error
 from tests.kernels.jvp_cases import HARD, NAMES, hard_inputs, make_inputs, same_precision
 
@@ -203,11 +203,18 @@ def test_hard_inputs(kind, dtype):
 
 def test_the_backend_is_chosen_by_name_and_refuses_what_it_cannot_do():
     assert "triton" in available_backends()
+    inputs = make_inputs(3, 5)
     select_backend("triton")
-    select_backend("reference")
+    by_name = attention_jvp(*inputs)
+    select_backend("auto")
+    assert all(torch.equal(x, y) for x, y in zip(by_name, triton_impl.attention_jvp(*inputs), strict=True))
+    check(by_name, attention_jvp(*inputs))
     with pytest.raises(ValueError, match="got torch.float64; need float32"):
         triton_impl.attention_jvp(*make_inputs(3, 5, dtype=torch.float64)[:4])
     with pytest.raises(ValueError, match="head dim 257; need at most 256"):
         triton_impl.attention_jvp(*make_inputs(3, 5, d=257)[:4])
     with pytest.raises(ValueError, match="got torch.float16 on cpu beside torch.float32"):
         triton_impl.attention_jvp(*make_inputs(3, 5)[:3], make_inputs(3, 5, dtype=torch.float16)[3])
+    far = torch.empty(2, 2**24)[:, :32].view(2, 1, 2, 16)
+    with pytest.raises(ValueError, match="got tokens 16777216 elements apart"):
+        triton_impl.attention_jvp(far, far, far, far)
