@@ -49,7 +49,7 @@ def test_forward_and_gradients(name, s, b, d, dtype):
 
 @pytest.mark.parametrize(
     ("s", "b", "d", "dtype"),
-    [(1, 1, 66, torch.float32), (15, 2, 44, torch.float32), (77, 1, 17, torch.float32), (5, 2, 44, torch.bfloat16)],
+    [(1, 1, 66, torch.float32), (15, 2, 17, torch.float32), (5, 2, 44, torch.bfloat16)],
     ids=str,
 )
 @pytest.mark.parametrize("name", CASES)

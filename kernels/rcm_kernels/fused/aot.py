@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of every fused kernel, compiled ahead of time: `python -m rcm_kernels.fused.aot [--json]`.
+"""Registers, spills and shared memory of every fused kernel, compiled ahead of time: `python -m rcm_kernels.fused.aot`.
 
 Needs no GPU. The ops run on meta tensors of Wan2.1's sizes, their launches are recorded, and each is compiled as Triton would at
 its first launch (same types, same divisibility of sizes and strides, same warps) for sm_80, sm_90a and sm_100.
@@ -20,59 +20,62 @@ from rcm_kernels.fused import gated_residual, gelu_tanh, layer_norm_modulate, rm
 from rcm_kernels.fused.launcher import recorded
 
 CAPABILITIES = (80, 90, 100)
-# features, local heads, head dim, local MLP features: 1.3B and 14B on one GPU, 14B with tp=4
-SIZES = ((1536, 12, 128, 8960), (5120, 40, 128, 13824), (5120, 10, 128, 13824))
+# features, local heads, head dim: 14B and 1.3B on one GPU, 14B with tp=4
+SIZES = ((5120, 40, 128), (1536, 12, 128), (5120, 10, 128))
+FFN = 13824
 TOKENS = 32760
 OPTIONS = ("num_warps", "maxnreg")
-TYPE_NAMES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def launches(dtype=torch.bfloat16, sizes=SIZES):
     """Every distinct launch of a training step: (kernel, arguments, meta)."""
     with recorded() as records:
-        for features, heads, head_dim, ffn in sizes:
-            _run_all(dtype, features, heads, head_dim, ffn, sum_over_tp=_add if heads * head_dim < features else None)
-    distinct = {
-        (_signature(kernel, arguments)[1], str(meta)): (kernel, arguments, meta)
-        for kernel, _, arguments, meta in records
-    }
-    return list(distinct.values())
+        for features, heads, head_dim in sizes:
+            split = heads * head_dim < features
+            _run_norms_of_heads(dtype, features, heads, head_dim, sum_over_tp=_add if split else None)
+            if not split:
+                _run_norms(dtype, features)
+        _run_tiled(dtype, sizes[0][0], FFN)
+    distinct = {(_signature(launch[0], launch[2])[1], str(launch[3])): launch for launch in records}
+    return [(kernel, arguments, meta) for kernel, _, arguments, meta in distinct.values()]
 
 
 def _add(total):
     return total + 0
 
 
-def _run_all(dtype, features, heads, head_dim, ffn, sum_over_tp):
-    def empty(*sizes, of=dtype):
-        return torch.empty(sizes, dtype=of, device="meta")
+def _empty(*sizes, dtype=torch.float32):
+    return torch.empty(sizes, dtype=dtype, device="meta")
 
-    wide, norm = torch.float32, {"eps": 1e-6, "dtype": dtype}
-    h, dual_h = empty(TOKENS, 1, features), empty(TOKENS, 2, features)
-    vector, dual_vector, weight = (
-        empty(1, 1, features, of=wide),
-        empty(1, 2, features, of=wide),
-        empty(features, of=wide),
-    )
-    bias, x, dual_x = empty(ffn), empty(TOKENS, 1, ffn), empty(TOKENS, 2, ffn)
-    _both(layer_norm_modulate.plain, h, vector, vector, **norm)
-    _both(layer_norm_modulate.plain, h, weight, weight, one=0.0, **norm)
-    layer_norm_modulate.dual(dual_h, dual_vector, dual_vector, **norm)
-    layer_norm_modulate.dual(dual_h, weight, weight, one=0.0, vector_tangents=False, **norm)
-    _both(gated_residual.plain, h, h, vector)
-    gated_residual.dual(dual_h, dual_h, dual_vector)
+
+def _run_norms(dtype, features):
+    h, dual_h = _empty(TOKENS, 1, features, dtype=dtype), _empty(TOKENS, 2, features, dtype=dtype)
+    vector, dual_vector, weight = _empty(1, 1, features), _empty(1, 2, features), _empty(features)
+    options = {"eps": 1e-6, "dtype": dtype}
+    _both(layer_norm_modulate.plain, h, vector, vector, **options)
+    _both(layer_norm_modulate.plain, h, weight, weight, one=0.0, **options)
+    layer_norm_modulate.dual(dual_h, dual_vector, dual_vector, **options)
+    layer_norm_modulate.dual(dual_h, weight, weight, one=0.0, vector_tangents=False, **options)
+
+
+def _run_tiled(dtype, features, ffn):
+    """Ops in tiles of one size, whatever the number of features."""
+    h, dual_h = _empty(TOKENS, 1, features, dtype=dtype), _empty(TOKENS, 2, features, dtype=dtype)
+    x, dual_x, bias = (_empty(*sizes, ffn, dtype=dtype) for sizes in ((TOKENS, 1), (TOKENS, 2), ()))
+    _both(gated_residual.plain, h, h, _empty(1, 1, features))
+    gated_residual.dual(dual_h, dual_h, _empty(1, 2, features))
     _both(gelu_tanh.plain, x, bias)
     gelu_tanh.dual(dual_x, bias)
-    norm_weight = empty(heads, head_dim, of=wide)
-    rotation = torch.empty(TOKENS, head_dim // 2, dtype=torch.complex64, device="meta")
-    rms = {"eps": 1e-6, "num_features": features, "sum_over_tp": sum_over_tp}
+
+
+def _run_norms_of_heads(dtype, features, heads, head_dim, sum_over_tp):
+    weight, rotation = _empty(heads, head_dim), _empty(TOKENS, head_dim // 2, dtype=torch.complex64)
+    options = {"eps": 1e-6, "num_features": features, "sum_over_tp": sum_over_tp}
     for parts, turn in ((3, rotation), (1, None)):
-        _both(rms_norm_rope.plain, empty(TOKENS, 1, heads, parts, head_dim).select(3, 0), norm_weight, turn, **rms)
-        rms_norm_rope.dual(empty(TOKENS, 2, heads, parts, head_dim).select(3, 0), norm_weight, turn, **rms)
+        plain, dual = (_empty(TOKENS, rows, heads, parts, head_dim, dtype=dtype).select(3, 0) for rows in (1, 2))
+        _both(rms_norm_rope.plain, plain, weight, turn, **options)
+        rms_norm_rope.dual(dual, weight, turn, **options)
 
 
 def _both(function, *inputs, **options):
@@ -87,7 +90,7 @@ def _signature(kernel, arguments):
     types, constants, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
         if isinstance(value, torch.Tensor):
-            types[name] = TYPE_NAMES[value.dtype]
+            types[name] = "*" + next(key for key, dtype in DTYPES.items() if dtype == value.dtype)
         elif isinstance(value, float):
             types[name] = "fp32"
         elif value == 1:
@@ -134,12 +137,15 @@ def main():
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the hidden state")
     parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled; fix: unset it")
     capabilities = args.capability or CAPABILITIES
-    results = [compile_for(capability, *launch) for capability in capabilities for launch in launches()]
+    results = [
+        compile_for(capability, *launch) for capability in capabilities for launch in launches(DTYPES[args.dtype])
+    ]
     if args.json:
         print(json.dumps({"triton": triton.__version__, "results": results}))
         return
