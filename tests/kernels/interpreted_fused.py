@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from rcm_kernels.fused import gated_residual, launcher, layer_norm_modulate, reference, rms_norm_rope
 from tests.helpers import assert_close, relative_error
@@ -146,3 +147,27 @@ def test_vectors_that_samples_share():
             assert_close(module.__name__, ref, out, rel=5e-6)
     with pytest.raises(ValueError, match=r"got a vector of shape \(3, 1, 10\)"):
         gated_residual.plain(x, x, x[:, :1])
+
+
+def test_inside_a_checkpoint():
+    """PyTorch's non-reentrant checkpoint, also with a sum over ranks whose graph the op keeps."""
+    x, dy, weight, one = (
+        normal(3, 2, 2, 6, seed=1),
+        normal(3, 2, 12, seed=2),
+        normal(2, 6, seed=3),
+        normal(1, 2, 12, seed=4),
+    )
+
+    def block(x, weight, one):
+        options = {"eps": EPS, "num_features": 12, "sum_over_tp": lambda local: local * 1.5}
+        normed = rms_norm_rope.plain(x, weight, rotation(3, 6), **options).flatten(2)
+        return gated_residual.plain(
+            normed, layer_norm_modulate.plain(normed, one, one, eps=EPS, dtype=torch.float32), one
+        )
+
+    def checkpointed(*inputs):
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    expected, got = (gradients(function, [x, weight, one], dy) for function in (block, checkpointed))
+    for ref, out in zip((expected[0], *expected[1]), (got[0], *got[1]), strict=True):
+        assert_close("checkpointed", ref, out, rel=0)
