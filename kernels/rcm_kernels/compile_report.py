@@ -29,12 +29,12 @@ BEGIN, END = "<!-- compile_report: begin -->", "<!-- compile_report: end -->"
 SERIALISED = "wgmma.mma_async instructions are serialized"
 
 VARIANTS = {
-    "jvp": ("main", "no tk, tv", "no carry", "chunked", "other strides", "odd head dim"),
-    "forward": ("main", "odd head dim"),
-    "dq": ("main", "odd head dim"),
-    "dkdv": ("main", "odd head dim"),
+    "jvp": ("main", "no tk, tv", "no carry", "chunked", "other strides", "odd head dim", "fp16"),
+    "forward": ("main", "odd head dim", "fp16"),
+    "dq": ("main", "odd head dim", "fp16"),
+    "dkdv": ("main", "odd head dim", "fp16"),
 }
-"""Per kernel, what is compiled; "main" is what training runs (a ring step with tangents of keys, fp32 sum of dq)."""
+"""Per kernel, what is compiled; "main" is what training runs (a ring step in bf16 with tangents of keys, fp32 sum of dq)."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,13 @@ def versions():
 def compile_entry(key, config, variant="main"):
     """The Report on configuration `config` for table key (kernel, generation, head dim, kind)."""
     kernel, generation, head_dim, kind = key
-    fn, pointers, constants = _call(kernel, variant, "fp32" if kind == "fp32" else "bf16")
+    dtype = "fp32" if kind == "fp32" else "fp16" if variant == "fp16" else "bf16"
+    fn, pointers, constants = _call(kernel, variant, dtype)
     if variant == "odd head dim":
         head_dim -= 8
     if variant in ("chunked", "other strides", "odd head dim"):
         config = narrower(config)
-    dot_type = tl.float32 if kind == "fp32" else tl.bfloat16
+    dot_type = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16}[dtype]
     constants |= {"P_TYPE": dot_type, "DOT_TYPE": dot_type, "PRECISION": "tf32x3" if kind == "fp32" else "tf32"}
     constants |= {"HEAD_DIM": head_dim, "BLOCK_D": config.block_d, "BLOCK_E": config.block_e}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
