@@ -26,6 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rcm_kernels.fused import select_ops
 from rcm_megatron import platform
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.dual import Dual
@@ -152,8 +153,10 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--tokens", type=int, default=1024, help="a multiple of 256")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--fused", default="auto", help="fused ops: auto, none, all, or names joined by commas")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args(argv)
+    select_ops(args.fused)
     platform.install()
     platform.init_distributed()
     result = {**measure(args), **provenance()}

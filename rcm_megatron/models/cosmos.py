@@ -19,8 +19,7 @@ from rcm_megatron.models.dual_ops import (
     add_constant,
     gated_residual,
     gelu,
-    layer_norm,
-    modulate,
+    layer_norm_modulate,
     rms_norm,
     silu,
 )
@@ -34,7 +33,7 @@ from rcm_megatron.models.layers import (
     SelfAttention,
     wide_dtype,
 )
-from rcm_megatron.models.rope import apply_rope_halves, rope_frequencies, stretched_thetas
+from rcm_megatron.models.rope import rope_frequencies, stretched_thetas
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline import Condition
@@ -50,7 +49,6 @@ def cosmos_style(model: ModelConfig) -> AttentionStyle:
     return AttentionStyle(
         head_norm=RMSNormPerHead,
         norm_eps=model.cosmos.qk_norm_eps,
-        rotate=apply_rope_halves,
         bias=False,
         text_features=model.text_dim,
         activation=gelu,
@@ -155,14 +153,14 @@ class CosmosBlock(nn.Module):
             h_SBD = add_constant(h_SBD, positions_S1D)
         time = (e_FBD, shared_FB3, geometry.frame_S)
         shift, scale, gate = self.self_attn_modulation(*time)
-        x = modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype)
+        x = layer_norm_modulate(h_SBD, shift, scale, eps=self.eps, dtype=self.dtype)
         x = self.self_attn(x, geometry.rotation_SK, valid_tokens=geometry.valid_tokens)
         h_SBD = gated_residual(h_SBD, x, gate)
         shift, scale, gate = self.cross_attn_modulation(*time)
-        x = modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype)
+        x = layer_norm_modulate(h_SBD, shift, scale, eps=self.eps, dtype=self.dtype)
         h_SBD = gated_residual(h_SBD, self.cross_attn(x, text_LBD), gate)
         shift, scale, gate = self.mlp_modulation(*time)
-        x = modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype)
+        x = layer_norm_modulate(h_SBD, shift, scale, eps=self.eps, dtype=self.dtype)
         return gated_residual(h_SBD, self.mlp(x), gate)
 
 
@@ -179,7 +177,7 @@ class CosmosHead(nn.Module):
 
     def forward(self, h_SBD: Tensor | Dual, e_FBD: Tensor | Dual, shared_FB3: Tensor | Dual) -> Tensor | Dual:
         shift, scale = self.modulation(e_FBD, shared_FB3, self.frame_S)
-        x = self.linear(modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype))
+        x = self.linear(layer_norm_modulate(h_SBD, shift, scale, eps=self.eps, dtype=self.dtype))
         return map_linear(self._channels_first, x)
 
     def _channels_first(self, x_SBP: Tensor) -> Tensor:

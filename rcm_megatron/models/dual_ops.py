@@ -2,21 +2,29 @@
 
 Shapes: h_SBD hidden states, q_SBNK per head, S tokens of this rank, B batch (2B stacked inside a Dual), D features, N heads,
 K head dim. Statistics and modulation are fp32; results return in the dtype of the input.
+
+Where rcm_kernels.fused has a kernel for a tensor (on CUDA, unless its ``select_ops`` says otherwise), that one pass over the data
+replaces the PyTorch operations below, which are the rule itself and run everywhere else.
 """
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rcm_megatron.dual import Dual, shape_of
+from rcm_kernels.fused import kernel_for
+from rcm_megatron.dual import Dual, add_bias, map_linear, primal_of, shape_of
 
 aten = torch.ops.aten
 
 
-def gelu_tanh(x: Tensor | Dual) -> Tensor | Dual:
-    """GELU with the tanh approximation, as Wan uses it."""
+def gelu_tanh(x: Tensor | Dual, bias: Tensor | None = None) -> Tensor | Dual:
+    """GELU of ``x + bias`` with the tanh approximation, as Wan uses it; may add the bias to a Dual in place."""
+    if kernel := _kernel("gelu_tanh", x, bias):
+        return _run(kernel, x, bias)
+    x = add_bias(x, bias)
     if not isinstance(x, Dual):
         return F.gelu(x, approximate="tanh")
     return Dual.pack(
@@ -24,8 +32,9 @@ def gelu_tanh(x: Tensor | Dual) -> Tensor | Dual:
     )
 
 
-def gelu(x: Tensor | Dual) -> Tensor | Dual:
-    """GELU by the error function, as Cosmos uses it."""
+def gelu(x: Tensor | Dual, bias: Tensor | None = None) -> Tensor | Dual:
+    """GELU of ``x + bias`` by the error function, as Cosmos uses it; may add the bias to a Dual in place."""
+    x = add_bias(x, bias)
     if not isinstance(x, Dual):
         return F.gelu(x)
     return Dual.pack(F.gelu(x.primal), aten.gelu_backward(x.tangent.contiguous(), x.primal, approximate="none"))
@@ -35,6 +44,26 @@ def silu(x: Tensor | Dual) -> Tensor | Dual:
     if not isinstance(x, Dual):
         return F.silu(x)
     return Dual.pack(F.silu(x.primal), aten.silu_backward(x.tangent.contiguous(), x.primal))
+
+
+def layer_norm_modulate(
+    x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, eps: float, dtype: torch.dtype
+) -> Tensor | Dual:
+    """adaLN: ``layer_norm(x) (1 + scale) + shift`` in ``dtype``; ``shift`` and ``scale`` [1, B, D]."""
+    if kernel := _kernel("layer_norm_modulate", x, shift, scale):
+        return _run(kernel, x, shift, scale, eps=eps, dtype=dtype)
+    return modulate(layer_norm(x, eps=eps), shift, scale, dtype=dtype)
+
+
+def layer_norm_affine(
+    x: Tensor | Dual, weight: Tensor, bias: Tensor, *, eps: float, dtype: torch.dtype | None = None
+) -> Tensor | Dual:
+    """``layer_norm(x) weight + bias`` in ``dtype``, by default that of the statistics; ``weight`` and ``bias`` [D]."""
+    if dtype and (kernel := _kernel("layer_norm_modulate", x, weight, bias)):
+        tangents = {"vector_tangents": False} if isinstance(x, Dual) else {}
+        return _run(kernel, x, bias, weight, eps=eps, dtype=dtype, one=0.0, **tangents)
+    normed = layer_norm(x, eps=eps, weight=weight, bias=bias)
+    return map_linear(lambda value: value.to(dtype), normed) if dtype else normed
 
 
 def layer_norm(
@@ -63,13 +92,24 @@ def rms_norm_across_heads(
     *,
     eps: float,
     num_features: int,
-    sum_over_tp: Callable[[Tensor], Tensor],
+    sum_over_tp: Callable[[Tensor], Tensor] | None,
+    rotation_SK: Tensor | None = None,
 ) -> Tensor | Dual:
-    """RMSNorm whose mean square spans *all* heads, also those of other tensor-parallel ranks (Wan's q/k norm).
+    """RMSNorm whose mean square spans *all* heads, also those of other tensor-parallel ranks (Wan's q/k norm); then RoPE, if any.
 
-    ``sum_over_tp`` sums the per-token statistics ``[S, B, stats]``; q and k themselves are never gathered. ``num_features`` is the
-    full number of features. With r = rsqrt(mean(x²) + eps) and x̂ = x r, the tangent is t_x̂ = r (tx − x̂ mean(x̂ tx)).
+    ``sum_over_tp`` sums the per-token statistics ``[S, B, stats]``; q and k themselves are never gathered. None says that all heads
+    are here. ``num_features`` is the full number of features. With r = rsqrt(mean(x²) + eps) and x̂ = x r, the tangent is
+    t_x̂ = r (tx − x̂ mean(x̂ tx)).
     """
+    options = {"eps": eps, "num_features": num_features, "sum_over_tp": sum_over_tp}
+    if kernel := _kernel("rms_norm_rope", x_SBNK, weight_NK):
+        return _run(kernel, x_SBNK, weight_NK, rotation_SK, **options)
+    normed = _rms_norm(x_SBNK, weight_NK, **options)
+    return normed if rotation_SK is None else apply_rope(normed, rotation_SK)
+
+
+def _rms_norm(x_SBNK, weight_NK: Tensor, *, eps: float, num_features: int, sum_over_tp) -> Tensor | Dual:
+    sum_over_tp = sum_over_tp or (lambda total: total)
     if not isinstance(x_SBNK, Dual):
         x = upcast(x_SBNK)
         total = sum_over_tp(x.square().sum(dim=(-2, -1)).unsqueeze(-1))
@@ -101,6 +141,30 @@ def rms_norm(x: Tensor | Dual, weight: Tensor, *, eps: float) -> Tensor | Dual:
     return Dual.pack((primal * r * weight).to(dtype), (t_normed * weight).to(dtype))
 
 
+def apply_rope(x_SBNK: Tensor | Dual, rotation_SK: Tensor) -> Tensor | Dual:
+    """Rotate interleaved pairs of the head dimension in fp32; linear, so a Dual rotates as one tensor."""
+    return map_linear(lambda value: _rotate(value, rotation_SK), x_SBNK)
+
+
+def _rotate(x_SBNK: Tensor, rotation_SK: Tensor) -> Tensor:
+    wide = upcast(x_SBNK).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    rotation = rotation_SK.to(pairs.dtype)[:, None, None, :]
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_SBNK.dtype)
+
+
+def apply_rope_halves(x_SBNK: Tensor | Dual, rotation_SK: Tensor) -> Tensor | Dual:
+    """As :func:`apply_rope`, with pairs (k, k + K/2): the halves of a head are real and imaginary parts (Cosmos)."""
+    return map_linear(lambda value: _rotate_halves(value, rotation_SK), x_SBNK)
+
+
+def _rotate_halves(x_SBNK: Tensor, rotation_SK: Tensor) -> Tensor:
+    real, imaginary = upcast(x_SBNK).chunk(2, dim=-1)
+    rotation = rotation_SK[:, None, None, :]
+    cos, sin = rotation.real.to(real.dtype), rotation.imag.to(real.dtype)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x_SBNK.dtype)
+
+
 def modulate(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, dtype: torch.dtype) -> Tensor | Dual:
     """adaLN modulation ``x (1 + scale) + shift``; ``x`` [S, B, D], ``shift`` and ``scale`` [1, B, D]."""
     if not isinstance(x, Dual):
@@ -112,6 +176,8 @@ def modulate(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, dt
 
 def gated_residual(h: Tensor | Dual, x: Tensor | Dual, gate: Tensor | Dual) -> Tensor | Dual:
     """``h + gate x`` in the precision of ``gate``, returned in the dtype of ``h``; ``gate`` [1, B, D]."""
+    if kernel := _kernel("gated_residual", h, x, gate):
+        return _run(kernel, h, x, gate)
     if not isinstance(h, Dual):
         return torch.addcmul(h.to(gate.dtype), x.to(gate.dtype), gate).to(h.dtype)
     dtype, wide = h.stacked.dtype, gate.stacked.dtype
@@ -131,6 +197,24 @@ def add_constant(x: Tensor | Dual, constant: Tensor) -> Tensor | Dual:
     if not isinstance(x, Dual):
         return (x + constant).to(x.dtype)
     return Dual.pack((x.primal + constant).to(x.stacked.dtype), x.tangent)
+
+
+def _kernel(op: str, *values: Tensor | Dual | None) -> ModuleType | None:
+    """The module of ``op``'s fused kernels for these values, or None where the rules in PyTorch apply.
+
+    They do for a Dual that carries gradient here, outside of :func:`recomputed`: the kernels' duals have none.
+    """
+    if not isinstance(values[0], Dual):
+        return kernel_for(op, values[0])
+    if torch.is_grad_enabled() and any(primal_of(v).requires_grad for v in values if v is not None):
+        return None
+    return kernel_for(op, values[0].stacked)
+
+
+def _run(kernel: ModuleType, x: Tensor | Dual, *others: Tensor | Dual | None, **options) -> Tensor | Dual:
+    if not isinstance(x, Dual):
+        return kernel.plain(x, *others, **options)
+    return Dual(kernel.dual(*(v.stacked if isinstance(v, Dual) else v for v in (x, *others)), **options))
 
 
 def upcast(x: Tensor) -> Tensor:

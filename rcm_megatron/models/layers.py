@@ -17,9 +17,14 @@ from torch.distributed import ProcessGroup
 from rcm_kernels.flash_attention import attention
 from rcm_kernels.flash_attention_jvp import attention_jvp
 from rcm_megatron.dual import Dual, add_bias, map_linear
-from rcm_megatron.models.dual_ops import gelu_tanh, layer_norm, rms_norm, rms_norm_across_heads
+from rcm_megatron.models.dual_ops import (
+    apply_rope_halves,
+    gelu_tanh,
+    layer_norm_affine,
+    rms_norm,
+    rms_norm_across_heads,
+)
 from rcm_megatron.models.layer_specs import LayerSpec
-from rcm_megatron.models.rope import apply_rope
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.mappings import all_reduce_sum
 
@@ -74,10 +79,12 @@ def mark_tensor_parallel(parameter: nn.Parameter, *, dim: int) -> None:
 
 def project(linear: nn.Module, x: Tensor | Dual) -> Tensor | Dual:
     """Apply a Megatron linear to a tensor, or to both halves of a dual with the bias on the primal alone."""
-    bias = (
-        linear.bias if linear.bias is not None and linear.bias.numel() else None
-    )  # Transformer Engine's "none" is empty
-    return add_bias(map_linear(lambda value: linear(value)[0], x), bias)
+    return add_bias(map_linear(lambda value: linear(value)[0], x), bias_of(linear))
+
+
+def bias_of(linear: nn.Module) -> Tensor | None:
+    """The bias of a Megatron linear; Transformer Engine's "none" is an empty one."""
+    return linear.bias if linear.bias is not None and linear.bias.numel() else None
 
 
 class ReplicatedLinear(nn.Linear):
@@ -110,8 +117,9 @@ class AffineLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
         self.weight.sequence_parallel = self.bias.sequence_parallel = True
 
-    def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
-        return layer_norm(h_SBD, eps=self.eps, weight=self.weight, bias=self.bias)
+    def forward(self, h_SBD: Tensor | Dual, *, dtype: torch.dtype | None = None) -> Tensor | Dual:
+        """The normed state in ``dtype``; by default in that of the statistics."""
+        return layer_norm_affine(h_SBD, self.weight, self.bias, eps=self.eps, dtype=dtype)
 
 
 class RMSNormAcrossHeads(nn.Module):
@@ -123,17 +131,19 @@ class RMSNormAcrossHeads(nn.Module):
         super().__init__()
         self.eps, self.num_features = eps, num_heads * head_dim
         self.shape = (num_heads // tp_group.size(), head_dim)
-        self.sum_over_tp = partial(all_reduce_sum, group=tp_group)
+        self.sum_over_tp = partial(all_reduce_sum, group=tp_group) if tp_group.size() > 1 else None
         self.weight = nn.Parameter(torch.ones(self.shape[0] * head_dim, dtype=dtype))
         mark_tensor_parallel(self.weight, dim=0)
 
-    def forward(self, x_SBNK: Tensor | Dual) -> Tensor | Dual:
+    def forward(self, x_SBNK: Tensor | Dual, rotation_SK: Tensor | None = None) -> Tensor | Dual:
+        """The norm, and after it RoPE by ``rotation_SK`` if there is one."""
         return rms_norm_across_heads(
             x_SBNK,
             self.weight.view(self.shape),
             eps=self.eps,
             num_features=self.num_features,
             sum_over_tp=self.sum_over_tp,
+            rotation_SK=rotation_SK,
         )
 
 
@@ -152,8 +162,10 @@ class RMSNormPerHead(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim, dtype=dtype))
         self.weight.sequence_parallel = True
 
-    def forward(self, x_SBNK: Tensor | Dual) -> Tensor | Dual:
-        return rms_norm(x_SBNK, self.weight, eps=self.eps)
+    def forward(self, x_SBNK: Tensor | Dual, rotation_SK: Tensor | None = None) -> Tensor | Dual:
+        """The norm, and after it RoPE by ``rotation_SK`` if there is one."""
+        normed = rms_norm(x_SBNK, self.weight, eps=self.eps)
+        return normed if rotation_SK is None else apply_rope_halves(normed, rotation_SK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +173,13 @@ class AttentionStyle:
     """In what the attention and MLP of families differ."""
 
     head_norm: type = RMSNormAcrossHeads
-    """Norm of q and k."""
+    """Norm of q and k, and the family's RoPE after it."""
     norm_eps: float
-    rotate: Callable[[Tensor | Dual, Tensor], Tensor | Dual] = apply_rope
     bias: bool = True
     """Of all linears."""
     text_features: int
     """Width of the text that cross-attention sees."""
-    activation: Callable[[Tensor | Dual], Tensor | Dual] = gelu_tanh
+    activation: Callable[[Tensor | Dual, Tensor | None], Tensor | Dual] = gelu_tanh
 
 
 def wan_style(model) -> AttentionStyle:
@@ -197,7 +208,7 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         style = style or wan_style(model)
-        self.head_dim, self.context, self.rotate = model.head_dim, context, style.rotate
+        self.head_dim, self.context = model.head_dim, context
         hidden, norm = model.hidden_size, partial(style.head_norm, model.num_heads, model.head_dim)
         options = {"config": config, "tp_group": tp_group, "bias": style.bias}
         self.linear_qkv = column_linear(spec, hidden, 3 * hidden, **options)
@@ -207,7 +218,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, h_SBD: Tensor | Dual, rotation_SK: Tensor, *, valid_tokens: int) -> Tensor | Dual:
         q, k, v = split_heads(project(self.linear_qkv, h_SBD), 3, self.head_dim)
-        q, k = self.rotate(self.q_norm(q), rotation_SK), self.rotate(self.k_norm(k), rotation_SK)
+        q, k = self.q_norm(q, rotation_SK), self.k_norm(k, rotation_SK)
         if isinstance(q, Dual):
             o, to = self.context.attention_jvp(
                 q.primal, k.primal, v.primal, q.tangent, k.tangent, v.tangent, valid_tokens=valid_tokens
@@ -277,4 +288,5 @@ class MLP(nn.Module):
         self.linear_fc2 = row_linear(spec, ffn, hidden, **options)
 
     def forward(self, h_SBD: Tensor | Dual) -> Tensor | Dual:
-        return project(self.linear_fc2, self.activation(project(self.linear_fc1, h_SBD)))
+        x = map_linear(lambda value: self.linear_fc1(value)[0], h_SBD)
+        return project(self.linear_fc2, self.activation(x, bias_of(self.linear_fc1)))

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-from rcm_megatron.dual import Dual
-from rcm_megatron.models.dual_ops import upcast
-
 
 def rope_frequencies(
     grid: tuple[int, int, int],
@@ -47,31 +44,3 @@ def split_head(head_dim: int) -> tuple[int, int, int]:
 def stretched_thetas(head_dim: int, scale: tuple[float, float, float]) -> tuple[float, ...]:
     """Bases that stretch each axis by ``scale``, "NTK-aware": ``10000 scale^(d / (d − 2))`` for an axis of d channels (Cosmos)."""
     return tuple(10000.0 * s ** (d / (d - 2)) for s, d in zip(scale, split_head(head_dim), strict=True))
-
-
-def apply_rope(x_SBNK: Tensor | Dual, rotation_SK: Tensor) -> Tensor | Dual:
-    """Rotate interleaved pairs of the head dimension in fp32; linear, so a Dual rotates as one tensor."""
-    if isinstance(x_SBNK, Dual):
-        return Dual(_rotate(x_SBNK.stacked, rotation_SK))
-    return _rotate(x_SBNK, rotation_SK)
-
-
-def _rotate(x_SBNK: Tensor, rotation_SK: Tensor) -> Tensor:
-    wide = upcast(x_SBNK).contiguous()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    rotation = rotation_SK.to(pairs.dtype)[:, None, None, :]
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_SBNK.dtype)
-
-
-def apply_rope_halves(x_SBNK: Tensor | Dual, rotation_SK: Tensor) -> Tensor | Dual:
-    """As :func:`apply_rope`, with pairs (k, k + K/2): the halves of a head are real and imaginary parts (Cosmos)."""
-    if isinstance(x_SBNK, Dual):
-        return Dual(_rotate_halves(x_SBNK.stacked, rotation_SK))
-    return _rotate_halves(x_SBNK, rotation_SK)
-
-
-def _rotate_halves(x_SBNK: Tensor, rotation_SK: Tensor) -> Tensor:
-    real, imaginary = upcast(x_SBNK).chunk(2, dim=-1)
-    rotation = rotation_SK[:, None, None, :]
-    cos, sin = rotation.real.to(real.dtype), rotation.imag.to(real.dtype)
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x_SBNK.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
 from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages, sinusoid
-from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm, modulate, silu
+from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm_modulate, silu
 from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
 from rcm_megatron.models.rope import rope_frequencies
@@ -64,12 +64,12 @@ class WanBlock(nn.Module):
         self, h_SBD: Tensor | Dual, e_6BD: Tensor | Dual, text_LBD: Tensor, *, geometry: TokenGeometry
     ) -> Tensor | Dual:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(e_6BD, self.modulation)
-        x = modulate(layer_norm(h_SBD, eps=self.eps), shift_1, scale_1, dtype=self.dtype)
+        x = layer_norm_modulate(h_SBD, shift_1, scale_1, eps=self.eps, dtype=self.dtype)
         x = self.self_attn(x, geometry.rotation_SK, valid_tokens=geometry.valid_tokens)
         h_SBD = gated_residual(h_SBD, x, gate_1)
-        x = h_SBD if self.norm3 is None else map_linear(lambda value: value.to(self.dtype), self.norm3(h_SBD))
+        x = h_SBD if self.norm3 is None else self.norm3(h_SBD, dtype=self.dtype)
         h_SBD = add(h_SBD, self.cross_attn(x, text_LBD))
-        x = modulate(layer_norm(h_SBD, eps=self.eps), shift_2, scale_2, dtype=self.dtype)
+        x = layer_norm_modulate(h_SBD, shift_2, scale_2, eps=self.eps, dtype=self.dtype)
         return gated_residual(h_SBD, self.mlp(x), gate_2)
 
 
@@ -88,7 +88,7 @@ class WanHead(nn.Module):
     def forward(self, h_SBD: Tensor | Dual, e_1BD: Tensor | Dual) -> Tensor | Dual:
         both = map_linear(lambda value: value.expand(2, -1, -1), e_1BD)
         shift, scale = split_modulation(both, self.modulation)
-        x = self.linear(modulate(layer_norm(h_SBD, eps=self.eps), shift, scale, dtype=self.dtype))
+        x = self.linear(layer_norm_modulate(h_SBD, shift, scale, eps=self.eps, dtype=self.dtype))
         return map_linear(self._channels_first, x)
 
     def _channels_first(self, x_SBP: Tensor) -> Tensor:

@@ -14,7 +14,13 @@ else
 fi
 nvidia-smi --query-gpu=name,driver_version --format=csv | tee "$out/gpu.txt"
 python3 -m pytest -q -m gpu tests/gpu tests/unit 2>&1 | tee "$out/tests.txt" || failed=1
-python3 -m rcm_kernels.flash_attention_jvp.benchmark --device cuda 2>&1 | tee "$out/attention_jvp.txt"
+if command -v compute-sanitizer >/dev/null; then
+    compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -q tests/gpu/test_triton_kernels.py \
+        -k "odd_shapes and 128-77-dtype0 or padded" 2>&1 | tee "$out/sanitizer.txt" || failed=1
+fi
+# NVLABS_RCM=<checkout of github.com/NVlabs/rcm> times its kernel in the same run
+python3 -m rcm_kernels.benchmark --output "$out" ${NVLABS_RCM:+--against "$NVLABS_RCM"} 2>&1 | tee "$out/attention.txt" || failed=1
+python3 tools/plot_kernel_benchmark.py "$out/attention.csv" || true
 # the reference attention is a stand-in for the Triton kernel: 8,192 tokens keep it within minutes
 python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens 8192 --dtype bf16 --repeats 3 \
     --output "$out/scm_step.json"

@@ -120,6 +120,32 @@ def test_carry_is_not_modified():
     assert all(torch.equal(x, y) for x, y in zip(before, carry, strict=True))
 
 
+@pytest.mark.parametrize(("chunk", "q_offset", "k_offset"), [(1, 0, 0), (4, 3, 0), (5, 20, 12), (3, 0, 100)])
+def test_masks_by_chunk(chunk, q_offset, k_offset):
+    """One query at a time, over the keys that the definition leaves; rows that see none are empty."""
+    q, k, v, tq, tk, tv = make_inputs(11, 17)
+    got = attention_jvp(q, k, v, tq, tk, tv, chunk=chunk, q_offset=q_offset, k_offset=k_offset)
+    for i in range(11):
+        count = sum((j + k_offset) // chunk <= (i + q_offset) // chunk for j in range(17))
+        row = [x[i : i + 1] for x in got[:2]] + [x[..., i : i + 1] for x in got[2:]]
+        expected = attention_jvp(q[i : i + 1], k, v, tq[i : i + 1], tk, tv, valid_keys=count)
+        if count:
+            check(expected, row, rel=1e-12)
+        else:
+            assert all(torch.equal(x, y) for x, y in zip(expected, row, strict=True))
+
+
+def test_results_in_the_carry_and_in_another_type():
+    inputs = make_inputs(11, 9)
+    first = attention_jvp(*inputs)
+    expected = attention_jvp(*inputs, carry=first)
+    o, to, lse, _ = attention_jvp(*inputs, carry=first, out_dtype=torch.bfloat16)
+    assert (o.dtype, to.dtype, lse.dtype) == (torch.bfloat16, torch.bfloat16, torch.float64)
+    updated = attention_jvp(*inputs, carry=first, update_carry=True)
+    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(updated, first, strict=True))
+    check(expected, updated, rel=0)
+
+
 def test_linear_in_the_tangents():
     q, k, v, *first = make_inputs(15, 33)
     *_, ta, tb, tc = make_inputs(15, 33, seed=1)
@@ -187,5 +213,17 @@ def test_bad_calls_say_what_they_need():
     inputs = make_inputs(3, 5)
     with pytest.raises(ValueError, match=r"valid_keys=6; need 0\.\.5"):
         attention_jvp(*inputs, valid_keys=6)
+    with pytest.raises(ValueError, match="scale=-1; need a positive number"):
+        attention_jvp(*inputs, scale=-1)
+    with pytest.raises(ValueError, match="got chunk=0"):
+        attention_jvp(*inputs, chunk=0)
+    with pytest.raises(ValueError, match=r"got a carry of shape \(3, 3, 2, 16\)"):
+        attention_jvp(*inputs, carry=[x.float() for x in attention_jvp(*inputs)])
     with pytest.raises(ValueError, match="got attention_jvp backend 'cutlass'; need one of reference"):
         select_backend("cutlass")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_cannot_run_is_an_error():
+    with pytest.raises(ValueError, match="'triton', which cannot run here"):
+        select_backend("triton")

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from rcm_megatron.dual import Dual, add_bias, as_message, from_message, map_linear, primal_of, recomputed, shape_of
 from rcm_megatron.models import dual_ops
-from rcm_megatron.models.rope import apply_rope, apply_rope_halves, rope_frequencies
+from rcm_megatron.models.dual_ops import apply_rope, apply_rope_halves
+from rcm_megatron.models.rope import rope_frequencies
 from tests.helpers import assert_close
 
 TOKENS, BATCH, FEATURES, HEADS, HEAD_DIM = 7, 3, 22, 3, 10

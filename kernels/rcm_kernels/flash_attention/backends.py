@@ -27,6 +27,8 @@ class Backend:
     name: str
     forward: Callable
     backward: Callable
+    accumulates: bool = False
+    """`backward` takes `dq`, an fp32 sum to which it adds, and then returns dk and dv in fp32."""
 
 
 def select_backend(name):
@@ -38,7 +40,7 @@ def select_backend(name):
             "fix: set one of these, 'auto' to choose by device"
         )
     if name != "auto":
-        _load(name)
+        load(name)
     _forced = None if name == "auto" else name
     _choose.cache_clear()
 
@@ -54,7 +56,7 @@ def _choose(device, dtype, head_dim):
     refused = []
     for name in names:
         try:
-            backend = _load(name)
+            backend = load(name)
         except ValueError as error:
             if _forced:
                 raise
@@ -71,14 +73,17 @@ def _candidates(device, dtype, head_dim):
     """Fastest first. The CUDA flash kernels take half precision and head dims up to 256 only."""
     if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256:
         hopper = torch.cuda.get_device_capability() >= (9, 0) and torch.cuda.get_device_capability() < (10, 0)
-        return (["flash_attn_3"] if hopper else []) + ["flash_attn_2", "aten_cuda", "reference"]
+        return (["flash_attn_3"] if hopper else []) + ["flash_attn_2", "aten_cuda", "triton", "reference"]
+    if device == "cuda" and dtype == torch.float32 and head_dim <= 256:
+        return ["triton", "reference"]
     if device == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return ["aten_cpu", "reference"]
     return ["reference"]
 
 
 @functools.cache
-def _load(name):
+def load(name):
+    """The backend of that name; ValueError where it cannot run."""
     try:
         return _LOADERS[name]()
     except (ImportError, AttributeError, RuntimeError, TypeError) as error:
@@ -187,10 +192,19 @@ def _flash_attn_3():
     return _checked(Backend("flash_attn_3", forward, backward))
 
 
+def _triton():
+    from rcm_kernels import launch
+    from rcm_kernels.flash_attention import triton_impl
+
+    launch.check_machine()
+    return Backend("triton", triton_impl.forward, triton_impl.backward, accumulates=True)
+
+
 _LOADERS = {
     "flash_attn_3": _flash_attn_3,
     "flash_attn_2": _flash_attn_2,
     "aten_cuda": _aten_cuda,
     "aten_cpu": _aten_cpu,
+    "triton": _triton,
     "reference": lambda: Backend("reference", reference.forward, reference.backward),
 }

@@ -18,17 +18,27 @@ def attention_forward(q, k, v, *, valid_keys=None, scale=None):
     return backend_for(q).forward(q, k, v, _scale(q, scale))
 
 
-def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None):
+def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None, dq=None):
     """Gradients (dq, dk, dv) in q's dtype for this block of keys; `o` and `lse` may be those of a larger set of keys.
+
+    With `dq`, a contiguous sum over blocks in lse's dtype, dq is added to it in place, and dk and dv have that dtype too.
 
     With P = exp(scale q k^T - lse) and dS = P * (do v^T - sum(do * o)): dv = P^T do, dq = scale dS k, dk = scale dS^T q.
     Gradients of keys past `valid_keys` are 0.
     """
     num_keys = _count_keys(k, valid_keys)
     if num_keys == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dtype = q.dtype if dq is None else dq.dtype
+        return torch.zeros_like(q) if dq is None else dq, *(torch.zeros_like(x, dtype=dtype) for x in (k, v))
     do, q, o, k_valid, v_valid = (_last_dim_dense(x) for x in (do, q, o, k[:num_keys], v[:num_keys]))
-    dq, dk, dv = backend_for(q).backward(do, q, k_valid, v_valid, o, lse, _scale(q, scale))
+    backend, arguments = backend_for(q), (do, q, k_valid, v_valid, o, lse, _scale(q, scale))
+    if dq is None:
+        dq, dk, dv = backend.backward(*arguments)
+    elif backend.accumulates:
+        dq, dk, dv = backend.backward(*arguments, dq=dq)
+    else:
+        block_dq, dk, dv = backend.backward(*arguments)
+        dq, dk, dv = dq.add_(block_dq), dk.to(dq.dtype), dv.to(dq.dtype)
     return dq, _pad_keys(dk, k.shape[0]), _pad_keys(dv, v.shape[0])
 
 

@@ -27,6 +27,11 @@ def attention_jvp(
     valid_keys=None,
     scale=None,
     carry=None,
+    chunk=None,
+    q_offset=0,
+    k_offset=0,
+    out_dtype=None,
+    update_carry=False,
     block_queries=BLOCK_QUERIES,
     block_keys=BLOCK_KEYS,
 ):
@@ -35,11 +40,36 @@ def attention_jvp(
     q, tq: [s, b, n, d]; k, v, tk, tv: [l, b, n, d]; strided views are fine. `tk = tv = None` means that keys and values
     have no tangent (cross-attention): no zero tensors are made, four matmuls instead of six. `valid_keys` (int) is the
     number of leading keys that exist; `scale` is 1/sqrt(d) by default. `carry` is the result of other blocks of keys,
-    merged in; it is not modified.
+    merged in; it is not modified unless `update_carry`, which writes the results into its tensors.
 
-    Returns o, to [s, b, n, d] and lse, mu [b, n, s], all fp32 (fp64 for fp64 inputs). Without a valid key lse = -inf and
-    the others are 0. No gradient flows.
+    `chunk` hides later chunks (frames) of that many tokens: the query at global position q_offset + i sees the keys at
+    k_offset + j of its own chunk and of earlier ones. chunk = 1 is the causal mask.
+
+    Returns o, to [s, b, n, d] and lse, mu [b, n, s], all fp32 (fp64 for fp64 inputs); `out_dtype` is another type for o and
+    to. Rows without a valid key have lse = -inf and 0 elsewhere. No gradient flows.
     """
+    num_keys, scale = check_call(q, k, tk, tv, valid_keys, scale, carry, chunk, out_dtype, update_carry)
+    if num_keys == 0:
+        return without_keys(q, carry, out_dtype)
+    if chunk is None:
+        block = _block(q, k, v, tq, tk, tv, num_keys, scale, block_queries, block_keys)
+    else:
+        rows = _rows_by_limit(q.shape[0], num_keys, chunk, q_offset, k_offset)
+        blocks = [
+            _block(q[r], k, v, tq[r], tk, tv, limit, scale, block_queries, block_keys)
+            if limit > 0
+            else without_keys(q[r], None, None)
+            for r, limit in rows
+        ]
+        block = tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*blocks, strict=True), (0, 0, 2, 2), strict=True))
+    o, to, lse, mu = block if carry is None else merge_blocks(carry, block)
+    if update_carry and carry is not None:
+        return tuple(old.copy_(new) for old, new in zip(carry, (o, to, lse, mu), strict=True))
+    return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
+
+
+def check_call(q, k, tk, tv, valid_keys, scale, carry, chunk, out_dtype, update_carry):
+    """Raise for arguments that do not fit together. Returns the number of keys and the scale."""
     if (tk is None) != (tv is None):
         raise ValueError("got only one of tk and tv; need both or neither; fix: pass zeros for the missing one")
     num_keys = k.shape[0] if valid_keys is None else valid_keys
@@ -48,14 +78,48 @@ def attention_jvp(
             f"got valid_keys={valid_keys}; need 0..{k.shape[0]}, the keys given; fix: count the keys of this block only"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"got scale={scale}; need a positive number; fix: negate q instead")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"got chunk={chunk}; need the tokens of a chunk, 1 for causal; fix: None for no mask")
+    full = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if carry is not None and (carry[0].shape != q.shape or any(x.dtype != full for x in carry)):
+        raise ValueError(
+            f"got a carry of shape {tuple(carry[0].shape)} and types {sorted({str(x.dtype) for x in carry})}; need "
+            f"{tuple(q.shape)} and {full}; fix: set out_dtype in the last call of a chain only"
+        )
+    if update_carry and (out_dtype is not None or not all(x.is_contiguous() for x in carry or ())):
+        raise ValueError(
+            "got update_carry with out_dtype or a strided carry; need a contiguous fp32 carry as attention_jvp returns it; "
+            "fix: leave out update_carry"
+        )
+    return num_keys, scale
+
+
+def without_keys(q, carry, out_dtype):
+    """The result of a block without a valid key: the carry, or lse = -inf and zeros."""
+    full = torch.float64 if q.dtype == torch.float64 else torch.float32
+    o, to, lse, mu = _empty_block(q, full) if carry is None else carry
+    return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
+
+
+def _rows_by_limit(num_queries, num_keys, chunk, q_offset, k_offset):
+    """(rows, number of leading keys that they see), one entry per chunk of queries."""
+    begin = 0
+    while begin < num_queries:
+        end_of_chunk = ((q_offset + begin) // chunk + 1) * chunk
+        end = min(end_of_chunk - q_offset, num_queries)
+        yield slice(begin, end), min(max(end_of_chunk - k_offset, 0), num_keys)
+        begin = end
+
+
+def _block(q, k, v, tq, tk, tv, num_keys, scale, block_queries, block_keys):
+    """(o, to, lse, mu) over the first `num_keys` keys, at least one, all of which every query sees."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if num_keys == 0:
-        return _empty_block(q, dtype) if carry is None else carry
     keys = [None if x is None else _rows(x[:num_keys], dtype) for x in (k, v, tk, tv)]
-    block = _attend(_rows(q, dtype), _rows(tq, dtype), *keys, scale, block_queries, block_keys)
-    (s, b, n, d), (o, to, lse, mu) = q.shape, block
-    block = o.view(s, b, n, d), to.view(s, b, n, d), lse.view(b, n, s), mu.view(b, n, s)
-    return block if carry is None else merge_blocks(carry, block)
+    o, to, lse, mu = _attend(_rows(q, dtype), _rows(tq, dtype), *keys, scale, block_queries, block_keys)
+    s, b, n, d = q.shape
+    return o.view(s, b, n, d), to.view(s, b, n, d), lse.view(b, n, s), mu.view(b, n, s)
 
 
 def merge_blocks(first, second):

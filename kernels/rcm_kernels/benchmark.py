@@ -1,0 +1,194 @@
+"""Speed and memory of the attention kernels on one GPU, beside torch's flash attention in the same run.
+
+    python -m rcm_kernels.benchmark --output runs/kernels                        # all cases -> runs/kernels/attention.csv
+    python -m rcm_kernels.benchmark --cases self_14b_480p --against ~/rcm        # and the kernel of a checkout of NVlabs/rcm
+    python tools/plot_kernel_benchmark.py runs/kernels/attention.csv             # -> attention.png
+
+TFLOP/s count matmuls: 12 s l d operations per head with all tangents, 8 without tk, tv, 4 plain, 10 for a backward. The peak is
+that of torch's own matmul, 8192 x 8192 x 8192 in the same type, measured first. Needs an NVIDIA GPU; the reference on a CPU is
+timed by `rcm_kernels.flash_attention_jvp.benchmark`.
+"""
+
+import argparse
+import csv
+import functools
+import importlib.util
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of attention_jvp."""
+
+    queries: int
+    keys: int
+    heads: int
+    batch: int = 1
+    head_dim: int = 128
+    key_tangents: bool = True
+    carry: bool = False
+
+
+CASES = {
+    "self_14b_480p": Case(32760, 32760, 40),
+    "self_14b_720p": Case(75600, 75600, 40),
+    "cross_14b_480p": Case(32760, 512, 40, key_tangents=False),
+    "self_1.3b_480p": Case(32760, 32760, 12),
+    "cross_1.3b_480p": Case(32760, 512, 12, key_tangents=False),
+    "ring_14b_480p_cp8": Case(4095, 4095, 40, carry=True),
+    "ring_14b_480p_cp4": Case(8190, 8190, 40, carry=True),
+    "ring_14b_720p_cp4": Case(18900, 18900, 40, carry=True),
+    "head_dim_64": Case(16384, 16384, 24, head_dim=64),
+}
+
+
+def milliseconds(fn, repeats):
+    """Median time of `fn` on the GPU, after two calls that warm up."""
+    times = []
+    for i in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        fn()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            times.append(begin.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def matmul_peak(dtype, repeats, size=8192):
+    """TFLOP/s of torch.matmul."""
+    a, b = torch.randn(2, size, size, device="cuda").to(dtype).unbind(0)
+    return 2 * size**3 / milliseconds(functools.partial(torch.matmul, a, b), repeats) / 1e9
+
+
+def peak_memory(fn):
+    """MiB that one call needs at most beside its inputs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def load_nvlabs(path):
+    """The attention function of rcm/utils/flash_attention_jvp_triton.py in a checkout of NVlabs/rcm."""
+    file = Path(path).expanduser() / "rcm" / "utils" / "flash_attention_jvp_triton.py"
+    if not file.is_file():
+        raise ValueError(
+            f"got --against {path}, without {file}; need a checkout of github.com/NVlabs/rcm; fix: clone it"
+        )
+    spec = importlib.util.spec_from_file_location("nvlabs_flash_attention_jvp", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.attention
+
+
+def make_inputs(case, dtype):
+    """q, k, v, tq, tk, tv as a training step has them: halves of stacked duals [s, 2b, n, d]."""
+
+    def stack(length):
+        dual = torch.randn(length, 2 * case.batch, case.heads, case.head_dim, device="cuda", dtype=dtype)
+        return dual[:, : case.batch], dual[:, case.batch :]
+
+    (q, tq), (k, tk), (v, tv) = stack(case.queries), stack(case.keys), stack(case.keys)
+    return (q, k, v, tq, tk, tv) if case.key_tangents else (q, k, v, tq, None, None)
+
+
+def candidates(case, inputs, nvlabs):
+    """(implementation, operations per s*l*d, function) to be timed."""
+    from rcm_kernels.flash_attention import backends
+    from rcm_kernels.flash_attention_jvp import triton_impl
+
+    q, k, v, tq, tk, tv = inputs
+    scale = case.head_dim**-0.5
+    if q.dtype != torch.float32:  # torch's flash attention takes half precision only
+        aten = backends.load("aten_cuda")
+        yield "aten flash, forward", 4, functools.partial(aten.forward, q, k, v, scale)
+    carry = triton_impl.attention_jvp(*inputs) if case.carry else None
+    jvp = functools.partial(triton_impl.attention_jvp, *inputs, carry=carry, update_carry=case.carry)
+    yield "triton, with tangent", 12 if case.key_tangents else 8, jvp
+    if nvlabs is not None:
+        zeros = [
+            torch.zeros_like(x) if t is None else t for x, t in ((k, tk), (v, tv))
+        ]  # it has no way to leave them out
+        views = [x.permute(1, 2, 0, 3) for x in (q, k, v, tq, *zeros)]
+        yield "NVlabs/rcm, with tangent", 12 if case.key_tangents else 8, functools.partial(nvlabs, *views)
+    if case.key_tangents and q.dtype != torch.float32:
+        (o, lse), triton_backend = aten.forward(q, k, v, scale), backends.load("triton")
+        do = torch.randn_like(o)
+        yield "triton, forward", 4, functools.partial(triton_backend.forward, q, k, v, scale)
+        yield "aten flash, backward", 10, functools.partial(aten.backward, do, q, k, v, o, lse, scale)
+        yield "triton, backward", 10, functools.partial(triton_backend.backward, do, q, k, v, o, lse, scale)
+
+
+def environment():
+    """Columns that say where a row comes from."""
+    import triton
+
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    columns = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    return columns | {"triton": triton.__version__, "commit": commit or "unknown"}
+
+
+def measure(name, case, dtype, peak, repeats, nvlabs):
+    """Rows of the table for one case."""
+    inputs, plain_ms = make_inputs(case, dtype), None
+    for implementation, operations, fn in candidates(case, inputs, nvlabs):
+        memory, ms = peak_memory(fn), milliseconds(fn, repeats)
+        plain_ms = ms if implementation == "aten flash, forward" else plain_ms
+        rate = operations * case.queries * case.keys * case.head_dim * case.heads * case.batch / ms / 1e9
+        row = {"case": name, "implementation": implementation} | asdict(case) | {"ms": round(ms, 4)}
+        row |= {"tflops": round(rate, 1), "percent_of_matmul": round(100 * rate / peak, 1)}
+        ratio = "" if plain_ms is None else round(ms / plain_ms, 3)
+        yield row | {"ratio_to_aten_forward": ratio, "peak_mib": round(memory), "matmul_tflops": round(peak, 1)}
+
+
+def main():
+    """Parse the command line, measure, print, and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--against", metavar="PATH", help="a checkout of NVlabs/rcm, whose kernel is timed too")
+    parser.add_argument("--output", type=Path, default=Path("runs/kernels"), help="folder of attention.csv")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(
+            "got no CUDA device; need an NVIDIA GPU: this measures GPU kernels; fix: run it on one, or time the reference on "
+            "the CPU with python -m rcm_kernels.flash_attention_jvp.benchmark"
+        )
+    nvlabs = load_nvlabs(args.against) if args.against else None
+    dtype, where = DTYPES[args.dtype], environment()
+    peak = matmul_peak(dtype, args.repeats)
+    print(", ".join(f"{k} {v}" for k, v in where.items()), f"{args.dtype}, matmul {peak:.0f} TFLOP/s", sep=", ")
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.output / "attention.csv").open("w", newline="") as file:
+        writer = None
+        for name in args.cases:
+            for row in measure(name, CASES[name], dtype, peak, args.repeats, nvlabs):
+                row |= {"dtype": args.dtype} | where
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row))
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+                speed = f"{row['ms']:10.3f} ms {row['tflops']:7.1f} TFLOP/s {row['percent_of_matmul']:5.1f} %"
+                print(
+                    f"{name:18s} {row['implementation']:26s} {speed}  x{row['ratio_to_aten_forward']}  {row['peak_mib']} MiB"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Every shipped configuration of the Triton kernels through Triton's compiler and its ptxas, for GPUs that are not here.
+
+No spills, no serialised wgmma, shared memory and tensor memory within the limits of the GPU.
+"""
+
+import pytest
+
+pytest.importorskip("triton")
+try:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    get_ptxas(90)
+except (ImportError, RuntimeError) as error:
+    pytest.skip(f"no NVIDIA compiler in this Triton: {error}", allow_module_level=True)
+
+import torch
+
+from rcm_kernels.compile_report import VARIANTS, compile_entry, versions
+from rcm_kernels.configs import SHARED_MEMORY, TABLE, Config, config_for, table_key
+
+MAIN = ("jvp", 90, 128, "half")
+
+
+def check(key, variants):
+    wrong = []
+    for variant in variants:
+        report = compile_entry(key, TABLE[key], variant)
+        wrong += [f"{key} {variant}: {problem} ({report})" for problem in report.problems(key[1])]
+    assert not wrong, f"with {versions()}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("variant", VARIANTS["jvp"])
+def test_the_kernel_of_training_on_hopper(variant):
+    check(MAIN, [variant])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("generation", SHARED_MEMORY)
+@pytest.mark.parametrize("kernel", VARIANTS)
+def test_every_shipped_configuration(kernel, generation):
+    for key in TABLE:
+        if key[:2] == (kernel, generation) and key != MAIN:
+            check(key, VARIANTS[kernel] if key[3] == "half" else ("main", "odd head dim"))
+
+
+def test_a_bad_configuration_is_found():
+    """The check itself: too many stages for Hopper, too many accumulators for Blackwell, of which ptxas makes an empty kernel."""
+    found = compile_entry(MAIN, Config(128, 64, 128, 128, 8, 4)).problems(90)
+    assert any("of shared memory, limit 232448" in problem for problem in found), found
+    found = compile_entry(("jvp", 100, 128, "half"), Config(128, 64, 128, 128, 8, 1)).problems(100)
+    assert any("columns of tensor memory, limit 512" in problem for problem in found), found
+
+
+def test_the_table_is_complete():
+    for kernel in VARIANTS:
+        for generation in SHARED_MEMORY:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for head_dim in (8, 16, 40, 64, 128, 256):
+                    assert table_key(kernel, generation, head_dim, dtype) in TABLE
+
+
+def test_a_head_dim_that_fills_no_tile_takes_smaller_steps(monkeypatch):
+    monkeypatch.setattr("rcm_kernels.configs.generation", lambda index: 90)
+
+    class Q:
+        shape, dtype = (1, 1, 1, 96), torch.bfloat16
+        device = torch.device("cuda", 0)
+
+    assert config_for("jvp", Q).block_n < TABLE[MAIN].block_n
+    Q.shape = (1, 1, 1, 128)
+    assert config_for("jvp", Q) == TABLE[MAIN]
