@@ -13,7 +13,7 @@ else
     export PYTHONPATH="$PWD:$PWD/kernels"
 fi
 nvidia-smi --query-gpu=name,driver_version --format=csv | tee "$out/gpu.txt"
-python3 -m pytest -q -m gpu tests/gpu tests/unit 2>&1 | tee "$out/tests.txt" || failed=1
+python3 -m pytest -q -m gpu tests/gpu tests/unit tests/interop 2>&1 | tee "$out/tests.txt" || failed=1
 if command -v compute-sanitizer >/dev/null; then
     compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -q tests/gpu/test_triton_kernels.py \
         -k "odd_shapes and 128-77-dtype0 or padded" 2>&1 | tee "$out/sanitizer.txt" || failed=1
@@ -21,7 +21,9 @@ fi
 # NVLABS_RCM=<checkout of github.com/NVlabs/rcm> times its kernel in the same run
 python3 -m rcm_kernels.benchmark --output "$out" ${NVLABS_RCM:+--against "$NVLABS_RCM"} 2>&1 | tee "$out/attention.txt" || failed=1
 python3 tools/plot_kernel_benchmark.py "$out/attention.csv" || true
-# the reference attention is a stand-in for the Triton kernel: 8,192 tokens keep it within minutes
-python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens 8192 --dtype bf16 --repeats 3 \
-    --output "$out/scm_step.json"
+python3 tools/benchmark_fused_ops.py --measure --csv "$out/fused_ops.csv" 2>&1 | tee "$out/fused_ops.txt" || failed=1
+for fused in auto none; do
+    python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens 32760 --dtype bf16 --repeats 3 \
+        --fused "$fused" --output "$out/scm_step_fused_$fused.json" || failed=1
+done
 exit "${failed:-0}"
