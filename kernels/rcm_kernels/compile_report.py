@@ -26,6 +26,7 @@ from rcm_kernels.flash_attention_jvp import triton_impl as jvp
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- compile_report: begin -->", "<!-- compile_report: end -->"
+MATMUL = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SERIALISED = "wgmma.mma_async instructions are serialized"
 
 VARIANTS = {
@@ -49,6 +50,8 @@ class Report:
     """Columns, of 512 (Blackwell)."""
     serialised: bool
     """ptxas waits for every wgmma before the next instruction."""
+    matmuls: int
+    """The generation's own matmul instructions in the code."""
 
     def problems(self, generation):
         """What must not be shipped, in words."""
@@ -61,6 +64,8 @@ class Report:
             found.append(f"needs {self.tensor_memory} columns of tensor memory, limit 512")
         if self.serialised:
             found.append("wgmma serialised")
+        if self.matmuls == 0:
+            found.append(f"has no {MATMUL[generation]} instruction")
         if self.registers < 32:
             found.append(f"uses {self.registers} registers: the body was removed")
         return found
@@ -126,7 +131,10 @@ def _compile(fn, pointers, constants, generation, config):
     used = re.search(r"Used (\d+) registers", log)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
-    return Report(int(used[1]), sum(map(int, spilled)), compiled.metadata.shared, tensor_memory, SERIALISED in log)
+    matmuls = compiled.asm["ptx"].count(MATMUL[generation])
+    return Report(
+        int(used[1]), sum(map(int, spilled)), compiled.metadata.shared, tensor_memory, SERIALISED in log, matmuls
+    )
 
 
 def _ptxas(ptx, generation):
