@@ -21,16 +21,10 @@ fi
 # NVLABS_RCM=<checkout of github.com/NVlabs/rcm> times its kernel in the same run
 python3 -m rcm_kernels.benchmark --output "$out" ${NVLABS_RCM:+--against "$NVLABS_RCM"} 2>&1 | tee "$out/attention.txt" || failed=1
 python3 tools/plot_kernel_benchmark.py "$out/attention.csv" || true
-<<<<<<< HEAD
 python3 tools/benchmark_fused_ops.py --measure --csv "$out/fused_ops.csv" 2>&1 | tee "$out/fused_ops.txt" || failed=1
-for fused in auto none; do
-    python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens 32760 --dtype bf16 --repeats 3 \
-        --fused "$fused" --output "$out/scm_step_fused_$fused.json" || failed=1
-=======
 # 31,200 tokens are 20 latent frames of 480p
-for tokens in 8192 31200; do
-    python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens "$tokens" --dtype bf16 --repeats 3 \
-        --output "$out/scm_step_$tokens.json" || failed=1
->>>>>>> kernels
+for fused in auto none; do
+    python3 tools/benchmark_scm_step.py --hidden 1536 --head-dim 128 --layers 30 --tokens 31200 --dtype bf16 --repeats 3 \
+        --fused "$fused" --output "$out/scm_step_fused_$fused.json" || failed=1
 done
 exit "${failed:-0}"
