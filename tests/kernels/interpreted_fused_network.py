@@ -38,12 +38,12 @@ def network():
     from megatron.core import parallel_state
 
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_model, load_weights, seeded_weights
+    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 
     platform.init_distributed()
     groups = initialize_parallel(ParallelConfig())
-    model = build_model(MODEL, LATENT, ParallelConfig(), groups=groups, params_dtype=torch.float32)
-    load_weights(model, seeded_weights(MODEL, seed=0))
+    chunks = build_chunks(MODEL, LATENT, ParallelConfig(), groups=groups, params_dtype=torch.float32)
+    (model,) = load_weights(chunks, seeded_weights(MODEL, seed=0))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -375,7 +375,7 @@ def test_cli_check_prints_the_complete_configuration(tmp_path):
 
 def test_cli_takes_overrides_after_options_and_refuses_what_is_none():
     result = run_cli("check", str(QUICKSTART), "--world-size", "4", "parallel.ring=4")
-    assert result.stdout.startswith("# 4 processes: tp=1 cp=4 dp=1")
+    assert result.stdout.startswith("# 4 processes: tp=1 cp=4 pp=1 vpp=1 dp=1")
     result = run_cli("check", str(QUICKSTART), "--world-size", "4", "--bogus")
     assert result.returncode == 2
     assert "unrecognized arguments: --bogus" in result.stderr
