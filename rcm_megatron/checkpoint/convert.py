@@ -73,14 +73,13 @@ def load_into(
             faults += f"\n  {name!r}: the model has shape {got}, the file gives {list(need)} on each of {tp_size} ranks"
     if faults:
         raise CheckpointError(f"{source.where} does not fit the built model:{faults}")
-    chunks = [model] if isinstance(model, nn.Module) else model
+    by_chunk = [local_parameters(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
     with torch.no_grad():
         for name, first in parameters.items():
             value = read_internal(source, entries[name], partition_dim=partition_dim(first), rank=tp_rank, size=tp_size)
-            for chunk in chunks:  # several hold the embedders
-                parameter = local_parameters(chunk).get(name)
-                if parameter is not None:
-                    parameter.copy_(value)
+            for held in by_chunk:  # several hold the embedders
+                if name in held:
+                    held[name].copy_(value)
 
 
 def gather_full(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import Dual, map_linear, recomputed
-from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages, sinusoid
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid
 from rcm_megatron.models.dual_ops import (
     add,
     add_constant,
@@ -209,8 +209,7 @@ class CosmosModel(DiffusionTransformer):
         recompute: str = "full",
     ) -> None:
         super().__init__(model, config, layout=layout, stage=stage, spec=spec, recompute=recompute)
-        dtype, tp_group = config.params_dtype, layout.groups.tp
-        wide = wide_dtype(dtype)
+        dtype, wide = config.params_dtype, wide_dtype(config.params_dtype)
         if self.stage.is_first:
             features = model.embedded_channels * model.patch_volume
             self.patch_embedding = ReplicatedLinear(
@@ -218,17 +217,10 @@ class CosmosModel(DiffusionTransformer):
             )
         self.time_embedding = TimeEmbedding(model, dtype=wide)
         self.positions = LearnedPositions(model, layout, dtype=wide) if model.cosmos.learnable_positions else None
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): CosmosBlock(model, config=config, spec=self.spec, context=context, tp_group=tp_group)
-                for i in self.stage.layers
-            }
-        )
+        self.blocks = self._build_blocks(CosmosBlock, context=context)
         if self.stage.is_last:
             self.head = CosmosHead(model, layout, dtype=dtype)
-        if self.stage.count > 1:
-            for embedder in filter(None, (self.time_embedding, self.positions)):
-                mark_replicated_over_stages(embedder)
+        self._mark_replicated(self.time_embedding, self.positions)
 
     @property
     def output_dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ from rcm_megatron.dual import Dual, as_message, from_message, map_linear, recomp
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.recompute import run_block
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline import Condition
 from rcm_megatron.parallel.stages import Stage
 
@@ -71,6 +72,16 @@ class DiffusionTransformer(MegatronModule):
         )  # finalize_model_grads asks for them
         self._received: Tensor | None = None
         self._geometry: dict[torch.device, TokenGeometry] = {}
+
+    def _build_blocks(self, block: type[nn.Module], *, context: ContextParallel) -> nn.ModuleDict:
+        """The blocks of this piece, by layer number."""
+        options = {"config": self.config, "spec": self.spec, "context": context, "tp_group": self.layout.groups.tp}
+        return nn.ModuleDict({str(layer): block(self.model, **options) for layer in self.stage.layers})
+
+    def _mark_replicated(self, *embedders: nn.Module | None) -> None:
+        """Tell Megatron of the embedders that every piece holds, where there are several pieces."""
+        for embedder in filter(None, embedders) if self.stage.count > 1 else ():
+            mark_replicated_over_stages(embedder)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Megatron's schedules hand a stage the message of the one before here."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
-from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, mark_replicated_over_stages, sinusoid
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm_modulate, silu
 from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
@@ -115,25 +115,17 @@ class WanModel(DiffusionTransformer):
         recompute: str = "full",
     ) -> None:
         super().__init__(model, config, layout=layout, stage=stage, spec=spec, recompute=recompute)
-        dtype, tp_group = config.params_dtype, layout.groups.tp
-        wide = wide_dtype(dtype)
+        dtype, wide = config.params_dtype, wide_dtype(config.params_dtype)
         hidden = model.hidden_size
         if self.stage.is_first:
             self.patch_embedding = ReplicatedLinear(layout.patch_features, hidden, dtype=dtype, on_token_shards=True)
         self.text_embedding = TextEmbedding(model, dtype=dtype)
         self.time_embedding = TimestepEmbedding(model, dtype=wide)
         self.time_projection = ReplicatedLinear(hidden, 6 * hidden, dtype=wide, on_token_shards=True)
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): WanBlock(model, config=config, spec=self.spec, context=context, tp_group=tp_group)
-                for i in self.stage.layers
-            }
-        )
+        self.blocks = self._build_blocks(WanBlock, context=context)
         if self.stage.is_last:
             self.head = WanHead(model, dtype=dtype)
-        if self.stage.count > 1:
-            for embedder in (self.text_embedding, self.time_embedding, self.time_projection):
-                mark_replicated_over_stages(embedder)
+        self._mark_replicated(self.text_embedding, self.time_embedding, self.time_projection)
 
     def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: None) -> tuple[tuple, tuple]:
         assert condition is None, "a Wan text-to-video network takes no condition"
