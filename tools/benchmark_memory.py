@@ -38,7 +38,6 @@ from rcm_megatron.config import (  # noqa: E402
     InitConfig,
     LatentConfig,
     LossWeights,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -56,7 +55,7 @@ from rcm_megatron.training.networks import build_chunks, build_networks, load_we
 from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
 from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
 from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
-from tools.measuring import ROOT, PeakBytes, provenance  # noqa: E402
+from tools.measuring import ROOT, PeakBytes, provenance, wan_model  # noqa: E402
 
 POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
 """(memory.recompute, memory.teacher_weights)."""
@@ -65,17 +64,7 @@ STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, d
 
 def run_config(args: argparse.Namespace) -> RunConfig:
     """Random weights, one sample a data-parallel rank, sCM and DMD."""
-    model = ModelConfig(
-        num_layers=args.layers,
-        hidden_size=args.hidden,
-        num_heads=args.hidden // args.head_dim,
-        ffn_hidden_size=4 * args.hidden,
-        in_channels=16,
-        out_channels=16,
-        patch_size=(1, 2, 2),
-        text_dim=256,
-        text_len=64,
-    )
+    model = wan_model(layers=args.layers, hidden=args.hidden, head_dim=args.head_dim)
     times = TimeDistribution(kind="uniform_shift", shift=5.0)
     parallel = ParallelConfig(ring=args.ranks) if args.ring else ParallelConfig()
     return RunConfig(

@@ -28,29 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcm_kernels.fused import select_ops
 from rcm_megatron import platform
-from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config import LatentConfig, ParallelConfig
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights, seeded_weights
-from tools.measuring import PeakBytes, provenance
+from tools.measuring import PeakBytes, provenance, wan_model
 
 
 class Bench:
     """The two ways of one student step on one network."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        model = ModelConfig(
-            num_layers=args.layers,
-            hidden_size=args.hidden,
-            num_heads=args.hidden // args.head_dim,
-            ffn_hidden_size=4 * args.hidden,
-            in_channels=16,
-            out_channels=16,
-            patch_size=(1, 2, 2),
-            text_dim=256,
-            text_len=64,
-        )
+        model = wan_model(layers=args.layers, hidden=args.hidden, head_dim=args.head_dim)
         latent = LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32)
         groups = initialize_parallel(ParallelConfig())
         chunks = build_chunks(model, latent, ParallelConfig(), groups=groups, params_dtype=DTYPES[args.dtype])

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from rcm_megatron.config import ModelConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -74,6 +76,21 @@ class PeakBytes(TorchDispatchMode):
     def _release(self, key: int) -> None:
         self.live -= self._counted.pop(key)
         del self._before[key]
+
+
+def wan_model(*, layers: int, hidden: int, head_dim: int) -> ModelConfig:
+    """Wan2.1 in another size, with a short text."""
+    return ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=hidden // head_dim,
+        ffn_hidden_size=4 * hidden,
+        in_channels=16,
+        out_channels=16,
+        patch_size=(1, 2, 2),
+        text_dim=256,
+        text_len=64,
+    )
 
 
 def provenance() -> dict[str, Any]:

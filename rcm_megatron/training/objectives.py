@@ -282,7 +282,7 @@ def dcm(
         F = [trigflow.velocity(*args) for args in zip(x, v, t, strict=True)]
         x = [trigflow.euler_step(*args) for args in zip(x, F, t, after, strict=True)]
     last = [t[-1] for t in times]
-    v = raw_outputs(networks.student, x, last, *given(batches))
+    v = raw_outputs(networks.student, x, last, *given(batches), phase="student")
     targets = [trigflow.denoised(*args) for args in zip(x, v, last, strict=True)]
 
     def loss_of(xt: Tensor, t: Tensor, target: Tensor):
