@@ -237,7 +237,7 @@ class LoggingConfig:
     """Metrics go to <output_dir>/metrics.jsonl, and to Weights & Biases."""
 
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when an API key is set, else offline."""
+    """auto: online when an API key is set and the service answers, else offline."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
     peak_tflops: float | None = None

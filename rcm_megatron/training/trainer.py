@@ -151,7 +151,7 @@ class Trainer:
                 videos = write_previews(
                     self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
                 )
-            self.logger.log_videos(iteration, videos, fps=self.run.sampling.fps)
+            self.logger.log_videos(iteration, videos)
 
     def _update(self, step: Step, stage: StageConfig) -> tuple[StepResult, float]:
         """Optimizer and EMA. Non-finite gradients leave every weight as it was, and are counted."""

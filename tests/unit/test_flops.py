@@ -12,10 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rcm_kernels.flash_attention.backends import select_backend
 from rcm_megatron import platform
-from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, build, load_config
+from rcm_megatron.checkpoint.formats import internal_shapes
+from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, RunConfig, build, load_config
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
+from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import Condition, unwrapped
+from rcm_megatron.training import flops as flops_module
+from rcm_megatron.training.flops import Throughput, network_flops, passes_of, peak_tflops
+from rcm_megatron.training.networks import build_chunks, build_networks, load_weights, seeded_weights
+from rcm_megatron.training.objectives import MicroBatch
+from rcm_megatron.training.step import accumulate_step, objectives_of, plan_step
 from tests.distributed.tiny_run import tiny_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "model_configs").glob("*.yaml"))
@@ -45,8 +52,6 @@ def groups():
     platform.install()
     from megatron.core import parallel_state
 
-    from rcm_megatron.parallel.groups import initialize_parallel
-
     platform.init_distributed()
     select_backend("reference")
     yield initialize_parallel(ParallelConfig())
@@ -67,8 +72,6 @@ def counted():
 
 
 def network(model, groups):
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
-
     (chunk,) = build_chunks(
         model, LATENT, ParallelConfig(), groups=groups, params_dtype=torch.float32, recompute="none"
     )
@@ -85,8 +88,6 @@ def inputs_of(chunk):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_dual_are_what_pytorch_counts(name, groups):
-    from rcm_megatron.training.flops import network_flops
-
     chunk, expected = network(MODELS[name], groups), network_flops(MODELS[name], LATENT)
     x, t, text, condition = inputs_of(chunk)
     with torch.no_grad(), counted() as plain:
@@ -100,9 +101,6 @@ def test_forward_and_dual_are_what_pytorch_counts(name, groups):
 @pytest.mark.parametrize("name", MODELS)
 def test_backward_is_what_pytorch_counts_less_what_is_computed_again(name, groups):
     """Again: attention's scores, and what is recomputed under every policy. Of given inputs PyTorch computes no gradient."""
-    from rcm_megatron.checkpoint.formats import internal_shapes
-    from rcm_megatron.training.flops import network_flops
-
     model = MODELS[name]
     chunk, expected = network(model, groups), network_flops(model, LATENT)
     tokens, times = chunk.layout.num_tokens, LATENT.frames if model.cosmos else 1
@@ -133,9 +131,6 @@ def test_backward_is_what_pytorch_counts_less_what_is_computed_again(name, group
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_networks_are_counted(path):
     """Every linear is known, and the count is near the rule of thumb, two FLOPs a token and parameter and 4 S D of attention."""
-    from rcm_megatron.checkpoint.formats import internal_shapes
-    from rcm_megatron.training.flops import network_flops
-
     run = load_config(path)
     model, tokens = run.model, run.latent.num_tokens(run.model.patch_size)
     parameters = sum(prod(shape) for name, shape in internal_shapes(model).items() if name.startswith("blocks."))
@@ -144,11 +139,9 @@ def test_shipped_networks_are_counted(path):
 
 
 def test_an_unknown_linear_is_an_error(monkeypatch):
-    from rcm_megatron.training import flops
-
-    monkeypatch.delitem(flops.ROWS, "cross_attn.linear_q")
+    monkeypatch.delitem(flops_module.ROWS, "cross_attn.linear_q")
     with pytest.raises(KeyError, match=r"got a linear blocks\.0\.cross_attn\.linear_q\.weight; need one of .*; fix: "):
-        flops.network_flops(MODELS["wan"], LATENT)
+        network_flops(MODELS["wan"], LATENT)
 
 
 # ---- steps
@@ -172,8 +165,6 @@ CASES = [
 
 
 def run_of(tmp_path, stage, distillation):
-    from rcm_megatron.config import RunConfig
-
     given = tiny_config(tmp_path) | {"stages": [{"name": stage, "steps": 9} | STAGES[stage]], "init": {}}
     given["distillation"] |= SETTINGS | distillation
     given["memory"] = {"recompute": "none"}
@@ -181,8 +172,6 @@ def run_of(tmp_path, stage, distillation):
 
 
 def batch_of(run, layout):
-    from rcm_megatron.training.objectives import MicroBatch
-
     draws = SeededDraws(0, 0, [4, 5])
     latent = draws.normal("latent", run.latent.shape_CTHW)
     text = draws.normal("text", (run.model.text_len, run.model.text_dim)).transpose(0, 1)
@@ -192,10 +181,6 @@ def batch_of(run, layout):
 @pytest.mark.parametrize(("stage", "distillation", "iteration"), CASES, ids=lambda case: str(case))
 def test_passes_of_a_step_are_the_calls_of_the_networks(stage, distillation, iteration, groups, tmp_path):
     """A batch of two, in the guided teacher of four, counts by rows. DMD's second forward of the last step is no use."""
-    from rcm_megatron.training.flops import passes_of
-    from rcm_megatron.training.networks import build_networks
-    from rcm_megatron.training.step import accumulate_step, objectives_of, plan_step
-
     run = run_of(tmp_path, stage, distillation)
     step = plan_step(run.stages[0], iteration, max_rollout_steps=run.distillation.max_rollout_steps)
     networks = build_networks(run, groups)
@@ -224,9 +209,6 @@ def test_passes_of_a_step_are_the_calls_of_the_networks(stage, distillation, ite
 
 
 def test_rates_leave_out_previews_and_share_over_devices(tmp_path):
-    from rcm_megatron.training.flops import Throughput, network_flops
-    from rcm_megatron.training.step import plan_step
-
     run = run_of(tmp_path, "rcm", {})
     run = replace(run, logging=replace(run.logging, peak_tflops=2e-6))
     stage, step = run.stages[0], plan_step(run.stages[0], 1, max_rollout_steps=3)
@@ -257,9 +239,6 @@ def test_rates_leave_out_previews_and_share_over_devices(tmp_path):
     ],
 )
 def test_peak_of_a_gpu_by_its_name(tmp_path, monkeypatch, caplog, device, peak):
-    from rcm_megatron.training.flops import Throughput, peak_tflops
-    from rcm_megatron.training.step import plan_step
-
     caplog.set_level("INFO")
     run = run_of(tmp_path, "rcm", {})
     bf16 = replace(run, precision=replace(run.precision, params_dtype="bf16"))
