@@ -146,6 +146,16 @@ def test_an_error_of_wandb_does_not_end_the_run(tmp_path, fake, capsys):
     assert capsys.readouterr().out.count("Weights & Biases stopped (BrokenPipeError: service ended)") == 1
 
 
+def test_videos_carry_their_captions(tmp_path, fake):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    log = logger(tmp_path, mode="offline")
+    log.log_videos(3, {"previews/ema_4_steps/0": (tmp_path / "a.mp4", "seven moving left")})
+    log.log_videos(4, {})
+    log.close()
+    ((step, shown),) = fake.run.logged
+    assert step == 3 and shown["previews/ema_4_steps/0"]._caption == "seven moving left"
+
+
 def test_other_ranks_write_nothing(tmp_path, monkeypatch, fake):
     monkeypatch.setattr(metrics.dist, "get_rank", lambda: 1)
     log = logger(tmp_path, mode="offline")
