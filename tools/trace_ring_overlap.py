@@ -4,8 +4,9 @@
     python tools/trace_ring_overlap.py --trace runs/overlap/ring_dual.json    # the arithmetic again, on any machine
 
 Runs rcm_megatron.parallel.ring itself, with a copy for `Ring.exchange`: the same stream, events and buffers as between ranks. Each
-pass (dual, forward, backward) is recorded with torch's profiler as Chrome JSON (for ui.perfetto.dev). The share that hides is the time in which a copy and a kernel of the compute stream run together, over the time of all copies. A copy on the device is faster than a
-link: `--times N` copies N times a hop. (By data sheets an H100 copies 1.7 TB/s and sends 0.45 TB/s over NVLink: N = 4.)
+pass (dual, forward, backward) is recorded with torch's profiler as Chrome JSON (for ui.perfetto.dev). The share that hides is the time in
+which a copy and a kernel of the compute stream run together, over the time of all copies. A copy on the device is faster than a link:
+`--times N` copies N times a hop. (By data sheets an H100 copies 1.7 TB/s and sends 0.45 TB/s over NVLink: N = 4.)
 
 It shows that nothing in the program keeps hops and compute apart. It says nothing of NCCL, whose kernels take SMs and whose links are
 shared: that stays unmeasured until it runs on several GPUs.
