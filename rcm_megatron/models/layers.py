@@ -261,8 +261,8 @@ class CrossAttention(nn.Module):
         assert k.shape[0] == text_LBD.shape[0], "text keys were gathered over the tensor-parallel group"
         q, k = self.q_norm(q), self.k_norm(k)
         if isinstance(q, Dual):
-            o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent)
-            o_SBNK = Dual.pack(o.to(k.dtype), to.to(k.dtype))
+            o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent, out_dtype=k.dtype)
+            o_SBNK = Dual.pack(o, to)
         else:
             o_SBNK = attention(q, k, v)
         return project(self.linear_proj, map_linear(partial(torch.flatten, start_dim=2), o_SBNK))
