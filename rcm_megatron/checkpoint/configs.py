@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rcm_megatron.checkpoint.errors import CheckpointError, nearest
-from rcm_megatron.config import ConfigError, CosmosConfig, ModelConfig, as_dict, build
+from rcm_megatron.config import ConfigError, CosmosConfig, ModelConfig, WanConfig, as_dict, build
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 _DEFAULTS = {
     "family": "wan",
     "cosmos": None,
+    "wan": None,
     "text_len": 512,
     "eps": 1e-6,
     "cross_attn_norm": True,
@@ -22,6 +23,7 @@ _DEFAULTS = {
 }
 # Not visible in any tensor and without effect on the conversion: the run's own value may differ from the file's.
 FREE_FIELDS = ("text_len", "rope_max_seq_len")
+_OWN_CONFIGS = {"cosmos": CosmosConfig, "wan": WanConfig}
 FREE_COSMOS_FIELDS = ("rope_fps", "condition_sigma", "qk_norm_eps")
 _WAN_HEADS = {1536: 12, 5120: 40}
 
@@ -167,21 +169,24 @@ def model_config_from_internal(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in config:
         if name not in FIELDS:
             raise CheckpointError(f"config.json: unknown field {name!r}{nearest(name, FIELDS)}")
-    config = {"cosmos": None, **config}
+    config = {**dict.fromkeys(_OWN_CONFIGS), **config}
     for name in FIELDS:
         if name not in config:
             raise CheckpointError(f"config.json: missing field {name!r}; write the folder again with `convert`")
-    if config["cosmos"] is not None:
-        try:
-            config["cosmos"] = build(CosmosConfig, config["cosmos"], path="cosmos")
-        except ConfigError as error:
-            raise CheckpointError(f"config.json: {error}") from None
+    for name, cls in _OWN_CONFIGS.items():
+        if config[name] is not None:
+            try:
+                config[name] = build(cls, config[name], path=name)
+            except ConfigError as error:
+                raise CheckpointError(f"config.json: {error}") from None
     return _checked(config)
 
 
 def internal_config(model_config: ModelConfig) -> dict[str, Any]:
     """Our own `config.json`: the fields of ModelConfig."""
-    return {name: value for name, value in as_dict(model_config).items() if name != "cosmos" or value is not None}
+    return {
+        name: value for name, value in as_dict(model_config).items() if name not in _OWN_CONFIGS or value is not None
+    }
 
 
 def model_config_from_shapes(
