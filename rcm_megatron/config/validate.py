@@ -269,7 +269,7 @@ def _fp8_shapes(config: RunConfig, fp8: str) -> Iterator[str]:
             "position and none can be added; set fp8 to []"
         )
     if model.wan is not None and model.wan.image_dim is not None:
-        yield f"{fp8} multiplies rows in multiples of {FP8_ALIGNMENT}, which the 257 CLIP tokens of model.wan.image_dim are not; set fp8 to []"
+        yield f"{fp8} multiplies rows in multiples of {FP8_ALIGNMENT}, which the 257 CLIP tokens of image_dim are not; set fp8 to []"
 
 
 def _networks(config: RunConfig) -> Iterator[str]:
