@@ -87,7 +87,7 @@ def _seeded_tensor(shapes: Mapping[str, tuple[int, ...]], name: str, index: tupl
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     if "norm" in name:
         return (torch.ones(shape) if name.endswith("weight") else torch.zeros(shape))[index]
-    if name.endswith("modulation") or name.startswith("positions."):
+    if name.endswith("modulation") or "positions" in name:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1]))[index]
     fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
     return ((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in))[index]
