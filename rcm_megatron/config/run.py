@@ -183,7 +183,13 @@ class TrainerConfig:
     """Iterations between sample videos; 0: none."""
     checkpoint_every: int
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; older ones are deleted after a new one is complete."""
+    """Newest checkpoints that are kept; older ones are deleted after a new one is complete. With 1 there is none to go back to when its
+    files are damaged."""
+    keep_every: int = 0
+    """Checkpoints of iterations divisible by this are never deleted; a multiple of checkpoint_every, or 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written: a step waits for a copy of the rank's part of it in host memory (pinned, with CUDA), which
+    is needed until it is on disk. False: wait for the disk, and copy nothing."""
     resume: bool = True
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
     stop_after: int | None = None

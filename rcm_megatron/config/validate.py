@@ -423,6 +423,12 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _counts(config: RunConfig) -> Iterator[str]:
     yield from _positive("trainer", config.trainer, "log_every checkpoint_every keep_checkpoints")
+    every, kept = config.trainer.checkpoint_every, config.trainer.keep_every
+    if kept < 0 or (every > 0 and kept % every):
+        yield (
+            f"trainer.keep_every={kept} must be a multiple of trainer.checkpoint_every={every}, or no such checkpoint is ever "
+            "written; 0 keeps none"
+        )
     if config.trainer.sample_every < 0:
         yield f"trainer.sample_every={config.trainer.sample_every} must not be negative; 0 takes no samples"
     if config.trainer.stop_after is not None and config.trainer.stop_after < 1:

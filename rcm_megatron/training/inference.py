@@ -16,6 +16,7 @@ from torch import Tensor
 from rcm_megatron import platform
 from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.folders import find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
@@ -44,7 +45,7 @@ def resolve_checkpoint(run: RunConfig, checkpoint: str | Path | None = None) -> 
     root = checkpoint_folder(run) if checkpoint is None else Path(checkpoint)
     if (root / "metadata.json").is_file():
         return root
-    latest = run_checkpoints.find_latest(root)
+    latest = find_latest(root, checksums=False)
     if latest is None:
         raise CheckpointError(
             f"{root} holds no complete checkpoint; train the run first, or name one with --checkpoint"
