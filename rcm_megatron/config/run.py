@@ -194,6 +194,9 @@ class TrainerConfig:
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
     stop_after: int | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without a step (or a checkpoint) after which every rank writes its stacks to output_dir/stacks and ends with status 86;
+    what comes before the end of the first step may take three times as long. null: wait for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)

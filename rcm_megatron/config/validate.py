@@ -431,6 +431,8 @@ def _counts(config: RunConfig) -> Iterator[str]:
         )
     if config.trainer.sample_every < 0:
         yield f"trainer.sample_every={config.trainer.sample_every} must not be negative; 0 takes no samples"
+    if config.trainer.hang_timeout is not None and config.trainer.hang_timeout <= 0:
+        yield f"trainer.hang_timeout={config.trainer.hang_timeout} must be greater than 0, or null to wait for ever"
     if config.trainer.stop_after is not None and config.trainer.stop_after < 1:
         yield f"trainer.stop_after={config.trainer.stop_after} must be at least 1, or null"
 
