@@ -191,14 +191,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.world_size < 1:
         raise ConfigError(f"--world-size {arguments.world_size} must be at least 1")
     config = _load(arguments, arguments.world_size)
-    dp = config.parallel.dp(arguments.world_size)
-    micro_batches = config.trainer.global_batch_size // (config.trainer.micro_batch_size * dp)
-    print(
-        f"# {arguments.world_size} processes: tp={config.parallel.tp} cp={config.parallel.cp} "
-        f"pp={config.parallel.pp} vpp={config.parallel.vpp} dp={dp}, ",
-        end="",
-    )
-    print(f"{config.latent.num_tokens(config.model.patch_size)} tokens, {micro_batches} micro-batches per update")
+    print(f"# {config.layout_summary(arguments.world_size)}")
     print(to_yaml(config), end="")
 
 

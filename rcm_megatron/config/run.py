@@ -292,3 +292,12 @@ class RunConfig:
     def needs_fake_score(self) -> bool:
         """Whether a stage has a DMD weight, and so a critic."""
         return any(stage.losses.dmd for stage in self.stages)
+
+    def layout_summary(self, world_size: int) -> str:
+        """How ``world_size`` ranks share the work, in one line; for a configuration that is valid on them."""
+        parallel, dp = self.parallel, self.parallel.dp(world_size)
+        micro_batches = self.trainer.global_batch_size // (self.trainer.micro_batch_size * dp)
+        return (
+            f"{world_size} processes: tp={parallel.tp} cp={parallel.cp} pp={parallel.pp} vpp={parallel.vpp} dp={dp}, "
+            f"{self.latent.num_tokens(self.model.patch_size)} tokens, {micro_batches} micro-batches per update"
+        )

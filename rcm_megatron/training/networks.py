@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rcm_megatron import platform
@@ -21,6 +22,7 @@ from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.stages import stages_of_rank
+from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.memory import check_memory, shard_weights
 from rcm_megatron.training.objectives import Networks
@@ -112,6 +114,8 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
             spec=specs[name],
             token_multiple=run.precision.token_multiple,
         )
+        if name == ("teacher" if run.needs_teacher else "student"):  # the first
+            log_footprint(run, chunks, world_size=dist.get_world_size(), shards=groups.dp_cp.size())
         load_weights(chunks, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
         return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
