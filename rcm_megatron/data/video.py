@@ -147,8 +147,8 @@ class ClipReader:
             (clip_THWC,) = pipeline.run()
         except RuntimeError as error:
             self._pipeline = None  # it does not run again after an error
-            reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
-            raise VideoError(f"cannot be decoded ({reason:.200}); restore or delete it") from error
+            reason = " ".join(str(error).partition("encountered:")[2].split())
+            raise VideoError(f"cannot be decoded ({reason:.150}); restore or delete it") from error
         clip_THWC = clip_THWC.as_cpu() if self._device.type == "cuda" else clip_THWC
         return torch.from_numpy(np.array(clip_THWC.at(0))).movedim(-1, 1)
 

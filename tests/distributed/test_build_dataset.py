@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import random
 import signal
@@ -10,15 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from rcm_megatron.data.manifest import load_manifest
 from rcm_megatron.data.samples import SampleSource
 from tests.distributed.harness import RankError, run_ranks
-from tests.distributed.tiny_run import write_tiny_run
+from tests.distributed.tiny_run import tiny_config, write_tiny_run
 from tests.helpers import assert_close
+from tests.videos import smooth_frames, write_video
+from tests.wan_encoders import write_encoders
 from tools.build_dataset import main
 
 INTERRUPTIONS = 5
+NUM_VIDEOS = 24
 PROMPTS = ("seven moving left", "two moving right", "nine moving left", "two moving right", "one moving left")
 SHAPE = {"latent_shape": (1, 4, 16, 16), "text_len": 6, "text_dim": 32}
 COPIES = 8
@@ -180,3 +185,100 @@ def test_bad_requests_are_refused_in_one_line(tiny, tmp_path, changes, message):
     ((status, stderr, *_),) = run_ranks(build, 1, [*argv, "--output", str(tmp_path / "new"), *changes])
     assert status == 1 and message in stderr and "Traceback" not in stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """(arguments of a build from videos with Wan's miniature encoders, folder of it undisturbed, its file operations)."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_encoders(folder / "wan", text_dim=16)
+    config = tiny_config(folder)
+    model = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": 16, "text_len": 12}
+    config |= {"model": config["model"] | model, "latent": {"channels": 16, "frames": 2, "height": 4, "width": 6}}
+    config["encoders"] = {"video": "wan_vae", "text": "umt5", "folder": str(folder / "wan")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    for number in range(NUM_VIDEOS):
+        path = write_video(folder / "clips" / f"{number:02d}.mp4", smooth_frames(16, seed=number))
+        if number % 2:
+            path.with_suffix(".txt").write_text(f"a cat and {'a dog ' * (number % 3)}")
+        else:
+            path.with_suffix(".json").write_text(json.dumps({"caption": "baking cake"}))
+    (folder / "clips" / "02.mp4").write_bytes((folder / "clips" / "03.mp4").read_bytes()[:500])
+    write_video(folder / "clips" / "09.mp4", smooth_frames(4))
+    write_video(folder / "clips" / "10.mp4", smooth_frames(16), codec="libx264")
+    (folder / "clips" / "13.txt").unlink()
+    argv = ["videos", str(folder / "run.yaml"), "--videos", str(folder / "clips"), "--samples-per-shard", "6"]
+    ((_, _, operations),) = run(1, [*argv, "--output", str(folder / "one")])
+    return argv, folder / "one", operations
+
+
+def test_videos_become_the_vaes_latents(filmed):
+    from rcm_megatron.data.video import ClipReader
+    from rcm_megatron.models.encoders import UMT5TextEncoder, WanVideoEncoder
+
+    argv, folder, _ = filmed
+    manifest = load_manifest(folder, on_error="raise")
+    assert [shard.num_samples for shard in manifest.shards] == [5, 4, 5, 6]
+    assert manifest.description["num_skipped"] == 4
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    expected = {
+        2: "02.mp4: cannot be read",
+        9: "09.mp4: got 0.17 s, need 0.25 s",
+        10: "got codec h264",
+        13: "no caption",
+    }
+    assert [int(entry["key"]) for entry in skipped] == list(expected)
+    assert all(reason in entry["reason"] for reason, entry in zip(expected.values(), skipped, strict=True)), skipped
+    clips, wan = Path(argv[3]), Path(argv[1]).parent / "wan"
+    assert (folder / "videos.txt").read_text().splitlines()[11] == "11.mp4"
+    shape = {"latent_shape": (16, 2, 4, 6), "text_len": 12, "text_dim": 16}
+    source = SampleSource(manifest, seed=0, on_error="raise", **shape)
+    loaded = {manifest.record(source[index].row).key: source[index] for index in range(len(manifest))}
+    reader = ClipReader(frames=5, height=32, width=48, fps=16.0, device=torch.device("cpu"))
+    vae, text_encoder = WanVideoEncoder(wan / "vae"), UMT5TextEncoder(wan, text_len=12, dtype=torch.float32)
+    for number, caption in ((0, "baking cake"), (11, "a cat and a dog a dog")):
+        sample = loaded[f"{number:09d}"]
+        assert sample.prompt == caption
+        latent_CTHW = vae.encode(reader.read(clips / f"{number:02d}.mp4")[None])[0]
+        assert_close(f"latent {number}", latent_CTHW, torch.from_numpy(sample.latent_CTHW), rel=3e-3)
+        embed_LD = text_encoder.encode([caption])[0]
+        assert bool((embed_LD[len(sample.embed_LD) :] == 0).all())
+        assert_close(f"text {number}", embed_LD[: len(sample.embed_LD)], torch.from_numpy(sample.embed_LD), rel=3e-3)
+
+
+def test_a_build_from_videos_killed_five_times_gives_the_same_bytes(filmed, tmp_path):
+    argv, reference, operations = filmed
+    argv = [*argv, "--output", str(tmp_path / "killed")]
+    interrupted(argv, seed=2, operations=operations)
+    assert_same(reference, tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--frames", "6"], "got 6 frames, need 4k+1; cut to 5 or give 9"),
+        (["--size", "30x48"], "got height 30, need a multiple of 8; resize or crop to 24 or 32"),
+        (["--frames", "9"], "got latents of (3, 4, 6) frames, rows and columns, need (2, 4, 6)"),
+        (["--fps", "0"], "got --fps 0"),
+        (["--on-error", "raise"], "02.mp4: cannot be read"),
+        (["encoders.video=none"], "got encoders.video=none"),
+        (["encoders.video=pixels"], "need 3 for videos in colour"),
+        (["encoders.text=none", "data.negative_embedding=x.pt"], "got encoders.text=none"),
+    ],
+)
+def test_bad_requests_for_videos_are_refused(filmed, tmp_path, changes, message):
+    argv, *_ = filmed
+    ((status, stderr, *_),) = run_ranks(build, 1, [*argv, "--output", str(tmp_path / "new"), *changes])
+    assert status == 1 and message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_usable_video_is_refused_before_encoders_load(filmed, tmp_path):
+    argv, *_ = filmed
+    (tmp_path / "clips").mkdir()
+    for content, message in ((None, "without a video"), ("no video", "none of the first 1 videos")):
+        if content:
+            (tmp_path / "clips" / "a.mp4").write_text(content)
+        changed = [*argv[:3], str(tmp_path / "clips"), *argv[4:], "--output", str(tmp_path / "new")]
+        ((status, stderr, *_),) = run_ranks(build, 1, changed)
+        assert status == 1 and message in stderr
