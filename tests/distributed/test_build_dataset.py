@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import AutoencoderKLWan  # noqa: F401 - here, and ranks are forked with it
+from transformers import UMT5EncoderModel  # noqa: F401
 
 from rcm_megatron.data.manifest import load_manifest
 from rcm_megatron.data.samples import SampleSource
