@@ -63,7 +63,7 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         width, hidden, positions = model.wan.image_dim, model.hidden_size, model.wan.image_positions
         self.dtype, wide = dtype, wide_dtype(dtype)
-        self.positions = None if positions is None else nn.Parameter(torch.zeros(positions, width, dtype=wide))
+        self.positions = None if positions is None else nn.Parameter(torch.zeros(1, positions, width, dtype=wide))
         norm = {"eps": self.eps, "dtype": wide, "on_token_shards": False}
         linear = {"dtype": dtype, "on_token_shards": False}
         self.norm_1 = AffineLayerNorm(width, **norm)
@@ -73,7 +73,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, image_LBD: Tensor) -> Tensor:
         if self.positions is not None:
-            image_LBD = image_LBD.to(self.positions.dtype) + self.positions[:, None]
+            image_LBD = image_LBD.to(self.positions.dtype) + self.positions.transpose(0, 1)
         x = self.linear_2(gelu(self.linear_1(self.norm_1(image_LBD, dtype=self.dtype))))
         return self.norm_2(x, dtype=self.dtype)
 
