@@ -22,7 +22,6 @@ from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
 
 _NETWORK_PREFIXES = ("net.", "net_ema.", "net_fake_score.", "net_teacher.")
-_IMAGE_MARKS = ("img_emb.", ".k_img.", ".v_img.", "image_embedder.", ".add_k_proj.")
 _PICKLE_SUFFIXES = (".pt", ".pth")
 _CONFIG_READERS = {
     "diffusers": configs.model_config_from_diffusers,
@@ -87,11 +86,6 @@ class CheckpointSource(Mapping[str, Tensor]):
     @property
     def format(self) -> str:
         """`diffusers`, `wan`, `nvlabs` or `internal`, told from the keys and the patch embedding's shape."""
-        for name in self.tensors:
-            if any(mark in name for mark in _IMAGE_MARKS):
-                raise CheckpointError(
-                    f"{self.where}: {name!r} conditions on images; image-to-video is not supported yet"
-                )
         if any(name.startswith(("condition_embedder.", "transformer_blocks.")) for name in self.tensors):
             return "diffusers"
         if {"text_embedding.linear_1.weight", "time_embedding.norm_weight"} & self.tensors.keys():
@@ -102,7 +96,7 @@ class CheckpointSource(Mapping[str, Tensor]):
         ):
             return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
         raise CheckpointError(
-            f"{self.where}: not a Wan2.1 text-to-video or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
+            f"{self.where}: not a Wan or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
             "naming of diffusers, the Wan release, NVlabs/rcm or rcm_megatron"
         )
 
@@ -116,7 +110,8 @@ class CheckpointSource(Mapping[str, Tensor]):
             if name not in configs.FIELDS:
                 raise CheckpointError(f"unknown model field {name!r}{nearest(name, configs.FIELDS)}")
         if self.config is not None:
-            fields = _CONFIG_READERS[form](self.config)
+            seen = (self.shapes(),) if form in ("wan", "nvlabs") else ()
+            fields = _CONFIG_READERS[form](self.config, *seen)
             fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
             if fixed:
                 raise CheckpointError(
