@@ -9,6 +9,8 @@ from rcm_megatron.checkpoint import convert as conversion
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.training import verify
+from tests.distributed.harness import run_ranks
+from tests.distributed.tiny_run import write_tiny_run
 from tests.interop.wan_networks import TINY
 
 SMALL = {**TINY, "attention_head_dim": 12, "text_dim": 32}
@@ -88,3 +90,27 @@ def test_memory_that_is_not_there_is_said_before_anything_is_written(folder, tmp
     with pytest.raises(SystemExit, match=r"got 0.0 GiB of free memory; need 0.0 GiB to verify; fix"):
         convert(folder, tmp_path / "out", "internal")
     assert not list(tmp_path.iterdir())
+
+
+# ---- `export --verify` on two ranks
+
+
+def export_with_other_numbers(config, target):
+    """Export the teacher where diffusers' forward is not the network's; returns the message of this rank's error."""
+    from rcm_megatron.config import load_config
+    from rcm_megatron.training import export
+
+    export.diffusers_forward = lambda *_, **__: torch.ones(2, 1, 4, 16, 16, dtype=torch.float64)
+    run = load_config(config, ["parallel.pp=2"])
+    with pytest.raises(CheckpointError) as caught:
+        export.export(run, export.ExportRequest(weights="teacher", output=target, verify=True))
+    return str(caught.value)
+
+
+def test_an_export_that_differs_fails_on_all_ranks_and_leaves_nothing(tmp_path):
+    config = write_tiny_run(tmp_path / "run")
+    messages = run_ranks(export_with_other_numbers, 2, str(config), tmp_path / "out" / "student")
+    assert len(messages) == 2
+    for message in messages:
+        assert "differs from the trained network on 1 rank(s)" in message
+    assert not list((tmp_path / "out").iterdir())
