@@ -28,7 +28,6 @@ from rcm_megatron.config import ConfigError, load_config, to_yaml
 
 _NETWORK_PREFIXES = {"student": "net.", "ema": "net_ema.", "fake_score": "net_fake_score.", "teacher": "net_teacher."}
 """Weights that may be asked for -> what their keys begin with in a file of NVIDIA's that holds several networks."""
-_IMAGE_MARKS = ("img_emb.", ".k_img.", ".v_img.", "image_embedder.", ".add_k_proj.")
 _PICKLE_SUFFIXES = (".pt", ".pth")
 _CONFIG_READERS = {
     "diffusers": configs.model_config_from_diffusers,
@@ -105,11 +104,6 @@ class CheckpointSource(Mapping[str, Tensor]):
     @property
     def format(self) -> str:
         """`diffusers`, `wan`, `nvlabs`, `nvidia` or `internal`, told from the keys and the patch embedding's shape."""
-        for name in self.tensors:
-            if any(mark in name for mark in _IMAGE_MARKS):
-                raise CheckpointError(
-                    f"{self.where}: {name!r} conditions on images; image-to-video is not supported yet"
-                )
         if any(name.startswith(("condition_embedder.", "transformer_blocks.")) for name in self.tensors):
             return "diffusers"
         if key_map_cosmos.NVIDIA_MARKS & self.tensors.keys():
@@ -122,7 +116,7 @@ class CheckpointSource(Mapping[str, Tensor]):
         ):
             return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
         raise CheckpointError(
-            f"{self.where}: not a Wan2.1 text-to-video or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
+            f"{self.where}: not a Wan or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
             "naming of diffusers, the Wan release, NVlabs/rcm, NVIDIA's Cosmos-Predict2 or rcm_megatron"
         )
 
@@ -138,7 +132,8 @@ class CheckpointSource(Mapping[str, Tensor]):
             if name not in known:
                 raise CheckpointError(f"unknown model field {name!r}{nearest(name, known)}")
         if self.config is not None and form in _CONFIG_READERS:
-            fields = _CONFIG_READERS[form](self.config)
+            seen = (self.shapes(),) if form in ("wan", "nvlabs") else ()
+            fields = _CONFIG_READERS[form](self.config, *seen)
             fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
             if fixed:
                 raise CheckpointError(

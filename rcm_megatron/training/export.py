@@ -16,6 +16,7 @@ from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import RunConfig, to_yaml
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.training.inference import Weights, join, load_network, resolve_checkpoint
+from rcm_megatron.training.pipelines import pipeline_usage, scheduler_files
 from rcm_megatron.training.verify import (
     diffusers_forward,
     network_forward,
@@ -60,7 +61,10 @@ def export(run: RunConfig, request: ExportRequest) -> None:
             dtype=dtype,
             force=request.force,
             metadata=facts,
-            texts={"README.md": _model_card(run, request, facts)},
+            texts={
+                "README.md": _model_card(run, request, facts),
+                **(scheduler_files(run) if _few_steps(request) else {}),
+            },
             check=comparison,
             is_writer=dist.get_rank() == 0,
         )
@@ -97,6 +101,11 @@ class _Comparison:
         require_bound(float(found), what=what, reference=f"the trained network on {self._ranks} rank(s)")
 
 
+def _few_steps(request: ExportRequest) -> bool:
+    """Whether the weights are the student's."""
+    return request.weights in ("student", "ema")
+
+
 def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str]:
     facts = {"run": run.name, "weights": request.weights, "source": source, "dtype": request.dtype}
     return {**facts, "rcm_megatron": __version__}
@@ -104,11 +113,12 @@ def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str
 
 def _model_card(run: RunConfig, request: ExportRequest, facts: dict[str, str]) -> str:
     usage = ""
-    if request.weights in ("student", "ema"):
+    if _few_steps(request):
         times = ", ".join(str(time) for time in run.sampling.student_times)
         usage = (
             f"A few-step generator distilled with rCM: start at TrigFlow time atan({run.sampling.sigma_max:g}), denoise, re-noise to the "
-            f"next of {times}, 1 to {len(run.sampling.student_times) + 1} network evaluations, no guidance."
+            f"next of {times}, 1 to {len(run.sampling.student_times) + 1} network evaluations, no guidance. With diffusers' pipelines:\n\n"
+            f"```python\n{pipeline_usage(run, str(request.output))}```"
         )
     return model_card(
         run.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES
 from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
-from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, WanConfig
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.groups import initialize_parallel
-from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
+from rcm_megatron.parallel.pipeline import Condition, NetworkInput, evaluate
 from rcm_megatron.training.networks import build_chunks, load_weights
 
 BOUND = 1e-5
@@ -29,8 +30,22 @@ BOUND = 1e-5
 _TIMES = (937.5, 250.0)
 _DIFFUSERS_QK_EPS = 1e-5
 """Cosmos' q/k norms in diffusers; NVIDIA's release computes with 1e-6, which is no matter of the weights."""
-Input = tuple[Tensor, Tensor, Tensor]
-"""Latents [B, C, T, H, W], timesteps [B], text [B, L, D]."""
+_IMAGE_TOKENS = 6
+_TEXT_BESIDE_IMAGES = 512
+"""Text positions that diffusers' WanTransformer3DModel assumes where it is given CLIP tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What a network is run on, equal on all ranks."""
+
+    x_BCTHW: Tensor
+    timestep_B: Tensor
+    text_BLD: Tensor
+    channels_BCTHW: Tensor
+    """Of Wan's image condition; C may be 0."""
+    image_BLD: Tensor | None
+    """CLIP features, for a network that takes them."""
 
 
 def verify_conversion(
@@ -56,24 +71,44 @@ def verify_conversion(
 
 
 def random_input(model: ModelConfig, latent: LatentConfig, *, seed: int, text_len: int) -> Input:
-    """A batch of two, equal on all ranks."""
-    draws = SeededDraws(seed, 0, range(len(_TIMES)))
-    text_BLD = draws.normal("verify_text", (text_len, model.text_dim))
-    return draws.normal("verify_latent", latent.shape_CTHW), torch.tensor(_TIMES), text_BLD
+    """A batch of two, with what the network is given of an image, but without given frames."""
+    draws, wan = SeededDraws(seed, 0, range(len(_TIMES))), model.wan or WanConfig()
+    image = None
+    if wan.image_dim is not None:
+        text_len = _TEXT_BESIDE_IMAGES
+        image = draws.normal("verify_image", (wan.image_positions or _IMAGE_TOKENS, wan.image_dim))
+    return Input(
+        x_BCTHW=draws.normal("verify_latent", latent.shape_CTHW),
+        timestep_B=torch.tensor(_TIMES),
+        text_BLD=draws.normal("verify_text", (text_len, model.text_dim)),
+        channels_BCTHW=draws.normal("verify_channels", (wan.condition_channels, *latent.shape_CTHW[1:])),
+        image_BLD=image,
+    )
 
 
 @torch.no_grad()
 def network_forward(network: Sequence[DiffusionTransformer], given: Input, *, dtype: torch.dtype | None) -> Tensor:
     """Velocity [B, C, T, H, W], fp64 on the CPU, of the network with its weights rounded to `dtype`; call on all ranks."""
-    x_BCTHW, timestep_B, text_BLD = given
     for chunk in network:
         for parameter in chunk.parameters():
             parameter.copy_(parameter.to(dtype or parameter.dtype))
     device, layout = platform.device(), network[0].layout
-    x_SBP = layout.shard(x_BCTHW.to(device))
-    network_input = NetworkInput(x_SBP, timestep_B[None].to(device), text_BLD.transpose(0, 1).to(device))
+    x_SBP = layout.shard(given.x_BCTHW.to(device))
+    text_LBD = given.text_BLD.transpose(0, 1).to(device)
+    network_input = NetworkInput(x_SBP, given.timestep_B[None].to(device), text_LBD, _condition(given, layout, device))
     (v_SBP,) = evaluate(network, [network_input])
     return layout.gather(v_SBP).double().cpu()
+
+
+def _condition(given: Input, layout: TokenLayout, device: torch.device) -> Condition | None:
+    channels_SBE = image_LBD = None
+    if given.channels_BCTHW.shape[1]:
+        extended = TokenLayout(given.channels_BCTHW.shape[1:], layout.patch, groups=layout.groups)
+        channels_SBE = extended.shard(given.channels_BCTHW.to(device))
+    if given.image_BLD is not None:
+        image_LBD = given.image_BLD.transpose(0, 1).contiguous().to(device)
+    present = channels_SBE is not None or image_LBD is not None
+    return Condition(channels_SBE=channels_SBE, image_LBD=image_LBD) if present else None
 
 
 @torch.no_grad()
@@ -81,18 +116,21 @@ def diffusers_forward(model: ModelConfig, folder: Path, given: Input, *, dtype: 
     """The same of diffusers' class on a folder in its format."""
     import diffusers
 
-    x_BCTHW, timestep_B, text_BLD = given
     require_diffusers(model)
     network = getattr(diffusers, DIFFUSERS_CLASSES[model.family])
     network = network.from_pretrained(folder, torch_dtype=torch.float32).eval()
     for parameter in network.parameters():
         parameter.copy_(parameter.to(dtype or parameter.dtype))
-    extra = {}
+    x_BCTHW, timestep_B, extra = torch.cat([given.x_BCTHW, given.channels_BCTHW], dim=1), given.timestep_B, {}
+    if given.image_BLD is not None:  # of two images, one after the other in the batch
+        two = model.wan.image_positions is not None
+        extra["encoder_hidden_states_image"] = given.image_BLD.unflatten(1, (1 + two, -1)).flatten(0, 1)
     if model.family == "cosmos":  # no frames given, a whole picture, and time in [0, 1]
         timestep_B, extra["fps"] = timestep_B / 1000, model.cosmos.rope_fps
         extra["padding_mask"] = x_BCTHW.new_zeros(1, 1, *x_BCTHW.shape[-2:])
         extra["condition_mask"] = torch.zeros_like(x_BCTHW[:, :1]) if model.cosmos.condition_frames else None
-    (v_BCTHW,) = network(x_BCTHW, timestep=timestep_B, encoder_hidden_states=text_BLD, return_dict=False, **extra)
+    extra |= {"timestep": timestep_B, "encoder_hidden_states": given.text_BLD}
+    (v_BCTHW,) = network(x_BCTHW, return_dict=False, **extra)
     return v_BCTHW.double()
 
 

@@ -145,15 +145,19 @@ def test_configurations_that_are_not_this_network(broken, tiny):
     with_config(qk_norm="rms_norm")
     fails(broken, "qk_norm='rms_norm'; need 'rms_norm_across_heads'")
     with_config(image_dim=1280, added_kv_proj_dim=24)
-    fails(broken, "image_dim=1280; need None: no image conditioning; image-to-video is not supported yet")
+    fails(broken, r"missing .*'blocks.0.attn2.add_k_proj.bias'")
+    with_config(image_dim=1280)
+    fails(broken, "added_kv_proj_dim=None; need 24: keys of images see the hidden size")
     with_config(in_channels=36)
-    fails(broken, "in_channels=36, out_channels=3: channels concatenated")
+    fails(broken, r"'patch_embedding.weight': got shape \[24, 3, 1, 2, 2\], need \[24, 36, 1, 2, 2\]")
+    with_config(in_channels=2)
+    fails(broken, "in_channels=2 must be at least out_channels=3")
     with_config(_class_name="WanVACETransformer3DModel")
     fails(broken, "WanVACETransformer3DModel")
     with_config(cross_attn_norm=False)
     fails(broken, r"unknown \(4\): 'blocks.0.norm2.bias'")
     tensors = {**tiny[1], "blocks.0.attn2.add_k_proj.weight": torch.zeros(24, 24)}
-    with pytest.raises(CheckpointError, match="'blocks.0.attn2.add_k_proj.weight' conditions on images"):
+    with pytest.raises(CheckpointError, match=r"unknown \(1\): 'blocks.0.attn2.add_k_proj.weight'"):
         to_internal(source_from_tensors(tensors), CONFIG)
 
 
@@ -229,4 +233,4 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     fails(tmp_path / "a.bin", "need a folder, or a file that ends in")
     save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    fails(tmp_path / "other.safetensors", "not a Wan2.1 text-to-video or Cosmos-Predict2 network")
+    fails(tmp_path / "other.safetensors", "not a Wan or Cosmos-Predict2 network")
