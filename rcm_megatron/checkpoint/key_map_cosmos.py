@@ -166,6 +166,7 @@ def model_config_from_shapes(
     fields = {
         "family": "cosmos",
         "cosmos": cosmos,
+        "wan": None,
         "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
         "hidden_size": hidden,
         "num_heads": own["blocks.0.self_attn.q_proj"][0] // head_dim,

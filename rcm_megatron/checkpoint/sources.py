@@ -88,9 +88,12 @@ class CheckpointSource(Mapping[str, Tensor]):
         if dim is not None:
             index[dim] = slice(start, stop)
         try:
-            return tensor.read(tuple(index))
+            value = tensor.read(tuple(index))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.where}: cannot read {name!r}: {error}") from error
+        if not value.is_floating_point():
+            raise CheckpointError(f"{self.where}: {name!r} holds {value.dtype}; need floating-point weights")
+        return value
 
     def with_prefix(self, prefix: str) -> CheckpointSource:
         """The part whose keys begin with `prefix`, which is removed."""
@@ -315,18 +318,22 @@ def _open_safetensors(path: Path) -> CheckpointSource:
 
 def _open_pickle(path: Path) -> CheckpointSource:
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _require_stored(path)
         with torch.serialization.safe_globals(
             [io.BytesIO]
         ):  # Transformer Engine's `_extra_state`: bytes that stay bytes
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        first_line = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: refused, it is damaged or holds objects other than tensors, which could run code ({first_line}); "
+            f"{path}: refused, it is damaged or holds objects other than tensors, which could run code ({_first_line(error)}); "
             "convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # damaged bytes make unpickling raise anything
+        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({_first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; need a dict of tensors")
     content = {name: value for name, value in content.items() if not key_map_cosmos.is_no_weight(str(name))}
@@ -334,6 +341,18 @@ def _open_pickle(path: Path) -> CheckpointSource:
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is a {type(content[wrong]).__name__}; need a flat dict of tensors")
     return source_from_tensors(content, where=str(path))
+
+
+def _require_stored(path: Path) -> None:
+    """PyTorch stores the records of its files as they are: compressed ones would be unpacked to any size."""
+    with zipfile.ZipFile(path) as archive:
+        packed = next((info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise CheckpointError(f"{path}: refused, {packed.filename!r} in it is compressed, which torch.save does not do")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -46,9 +46,6 @@ _MEGATRON_CONFIG = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_DAMAGE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError)
-_DAMAGE += (AssertionError, IndexError, ImportError, UnicodeDecodeError)
-"""What unpickling and PyTorch's reader raise on damaged bytes."""
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -158,16 +155,24 @@ def write_torch_dist(
                     file, folder / (name := f"__0_{len({info.relative_path for info in places.values()})}.distcp")
                 )
             key, start, origin = f"network.model.{internal}", file.tell(), torch.Size([0] * tensor.ndim)
-            torch.save(tensor, file)
+            save_with_torch(tensor, file)
             places[MetadataIndex(key, origin)] = _StorageInfo(name, start, file.tell() - start)
             properties = TensorProperties.create_from_tensor(tensor)
             tensors[key] = TensorStorageMetadata(properties, tensor.shape, [ChunkStorageMetadata(origin, tensor.shape)])
     finally:
         _next_file(file, None)
     _write(folder / METADATA_FILE, pickle.dumps(Metadata(tensors, storage_data=places)))
-    torch.save(dict(metadata), folder / COMMON_FILE)
+    save_with_torch(dict(metadata), folder / COMMON_FILE)
     sync_to_disk(folder / COMMON_FILE)
     _write(folder / CONFIG_FILE, json.dumps(_MEGATRON_CONFIG).encode())
+
+
+def save_with_torch(value: Any, file: Path | BinaryIO) -> None:
+    """torch.save, of which a full disk makes a RuntimeError about positions: here it is an OSError."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
 
 
 def _next_file(file, path: Path | None):
@@ -191,7 +196,7 @@ def _damaged(path: Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # damaged bytes make unpickling raise anything
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{path}: refused, it is damaged or not a torch_dist checkpoint of rcm_megatron ({type(error).__name__}: {reason})"

@@ -7,7 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import sync_to_disk
+from rcm_megatron.checkpoint.torch_dist import save_with_torch
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -53,16 +54,12 @@ def replaced_when_done(path: Path) -> Iterator[Path]:
         _remove(temporary)
         if previous.exists() and not path.exists():
             previous.rename(path)
-        if isinstance(error, OSError | SafetensorError | _WriteError):
+        if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(
                 f"{path}: cannot be written ({error}); nothing was left there; make room or choose another target"
             ) from error
         raise
     _remove(previous)
-
-
-class _WriteError(RuntimeError):
-    """PyTorch could not write a file."""
 
 
 def write_folder(
@@ -131,7 +128,8 @@ def write_file(
         if path.suffix == ".safetensors":
             _save_safetensors(tensors, temporary, {"format": "pt"})
         else:
-            _save_pickle(tensors, temporary)
+            save_with_torch(tensors, temporary)
+            sync_to_disk(temporary)
         if check is not None:
             check(temporary)
     return path
@@ -179,21 +177,15 @@ def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, 
     sync_to_disk(path)
 
 
-def _save_pickle(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        torch.save(tensors, path)
-    except RuntimeError as error:
-        raise _WriteError(str(error).splitlines()[0]) from error
-    sync_to_disk(path)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
     sync_to_disk(path)
 
 
 def _remove(path: Path) -> None:
+    """As far as the disk allows: where it does not, another error is on its way."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
