@@ -240,6 +240,8 @@ class LoggingConfig:
     """auto: online when an API key is set, else offline."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
+    peak_tflops: float | None = None
+    """Dense peak of one device, TFLOP/s, of which MFU is a share. null: that of the GPU if it is known and the run is bf16; else no MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)

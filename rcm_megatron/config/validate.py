@@ -32,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_data(config),
         *_counts(config),
         *_sampling(config),
+        *_logging(config),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -414,3 +415,9 @@ def _sampling(config: RunConfig) -> Iterator[str]:
         yield f"sampling.student_steps={list(sampling.student_steps)} must hold at least one count, each 1 or more"
     else:
         yield from _step_times("sampling.student_times", sampling.student_times, max(sampling.student_steps))
+
+
+def _logging(config: RunConfig) -> Iterator[str]:
+    peak = config.logging.peak_tflops
+    if peak is not None and peak <= 0:
+        yield f"logging.peak_tflops={peak} must be greater than 0, or null for the GPU's own"

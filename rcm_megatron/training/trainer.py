@@ -23,6 +23,7 @@ from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import check_encoders, load_null_text
+from rcm_megatron.training.flops import Throughput
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
@@ -85,6 +86,7 @@ class Trainer:
             offload=run.memory.offload_optimizer,
             free_idle_gradients=run.memory.free_idle_gradients,
         )
+        self.throughput = Throughput(run, devices=dist.get_world_size())
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
     @property
@@ -177,12 +179,7 @@ class Trainer:
         record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
         record |= step_seconds(self.timers.pop())
-        samples, seconds = self.run.trainer.global_batch_size, record["seconds/step"]
-        record |= {"samples_per_second": samples / seconds}
-        record |= {
-            "tokens_per_second": samples * self.layout.num_tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        }
+        record |= self.throughput.rates(step, stage, record) | {"peak_memory_gib": peak_memory_gib()}
         self.logger.log(iteration, record)
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
