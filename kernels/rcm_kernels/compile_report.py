@@ -30,12 +30,12 @@ MATMUL = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SERIALISED = "wgmma.mma_async instructions are serialized"
 
 VARIANTS = {
-    "jvp": ("main", "no tk, tv", "no carry", "chunked", "other strides", "odd head dim", "fp16"),
+    "jvp": ("main", "last step", "no tk, tv", "no carry", "chunked", "other strides", "odd head dim", "fp16"),
     "forward": ("main", "odd head dim", "fp16"),
     "dq": ("main", "odd head dim", "fp16"),
     "dkdv": ("main", "odd head dim", "fp16"),
 }
-"""Per kernel, what is compiled; "main" is what training runs (a ring step in bf16 with tangents of keys, fp32 sum of dq)."""
+"""Per kernel, what is compiled; "main" is what training runs (a ring step in bf16 with tangents of keys, fp32 sum of dq); "last step" stores o and to in bf16."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def _call(kernel, variant, dtype):
     if kernel == "jvp":
         pointers = dict.fromkeys(("q", "k", "v", "tq", "tk", "tv"), dtype)
         pointers |= dict.fromkeys(("o", "to", "lse", "mu", "carry_o", "carry_to", "carry_lse", "carry_mu"), "fp32")
+        if variant == "last step":
+            pointers |= dict.fromkeys(("o", "to"), dtype)
         constants = {"HAS_TK": variant != "no tk, tv", "SAME_STRIDES": variant != "other strides"}
         constants |= {"HAS_CARRY": variant != "no carry", "CHUNKED": variant == "chunked"}
         absent = ("tk", "tv") if variant == "no tk, tv" else ()
