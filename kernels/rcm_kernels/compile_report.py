@@ -29,8 +29,8 @@ BEGIN, END = "<!-- compile_report: begin -->", "<!-- compile_report: end -->"
 MATMUL = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SERIALISED = "wgmma.mma_async instructions are serialized"
 
-JVP_OF_TRAINING = ("first step", "last step", "one rank", "cross")
-"""Without a carry, with results in bf16, with both, and without tk and tv too."""
+JVP_OF_TRAINING = ("first step", "one rank", "cross")
+"""Without a carry, with results in bf16 too, and without tk and tv."""
 
 VARIANTS = {
     "jvp": ("main", *JVP_OF_TRAINING, "chunked", "other strides", "odd head dim", "fp16"),
@@ -105,7 +105,7 @@ def _call(kernel, variant, dtype):
     if kernel == "jvp":
         pointers = dict.fromkeys(("q", "k", "v", "tq", "tk", "tv"), dtype)
         pointers |= dict.fromkeys(("o", "to", "lse", "mu", "carry_o", "carry_to", "carry_lse", "carry_mu"), "fp32")
-        if variant in ("last step", "one rank", "cross"):
+        if variant in ("one rank", "cross"):
             pointers |= dict.fromkeys(("o", "to"), dtype)
         no_carry = variant in ("first step", "one rank", "cross")
         constants = {"HAS_TK": variant != "cross", "SAME_STRIDES": variant != "other strides"}

@@ -220,7 +220,8 @@ def attention_jvp(
     q, k, v, tq, tk, tv = (last_dim_dense(x) for x in (q, k, v, tq, tk, tv))
     (s, b, n, d), has_carry = q.shape, carry is not None
     carry = tuple(x.contiguous() for x in carry) if has_carry else (None,) * 4
-    outputs = carry if update_carry and has_carry else _new_outputs(q, out_dtype)
+    # With a carry the kernel stores fp32: on sm_90a bf16 results would cost 96 bytes of spills at head dim 128.
+    outputs = carry if update_carry and has_carry else _new_outputs(q, None if has_carry else out_dtype)
     same_strides = tk is None or (tk.stride() == k.stride() and tv.stride() == v.stride())
     config = config or config_for("jvp", q, irregular=not same_strides or chunk is not None)
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
@@ -237,7 +238,8 @@ def attention_jvp(
             P_TYPE=p_type, DOT_TYPE=dot_type, PRECISION=dot_precision(q.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return outputs
+    o, to, lse, mu = outputs
+    return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
 def _new_outputs(q, out_dtype):
