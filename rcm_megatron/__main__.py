@@ -83,9 +83,13 @@ def _train(arguments: argparse.Namespace) -> None:
     from rcm_megatron.models.encoders import EncoderError
     from rcm_megatron.training import trainer
     from rcm_megatron.training.encoding import InputError
+    from rcm_megatron.training.stopping import PREEMPTED, Preempted
 
     try:
         trainer.main(config)
+    except Preempted as stopped:
+        print(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {stopped}", file=sys.stderr, flush=True)
+        raise SystemExit(PREEMPTED) from None
     except (CheckpointError, DatasetError, EncoderError, InputError, SampleError) as error:
         # may strike one rank only: each says which it is
         raise SystemExit(f"{arguments.prog}: rank {os.environ.get('RANK', '0')}: {error}") from None

@@ -197,6 +197,9 @@ class PrecisionConfig:
     Hopper or newer); never used for a tangent, so never for the student. Saves about a third of their time on paper, changes their
     outputs by FP8's rounding, which depends on the layout. Weights stay bf16, main gradients fp32; the tokens of every network are
     padded to a multiple of 16 on each rank."""
+    fused_ops: Literal["auto", "none"] = "auto"
+    """What runs norms, modulation, gates, GELU and RoPE. auto: one Triton kernel each (rcm_kernels.fused) on CUDA, PyTorch's
+    operations elsewhere; none: PyTorch's everywhere."""
 
     @property
     def token_multiple(self) -> int:

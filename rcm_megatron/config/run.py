@@ -183,11 +183,20 @@ class TrainerConfig:
     """Iterations between sample videos; 0: none."""
     checkpoint_every: int
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; older ones are deleted after a new one is complete."""
+    """Newest checkpoints that are kept; older ones are deleted after a new one is complete. With 1 there is none to go back to when its
+    files are damaged."""
+    keep_every: int = 0
+    """Checkpoints of iterations divisible by this are never deleted; a multiple of checkpoint_every, or 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written: a step waits for a copy of the rank's part of it in host memory (pinned, with CUDA), which
+    is needed until it is on disk. False: wait for the disk, and copy nothing."""
     resume: bool = True
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
     stop_after: int | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without a step (or a checkpoint) after which every rank writes its stacks to output_dir/stacks and ends with status 86;
+    what comes before the end of the first step may take three times as long. null: wait for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +246,11 @@ class LoggingConfig:
     """Metrics go to <output_dir>/metrics.jsonl, and to Weights & Biases."""
 
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when an API key is set, else offline."""
+    """auto: online when an API key is set and the service answers, else offline."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
+    peak_tflops: float | None = None
+    """Dense peak of one device, TFLOP/s, of which MFU is a share. null: that of the GPU if it is known and the run is bf16; else no MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_data(config),
         *_counts(config),
         *_sampling(config),
+        *_logging(config),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -422,8 +423,16 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _counts(config: RunConfig) -> Iterator[str]:
     yield from _positive("trainer", config.trainer, "log_every checkpoint_every keep_checkpoints")
+    every, kept = config.trainer.checkpoint_every, config.trainer.keep_every
+    if kept < 0 or (every > 0 and kept % every):
+        yield (
+            f"trainer.keep_every={kept} must be a multiple of trainer.checkpoint_every={every}, or no such checkpoint is ever "
+            "written; 0 keeps none"
+        )
     if config.trainer.sample_every < 0:
         yield f"trainer.sample_every={config.trainer.sample_every} must not be negative; 0 takes no samples"
+    if config.trainer.hang_timeout is not None and config.trainer.hang_timeout <= 0:
+        yield f"trainer.hang_timeout={config.trainer.hang_timeout} must be greater than 0, or null to wait for ever"
     if config.trainer.stop_after is not None and config.trainer.stop_after < 1:
         yield f"trainer.stop_after={config.trainer.stop_after} must be at least 1, or null"
 
@@ -435,3 +444,9 @@ def _sampling(config: RunConfig) -> Iterator[str]:
         yield f"sampling.student_steps={list(sampling.student_steps)} must hold at least one count, each 1 or more"
     else:
         yield from _step_times("sampling.student_times", sampling.student_times, max(sampling.student_steps))
+
+
+def _logging(config: RunConfig) -> Iterator[str]:
+    peak = config.logging.peak_tflops
+    if peak is not None and peak <= 0:
+        yield f"logging.peak_tflops={peak} must be greater than 0, or null for the GPU's own"

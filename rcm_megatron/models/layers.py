@@ -277,8 +277,8 @@ class CrossAttention(nn.Module):
         k = k_norm(k)
         if not isinstance(q, Dual):
             return attention(q, k, v)
-        o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent)
-        return Dual.pack(o.to(k.dtype), to.to(k.dtype))
+        o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent, out_dtype=k.dtype)
+        return Dual.pack(o, to)
 
 
 class MLP(nn.Module):

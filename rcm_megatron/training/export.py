@@ -20,6 +20,7 @@ from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
 from rcm_megatron.training.inference import Weights, join, load_network, resolve_checkpoint
+from rcm_megatron.training.pipelines import pipeline_usage, scheduler_files
 
 VERIFY_BOUND = 1e-5
 """Largest relative error of diffusers' forward against ours, both fp32 on the exported values."""
@@ -57,7 +58,10 @@ def export(run: RunConfig, request: ExportRequest) -> None:
             dtype=dtype,
             force=request.force,
             metadata=facts,
-            texts={"README.md": _model_card(run, request, facts)},
+            texts={
+                "README.md": _model_card(run, request, facts),
+                **(scheduler_files(run) if _few_steps(request) else {}),
+            },
             is_writer=dist.get_rank() == 0,
         )
     if dist.get_rank() == 0:
@@ -149,6 +153,11 @@ def _diffusers_class(run: RunConfig) -> str:
     return {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransformer3DModel"}[run.model.family]
 
 
+def _few_steps(request: ExportRequest) -> bool:
+    """Whether the weights are the student's."""
+    return request.weights in ("student", "ema")
+
+
 def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str]:
     facts = {"run": run.name, "weights": request.weights, "source": source, "dtype": request.dtype}
     return {**facts, "rcm_megatron": __version__}
@@ -156,12 +165,13 @@ def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str
 
 def _model_card(run: RunConfig, request: ExportRequest, facts: dict[str, str]) -> str:
     table = "\n".join(f"| {name} | `{value}` |" for name, value in facts.items())
-    if request.weights in ("student", "ema"):
+    if _few_steps(request):
         times = ", ".join(str(time) for time in run.sampling.student_times)
         usage = (
             f"A few-step generator: start at TrigFlow time atan({run.sampling.sigma_max:g}), denoise, re-noise to the next of "
             f"{times}, 1 to {len(run.sampling.student_times) + 1} network evaluations, no guidance. The network predicts the "
-            "rectified-flow velocity, as its teacher does."
+            "rectified-flow velocity, as its teacher does. With diffusers' pipelines:\n\n"
+            f"```python\n{pipeline_usage(run, str(request.output))}```"
         )
     else:
         usage = "Predicts the rectified-flow velocity, as its teacher does."
