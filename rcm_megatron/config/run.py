@@ -143,8 +143,10 @@ class EncodersConfig:
     text: Literal["words", "umt5", "t5", "none"]
     """umt5 (Wan), t5 (Cosmos): `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it,
     and sends the rest their embeddings."""
+    image: Literal["clip", "none"] = "none"
+    """clip: `folder`/image_encoder and `folder`/image_processor, for networks with model.wan.image_dim. Used by `sample --image` alone."""
     folder: str | None = None
-    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5 and t5."""
+    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5, t5 and clip."""
     negative_prompt: str | None = None
     """Caption of the unconditional branch; null: the release's own with umt5 and t5, the empty caption with words. Set "" to train
     flow matching with umt5 or t5: caption dropout wants the empty caption."""

@@ -389,13 +389,15 @@ def _optimizer(optimizer: OptimizerConfig, where: str) -> Iterator[str]:
 
 def _encoders(config: RunConfig) -> Iterator[str]:
     encoders = config.encoders
-    for field in ("video", "text"):
+    for field in ("video", "text", "image"):
         value = getattr(encoders, field)
-        if value in ("wan_vae", "umt5", "t5") and encoders.folder is None:
+        if value in ("wan_vae", "umt5", "t5", "clip") and encoders.folder is None:
             yield (
                 f"encoders.folder=null, but encoders.{field}={value} reads it; name a local diffusers checkpoint with vae/, "
                 "text_encoder/ and tokenizer/"
             )
+    if encoders.image != "none" and (config.model.wan is None or config.model.wan.image_dim is None):
+        yield f"encoders.image={encoders.image}, but the network attends to no image (model.wan.image_dim=null); set encoders.image to none"
     if encoders.text == "none" and encoders.negative_prompt is not None:
         yield (
             f"encoders.negative_prompt={encoders.negative_prompt!r} needs a text encoder, got encoders.text=none; remove it "
