@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,6 +26,14 @@ class GivenFrames:
     def condition(self, layout: TokenLayout, samples: int, device: torch.device) -> Condition:
         x0_SBP = layout.shard(self.latent_BCTHW.to(device).expand(samples, -1, -1, -1, -1))
         return Condition(x0_SBP, torch.full((samples,), self.frames, device=device))
+
+
+@dataclass(frozen=True, eq=False)
+class LowNoiseExpert:
+    """The second network of a teacher that is two: it takes the steps at RF times below ``boundary``."""
+
+    chunks: Sequence[nn.Module]
+    boundary: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +65,21 @@ class Sampler:
         )
         return self.layout.gather(x_SBP).float()
 
-    def teacher(self, *, steps: int, guidance: float, shift: float, method: Literal["euler", "unipc"]) -> Tensor:
+    def teacher(
+        self,
+        *,
+        steps: int,
+        guidance: float,
+        shift: float,
+        method: Literal["euler", "unipc"],
+        low_noise: LowNoiseExpert | None = None,
+    ) -> Tensor:
         """Latents [B, C, T, H, W]; with guidance above 1 every step takes two network evaluations."""
 
         def velocity(x_SBP: Tensor, s: float) -> Tensor:
-            return self._guided_velocity(x_SBP, s, guidance=guidance)
+            has_low_noise = low_noise is not None and s < low_noise.boundary
+            network = replace(self, chunks=low_noise.chunks) if has_low_noise else self
+            return network._guided_velocity(x_SBP, s, guidance=guidance)
 
         solve = {"euler": samplers.euler_sample, "unipc": samplers.unipc_sample}[method]
         return self.layout.gather(solve(velocity, self._noise("sample_noise"), steps=steps, shift=shift)).float()

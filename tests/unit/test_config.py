@@ -410,6 +410,22 @@ def test_a_wan_network_that_cannot_be_is_refused(overrides, part):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
+        (
+            ["init.teacher_low_noise=null"],
+            "init.teacher_low_noise=null with distillation.expert_boundary=0.875; give both",
+        ),
+        (["distillation.expert_boundary=null"], "with distillation.expert_boundary=null; give both"),
+        (["distillation.expert_boundary=875"], "distillation.expert_boundary=875.0 must be between 0 and 1"),
+        (["init.teacher=null"], "name the network of high noise as init.teacher"),
+    ],
+)
+def test_a_teacher_of_two_networks_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=CONFIGS / "wan2.2_t2v_a14b_480p.yaml", world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
         (["model.cosmos=null"], "model.family=cosmos with model.cosmos=null"),
         (["model.family=wan"], "remove model.cosmos, or set family: cosmos"),
         (["model.freq_dim=256"], "model.freq_dim=256 must equal model.hidden_size=2048"),
