@@ -48,8 +48,8 @@ ROWS = {
     "mlp_modulation": "times",
     "head.modulation": "times",
 }
-"""Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, the CLIP
-tokens of an image, or the times, of which a sample has one, or one a latent frame."""
+"""Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, features
+of an image, or the times, of which a sample has one, or one a latent frame."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class NetworkFlops:
 
     linears: int
     """Of tokens and times: primal and tangent."""
-    text_linears: int
-    """Text and images have no tangent."""
+    context_linears: int
+    """Of text and images, which have no tangent."""
     self_attention: int
     """Two products; with tangents six."""
     cross_attention: int
@@ -67,12 +67,12 @@ class NetworkFlops:
 
     @property
     def forward(self) -> int:
-        return self.linears + self.text_linears + self.self_attention + self.cross_attention
+        return self.linears + self.context_linears + self.self_attention + self.cross_attention
 
     @property
     def dual(self) -> int:
         """Output and tangent."""
-        return 2 * self.linears + self.text_linears + 3 * self.self_attention + 2 * self.cross_attention
+        return 2 * self.linears + self.context_linears + 3 * self.self_attention + 2 * self.cross_attention
 
     @property
     def backward(self) -> int:
@@ -93,7 +93,7 @@ def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     attention = 4 * tokens * model.hidden_size * model.num_layers
     return NetworkFlops(
         linears=linears["tokens"] + linears["times"],
-        text_linears=linears["text"] + linears["image"],
+        context_linears=linears["text"] + linears["image"],
         self_attention=attention * tokens,
         cross_attention=attention * (model.text_len + image),
     )

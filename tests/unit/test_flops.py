@@ -47,10 +47,11 @@ SIZES = {
     "text_len": 7,
 }
 COSMOS = CosmosConfig(adaln_lora_dim=6, rope_scale=(1.0, 2.0, 2.0), condition_frames=True)
-IMAGE = WanConfig(condition_channels=2, image_dim=14, image_positions=9, condition_frames=True)
 MODELS = {
     "wan": ModelConfig(**SIZES, freq_dim=34),
-    "wan_image": ModelConfig(**SIZES, freq_dim=34, wan=IMAGE),
+    "wan_image2video": ModelConfig(wan=WanConfig(condition_channels=3, image_dim=22), **SIZES, freq_dim=34),
+    "wan_first_and_last": ModelConfig(wan=WanConfig(image_dim=22, image_positions=514), **SIZES, freq_dim=34),
+    "wan_frames": ModelConfig(wan=WanConfig(condition_frames=True), **SIZES, freq_dim=34),
     "cosmos_video2world": ModelConfig(family="cosmos", cosmos=COSMOS, freq_dim=48, cross_attn_norm=False, **SIZES),
 }
 LATENT = LatentConfig(channels=5, frames=3, height=6, width=10)
@@ -93,11 +94,12 @@ def inputs_of(chunk):
     """(x, timestep, text, condition) of a batch, from nowhere in particular."""
     layout, model = chunk.layout, chunk.model
     x = torch.randn(layout.local_tokens, BATCH, layout.patch_features)
-    condition = Condition(torch.zeros_like(x), torch.tensor([1] * BATCH)) if model.condition_frames else None
-    if model.wan:
-        channels = torch.randn(layout.local_tokens, BATCH, model.wan.condition_channels * model.patch_volume)
-        image = torch.randn(model.wan.image_tokens, BATCH, model.wan.image_dim)
-        condition = replace(condition, channels_SBE=channels, image_LBD=image)
+    given = {"x0_SBP": torch.zeros_like(x), "frames_B": torch.tensor([1] * BATCH)} if model.condition_frames else {}
+    if model.wan and model.wan.condition_channels:
+        given["channels_SBE"] = torch.randn(*x.shape[:2], model.wan.condition_channels * model.patch_volume)
+    if model.wan and model.wan.image_dim:
+        given["image_LBD"] = torch.randn(model.wan.image_positions or 257, BATCH, model.wan.image_dim)
+    condition = Condition(**given) if given else None
     return x, torch.full((1, BATCH), 500.0), torch.randn(model.text_len, BATCH, model.text_dim), condition
 
 
