@@ -22,9 +22,10 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.training.given import Given
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.sampling import GivenFrames, LowNoiseExpert, Sampler
+from rcm_megatron.training.sampling import LowNoiseExpert, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
@@ -103,8 +104,8 @@ class SampleBatches:
     """Of guidance's unconditional branch; None will do without guidance."""
     seed: int
     batch_size: int
-    given: GivenFrames | None = None
-    """Video2World: what all samples begin with."""
+    given: Given = Given()
+    """What the network is given of a video or image, for all samples."""
 
     def __call__(
         self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
@@ -118,7 +119,7 @@ class SampleBatches:
             null_LBD = self.null_text_L1D
             if null_LBD is not None:
                 null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
-            condition = None if self.given is None else self.given.condition(layout, len(indices), device)
+            condition = self.given.condition(layout, len(indices), device)
             yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition))
 
     def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:

@@ -30,8 +30,8 @@ from rcm_megatron.parallel.pipeline import (
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Samples of one micro-batch on this rank: x0_SBP tokens, text and null text [L, B, D], their random draws, and which of their
-    frames the networks are given (Video2World)."""
+    """Samples of one micro-batch on this rank: x0_SBP tokens, text and null text [L, B, D], their random draws, and what of the
+    videos the networks are given (Video2World, image-to-video)."""
 
     x0_SBP: Tensor
     text_LBD: Tensor
@@ -94,10 +94,10 @@ def as_tokens(t_B: Tensor, device: torch.device) -> Tensor:
 
 
 def draw_condition(batch: MicroBatch, *, given_frames: Sequence[int]) -> Condition:
-    """The samples' own first latent frames, of each sample as many as one of ``given_frames``, all equally likely."""
+    """The batch's condition with the samples' own first latent frames, of each as many as one of ``given_frames``, all equally likely."""
     choice = (batch.draws.uniform("given_frames") * len(given_frames)).long()
     frames_B = torch.tensor(given_frames)[choice].to(batch.x0_SBP.device)
-    return Condition(batch.x0_SBP, frames_B)
+    return replace(batch.condition or Condition(), x0_SBP=batch.x0_SBP, frames_B=frames_B)
 
 
 def network_input(xt_SBP: Tensor, t_1B1: Tensor, text_LBD: Tensor, condition: Condition | None = None) -> NetworkInput:

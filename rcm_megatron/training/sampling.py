@@ -17,18 +17,6 @@ from rcm_megatron.training.objectives import network_input
 
 
 @dataclass(frozen=True, eq=False)
-class GivenFrames:
-    """Clean latents ``[B, C, T, H, W]`` (B of 1: for every sample) whose first ``frames`` latent frames samples begin with."""
-
-    latent_BCTHW: Tensor
-    frames: int
-
-    def condition(self, layout: TokenLayout, samples: int, device: torch.device) -> Condition:
-        x0_SBP = layout.shard(self.latent_BCTHW.to(device).expand(samples, -1, -1, -1, -1))
-        return Condition(x0_SBP, torch.full((samples,), self.frames, device=device))
-
-
-@dataclass(frozen=True, eq=False)
 class LowNoiseExpert:
     """The second network of a teacher that is two: it takes the steps at RF times below ``boundary``."""
 
@@ -51,7 +39,7 @@ class Sampler:
     seed: int
     sample_indices: Sequence[int]
     condition: Condition | None = None
-    """Video2World: the first latent frames, which samples then begin with."""
+    """What the network is given of the videos: first latent frames, which samples then begin with, or an image."""
 
     def student(self, *, steps: int, mid_times: Sequence[float], sigma_max: float | None) -> Tensor:
         """Latents [B, C, T, H, W] in ``steps`` network evaluations."""
