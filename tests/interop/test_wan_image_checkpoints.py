@@ -143,7 +143,7 @@ def test_configurations_of_the_releases(name):
 SHIPPED = {
     "wan2.1_i2v_14b_480p": "Wan2.1-I2V-14B",
     "wan2.2_t2v_a14b_480p": "Wan2.2-T2V-A14B",
-    "wan2.2_i2v_a14b_480p": "Wan2.2-I2V-A14B",
+    "wan2.2_i2v_a14b": "Wan2.2-I2V-A14B",
     "wan2.2_ti2v_5b": "Wan2.2-TI2V-5B",
 }
 

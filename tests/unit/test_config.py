@@ -24,7 +24,7 @@ WORLD_SIZES = {
     "cosmos_predict2_14b_video2world": (8, 64, 512),
     "wan2.1_i2v_14b_480p": (8, 64, 512),
     "wan2.2_t2v_a14b_480p": (8, 64, 512),
-    "wan2.2_i2v_a14b_480p": (8, 64, 512),
+    "wan2.2_i2v_a14b": (8, 64, 512),
     "wan2.2_ti2v_5b": (8, 64, 512),
 }
 QUICKSTART = CONFIGS / "quickstart.yaml"
