@@ -37,6 +37,10 @@ class CosmosConfig:
         return self.condition_frames + self.padding_mask
 
 
+WAN_MASK_CHANNELS = 4
+"""Of a Wan network's condition_channels, the first: one for each frame of pixels in a latent frame."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """How a Wan transformer is given images (its other fields are ModelConfig's). null, like all defaults, is plain text-to-video."""
@@ -49,6 +53,11 @@ class WanConfig:
     """CLIP tokens that have a learned position (diffusers' pos_embed_seq_len; first and last frame: 2 * 257). null: no positions."""
     condition_frames: bool = False
     """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
+
+    @property
+    def image_len(self) -> int:
+        """CLIP tokens that the blocks attend to, where there are any: ViT-H/14's 1 + 16 * 16 of one image, or as many as have positions."""
+        return 257 if self.image_positions is None else self.image_positions
 
 
 @dataclass(frozen=True, kw_only=True)
