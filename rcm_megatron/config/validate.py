@@ -288,6 +288,16 @@ def _networks(config: RunConfig) -> Iterator[str]:
         yield "init.teacher=null, but a stage distils; name a diffusers folder with config.json and safetensors"
     if config.needs_fake_score and config.fake_score_optimizer is None:
         yield "fake_score_optimizer=null, but a stage has a DMD weight; give it at least lr"
+    low_noise, boundary = config.init.teacher_low_noise, config.distillation.expert_boundary
+    if (low_noise is None) != (boundary is None):
+        yield (
+            f"init.teacher_low_noise={low_noise or 'null'} with distillation.expert_boundary={boundary or 'null'}; give both for a teacher "
+            "of two networks, or none"
+        )
+    if low_noise is not None and config.init.teacher is None:
+        yield "init.teacher=null with init.teacher_low_noise given; name the network of high noise as init.teacher"
+    if boundary is not None and not 0 < boundary < 1:
+        yield f"distillation.expert_boundary={boundary} must be between 0 and 1, an RF time; Wan2.2 A14B has 0.875 or 0.9"
 
 
 def _distillation(config: RunConfig) -> Iterator[str]:

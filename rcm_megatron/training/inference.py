@@ -25,7 +25,7 @@ from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.given import Given
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.sampling import Sampler
+from rcm_megatron.training.sampling import LowNoiseExpert, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
@@ -58,14 +58,14 @@ def load_network(
     run: RunConfig,
     groups: ParallelGroups,
     *,
-    weights: Weights,
+    weights: Weights | Literal["teacher_low_noise"],
     checkpoint: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[DiffusionTransformer]:
     """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
-    Its passes run in that dtype, never in FP8. The teacher comes from ``init.teacher``; the others from `checkpoint` (of
-    `resolve_checkpoint`), whose fp32 values are rounded.
+    Its passes run in that dtype, never in FP8. Teachers come from ``init``; the others from `checkpoint` (of `resolve_checkpoint`),
+    whose fp32 values are rounded.
     """
     spec = choose_layer_spec(replace(run.precision, fp8=())) if dtype is None else None
     dtype = dtype or DTYPES[run.precision.params_dtype]
@@ -75,12 +75,13 @@ def load_network(
     )
     for chunk in chunks:
         chunk.requires_grad_(False)
-    if weights == "teacher":
-        if run.init.teacher is None:
+    if weights in ("teacher", "teacher_low_noise"):
+        path = getattr(run.init, weights)
+        if path is None:
             raise CheckpointError(
-                "init.teacher=null: this run has no teacher; choose other --weights or set init.teacher"
+                f"init.{weights}=null: this run has no teacher; choose other --weights or set init.{weights}"
             )
-        return load_weights(chunks, open_checkpoint(run.init.teacher))
+        return load_weights(chunks, open_checkpoint(path))
     name, kind = _STORED[weights]
     try:
         run_checkpoints.load_weights(checkpoint, chunks, network=name, kind=kind)
@@ -132,13 +133,27 @@ class SampleBatches:
         return torch.cat([latents for _, latents in pairs])[order.argsort()]
 
 
-def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -> Callable[[Sampler], Tensor]:
+def teacher_draw(
+    run: RunConfig, *, steps: int, guidance: float | None = None, low_noise: LowNoiseExpert | None = None
+) -> Callable[[Sampler], Tensor]:
     """Sampling of the teacher as ``run.sampling`` says."""
     settings = run.sampling
     guidance = settings.guidance if guidance is None else guidance
     return lambda sampler: sampler.teacher(
-        steps=steps, guidance=guidance, shift=settings.teacher_shift, method=settings.teacher_sampler
+        steps=steps,
+        guidance=guidance,
+        shift=settings.teacher_shift,
+        method=settings.teacher_sampler,
+        low_noise=low_noise,
     )
+
+
+def low_noise_expert(run: RunConfig, groups: ParallelGroups) -> LowNoiseExpert | None:
+    """The second network of the teacher, where it is two."""
+    if run.init.teacher_low_noise is None:
+        return None
+    chunks = load_network(run, groups, weights="teacher_low_noise")
+    return LowNoiseExpert(chunks, run.distillation.expert_boundary)
 
 
 def student_draw(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:

@@ -25,6 +25,7 @@ from rcm_megatron.training.inference import (
     Weights,
     join,
     load_network,
+    low_noise_expert,
     resolve_checkpoint,
     student_draw,
     teacher_draw,
@@ -61,7 +62,10 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     names, text_LBD, null_text_L1D = _conditions(run, request)
     given = load_given(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
-    draw = (teacher_draw if teacher else student_draw)(run, steps=request.steps)
+    if teacher:
+        draw = teacher_draw(run, steps=request.steps, low_noise=low_noise_expert(run, groups))
+    else:
+        draw = student_draw(run, steps=request.steps)
     batches = SampleBatches(text_LBD, null_text_L1D, run.sampling.seed, run.trainer.micro_batch_size, given)
     request.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,14 @@ from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.pipeline import Condition, NetworkInput, evaluate
 from rcm_megatron.training.objectives import network_input
+
+
+@dataclass(frozen=True, eq=False)
+class LowNoiseExpert:
+    """The second network of a teacher that is two: it takes the steps at RF times below ``boundary``."""
+
+    chunks: Sequence[nn.Module]
+    boundary: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +53,21 @@ class Sampler:
         )
         return self.layout.gather(x_SBP).float()
 
-    def teacher(self, *, steps: int, guidance: float, shift: float, method: Literal["euler", "unipc"]) -> Tensor:
+    def teacher(
+        self,
+        *,
+        steps: int,
+        guidance: float,
+        shift: float,
+        method: Literal["euler", "unipc"],
+        low_noise: LowNoiseExpert | None = None,
+    ) -> Tensor:
         """Latents [B, C, T, H, W]; with guidance above 1 every step takes two network evaluations."""
 
         def velocity(x_SBP: Tensor, s: float) -> Tensor:
-            return self._guided_velocity(x_SBP, s, guidance=guidance)
+            has_low_noise = low_noise is not None and s < low_noise.boundary
+            network = replace(self, chunks=low_noise.chunks) if has_low_noise else self
+            return network._guided_velocity(x_SBP, s, guidance=guidance)
 
         solve = {"euler": samplers.euler_sample, "unipc": samplers.unipc_sample}[method]
         return self.layout.gather(solve(velocity, self._noise("sample_noise"), steps=steps, shift=shift)).float()

@@ -85,7 +85,8 @@ class Trainer:
         self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
         if self.networks.fake_score is not None:
             self.optimizers["fake_score"] = build_optimizer(self.networks.fake_score, run.fake_score_optimizer)
-        networks = [self.networks.student, self.networks.teacher, self.networks.fake_score]
+        networks = [self.networks.student, self.networks.fake_score]
+        networks += [self.networks.teacher, self.networks.teacher_low_noise]
         attach(self.timers, networks, list(self.optimizers.values()))
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.loader = build_loader(run, groups)
