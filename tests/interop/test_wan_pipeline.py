@@ -3,30 +3,28 @@
 Everything comes from files that the commands wrote: a trained student by `export`, samples by `sample`, encoders from one folder.
 """
 
-import importlib.util
-import sys
-from functools import partial
-
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from safetensors.torch import load_file
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from rcm_megatron.config import load_config
 from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
-from rcm_megatron.models.encoders import WAN_NEGATIVE_PROMPT, WanVideoEncoder
+from rcm_megatron.models.encoders import WAN_NEGATIVE_PROMPT
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny_run import command, train
+from tests.distributed.tiny_run import train
 from tests.distributed.wan_run import LATENT, TEXT_LEN, write_wan_run
 from tests.helpers import assert_close
-from tests.interop.pipelines import SamplersNoise
+from tests.interop.pipelines import (
+    SHIFT,
+    SOLVERS,
+    SamplersNoise,
+    on_our_grid,
+    run_command,
+    sample_files,
+    scheduler_of_export,
+    wan_pipeline,
+)
 
 PROMPTS = ("a cat and a dog", "Baking “cake”")
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": TEXT_LEN}
@@ -38,50 +36,26 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     config = write_wan_run(folder)
     run_ranks(train, 1, str(config), ["trainer.stop_after=2"])
-    run(["export", str(config), "--weights", "student", "--output", str(folder / "student")])
+    run_command(["export", str(config), "--weights", "student", "--output", str(folder / "student")])
     return folder
-
-
-def run(argv, *overrides):
-    """A command on one rank."""
-    ((status, stderr),) = run_ranks(command, 1, [*argv, *overrides])
-    assert status == 0, stderr
 
 
 def sampled(trained, tmp_path, weights, steps, *overrides):
     """Latents [B, C, T, H, W] and videos that `sample` makes for PROMPTS."""
+    return sample_files(trained, tmp_path, [*prompts(), "--weights", weights, "--steps", str(steps)], *overrides)
 
-    argv = ["sample", str(trained / "run.yaml"), "--weights", weights, "--steps", str(steps), "--output", str(tmp_path)]
-    run([*argv, *(part for prompt in PROMPTS for part in ("--prompt", prompt))], *overrides)
-    latents = torch.stack([load_file(path)["latent"] for path in sorted(tmp_path.glob("*.safetensors"))])
-    return latents, WanVideoEncoder(trained / "wan" / "vae").decode(latents)
+
+def prompts():
+    return [part for prompt in PROMPTS for part in ("--prompt", prompt)]
 
 
 def pipeline_of(trained, network, scheduler):
-    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
-    pipeline = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(trained / "wan" / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(trained / "wan" / "text_encoder").eval(),
-        vae=AutoencoderKLWan.from_pretrained(trained / "wan" / "vae").eval(),
-        scheduler=scheduler,
-        transformer=WanTransformer3DModel.from_pretrained(trained / network).eval(),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return wan_pipeline(WanPipeline, trained, trained / network, scheduler)
 
 
 def noise_of(trained):
     seed = load_config(trained / "run.yaml").sampling.seed
     return SamplersNoise(tuple(LATENT.values()), samples=len(PROMPTS), seed=seed)
-
-
-def scheduler_of_export(folder):
-    """RCMScheduler from the exported folder alone: its copy of the class, its configuration."""
-    spec = importlib.util.spec_from_file_location("rcm_scheduler_of_export", folder / "rcm_scheduler.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.RCMScheduler.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -125,27 +99,6 @@ def test_noise_of_one_generator(trained):
     assert_close("latents", expected, made(4), rel=1e-5)
     assert torch.equal(made(4), made(4))
     assert not torch.allclose(made(4), made(5))
-
-
-SHIFT = 3.0
-SOLVERS = {
-    "euler": partial(FlowMatchEulerDiscreteScheduler, shift=SHIFT),
-    "unipc": partial(
-        UniPCMultistepScheduler, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
-    ),
-}
-
-
-def on_our_grid(scheduler, steps):
-    """The scheduler on times that fall evenly to 0 before the shift; UniPC's are cut to integers for the network, here they are exact."""
-    grid, set_timesteps = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)[:-1].numpy(), scheduler.set_timesteps
-
-    def replacement(num_inference_steps, device):
-        set_timesteps(num_inference_steps, device=device, sigmas=grid)
-        scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
-
-    scheduler.set_timesteps = replacement
-    return scheduler
 
 
 @pytest.mark.parametrize("method", SOLVERS)
