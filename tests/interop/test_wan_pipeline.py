@@ -3,6 +3,10 @@
 Everything comes from files that the commands wrote: a trained student by `export`, samples by `sample`, encoders from one folder.
 """
 
+import sys
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -11,6 +15,7 @@ from rcm_megatron.config import load_config
 from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
 from rcm_megatron.models.encoders import WAN_NEGATIVE_PROMPT
+from rcm_megatron.training.pipelines import pipeline_usage
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import train
 from tests.distributed.wan_run import LATENT, TEXT_LEN, write_wan_run
@@ -26,6 +31,7 @@ from tests.interop.pipelines import (
     wan_pipeline,
 )
 
+CONFIGS = Path(__file__).parents[2] / "model_configs"
 PROMPTS = ("a cat and a dog", "Baking “cake”")
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": TEXT_LEN}
 
@@ -132,3 +138,35 @@ def test_the_scheduler_refuses_what_it_cannot_do():
         RCMScheduler(space="ddpm")
     with pytest.raises(ValueError, match="need a number"):
         RCMScheduler(space="edm", sigma_max=None)
+
+
+def test_the_listing_of_the_model_card_runs(trained, monkeypatch):
+    """As it stands, but for the other components, which it would download."""
+    listing = (trained / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+    def components(base, transformer, torch_dtype):
+        assert base.startswith("Wan-AI/") and torch_dtype == transformer.dtype == torch.bfloat16
+        pipeline = pipeline_of(trained, "student", RCMScheduler())
+        pipeline.register_modules(transformer=transformer)
+        return pipeline
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", components)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "rcm_scheduler", raising=False)
+    names = {}
+    exec(compile(listing, "README.md", "exec"), names)
+    assert names["output"].frames.shape == (1, 5, 32, 48, 3)
+    assert type(names["scheduler"]).__module__ == "rcm_scheduler"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_listing_of_every_network_names_its_pipeline(path):
+    run = load_config(path)
+    listing = pipeline_usage(run, "folder")
+    compile(listing, "README.md", "exec")
+    name = listing.split("pipeline = ")[1].split(".")[0]
+    assert hasattr(diffusers, name) and f"{name}, " in listing
+    kinds = {"t2v": "WanPipeline", "ti2v": "WanImageToVideoPipeline", "i2v": "WanImageToVideoPipeline"}
+    kinds |= {"text2image": "Cosmos2TextToImagePipeline", "video2world": "Cosmos2VideoToWorldPipeline"}
+    assert name == next((kind for part, kind in kinds.items() if part in path.stem), "WanPipeline")
+    assert ("image=image" in listing) == (name in ("WanImageToVideoPipeline", "Cosmos2VideoToWorldPipeline"))
