@@ -39,6 +39,7 @@ class CosmosConfig:
 
 WAN_MASK_CHANNELS = 4
 """Of a Wan network's condition_channels, the first: one for each frame of pixels in a latent frame."""
+CLIP_TOKENS = 257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,9 @@ class WanConfig:
     """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
 
     @property
-    def image_len(self) -> int:
-        """CLIP tokens that the blocks attend to, where there are any: ViT-H/14's 1 + 16 * 16 of one image, or as many as have positions."""
-        return 257 if self.image_positions is None else self.image_positions
+    def image_tokens(self) -> int:
+        """CLIP tokens that blocks attend to: 257 of one image (ViT-H/14 at 224 x 224), or as many as have a position."""
+        return 0 if self.image_dim is None else self.image_positions or CLIP_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)

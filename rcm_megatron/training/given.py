@@ -64,7 +64,7 @@ def image_shapes(run: RunConfig) -> dict[str, tuple[int, ...] | None]:
     wan = run.model.wan or WanConfig()
     return {
         "image_latent_shape": run.latent.shape_CTHW if wan.condition_channels else None,
-        "image_embed_shape": (wan.image_len, wan.image_dim) if wan.image_dim is not None else None,
+        "image_embed_shape": (wan.image_tokens, wan.image_dim) if wan.image_dim is not None else None,
     }
 
 

@@ -8,6 +8,8 @@ from tests.distributed.tiny_run import tiny_config
 from tests.wan_encoders import write_encoders, write_image_encoder
 
 TEXT_DIM, TEXT_LEN, IMAGE_DIM = 16, 12, 24
+CLIP_TEXT_LEN = 512
+"""With CLIP tokens: diffusers takes what comes before the last 512 for the image's."""
 LATENT = {"channels": 16, "frames": 2, "height": 4, "width": 6}
 KINDS = {
     "t2v": None,
@@ -26,7 +28,8 @@ def write_wan_run(folder, kind="t2v"):
     write_encoders(folder / "wan", text_dim=TEXT_DIM)
     wan = KINDS[kind]
     config = tiny_config(folder)
-    shape = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": TEXT_DIM, "text_len": TEXT_LEN}
+    shape = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": TEXT_DIM}
+    shape["text_len"] = CLIP_TEXT_LEN if kind == "i2v" else TEXT_LEN
     config |= {"model": config["model"] | shape | {"wan": wan}, "latent": LATENT}
     config["encoders"] = {"video": "wan_vae", "text": "umt5", "folder": str(folder / "wan")}
     if kind == "i2v":

@@ -65,7 +65,7 @@ def build_image_encoder(config: EncodersConfig, wan: WanConfig, *, device: torch
     if config.image == "none":
         raise EncoderError("got encoders.image=none, need an image encoder here; set it to clip")
     encoder = CLIPImageEncoder(config.folder, device=device)
-    got, need = (encoder.image_len, encoder.image_dim), (wan.image_len, wan.image_dim)
+    got, need = (encoder.image_len, encoder.image_dim), (wan.image_tokens, wan.image_dim)
     if got != need:
         raise EncoderError(
             f"{config.folder}/image_encoder makes features {got} of an image in [L, D], need {need} (model.wan); use its sibling"
