@@ -4,7 +4,8 @@
     python tools/benchmark_loader.py --wan --output docs/loader
 
 The plain loader is `webdataset` in a torch DataLoader with as many worker processes as ours has threads, which decodes, converts to fp32,
-fills texts up and collates as ours does; its shuffle, of a buffer, is off. Samples are random latents and embeddings (quick-start
+fills texts up and collates as ours does (plain_bf16: leaves tensors as they are stored, half the bytes between processes); its shuffle, of
+a buffer, is off. Samples are random latents and embeddings (quick-start
 shapes, or with --wan those of Wan2.1 480p: [16, 20, 60, 104] and [512, 4096] in bf16), in the page cache, twice: with all text positions
 as the published dataset has them, and with those of a prompt alone, as tools/build_dataset.py writes them.
 """
@@ -36,7 +37,7 @@ from tools.measuring import provenance
 SMALL = {"latent_shape": (1, 4, 16, 16), "text_len": 6, "text_dim": 32}
 WAN_480P = {"latent_shape": (16, 20, 60, 104), "text_len": 512, "text_dim": 4096}
 WEBDATASET = "webdataset==1.0.2 braceexpand==0.1.7"
-LOADERS = ("ours", "plain")
+LOADERS = ("ours", "plain", "plain_bf16")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Case:
     @contextlib.contextmanager
     def batches(self, loader: str) -> Iterator[Iterator]:
         """Endless batches of fp32 tensors ([B, C, T, H, W] and the texts filled up to text_len)."""
-        if loader == "plain":
-            yield iter(_plain_loader(self))
+        if loader != "ours":
+            yield iter(_plain_loader(self, None if loader == "plain_bf16" else torch.float32))
             return
         with LatentLoader(
             load_manifest(self.folder),
@@ -68,8 +69,8 @@ class Case:
             yield ours
 
 
-def _plain_loader(case: Case):
-    """What one writes with `webdataset` and a DataLoader."""
+def _plain_loader(case: Case, dtype: torch.dtype | None):
+    """What one writes with `webdataset` and a DataLoader. `dtype` None: as stored."""
     try:
         import webdataset
     except ImportError as error:
@@ -79,7 +80,7 @@ def _plain_loader(case: Case):
     urls = sorted(str(path) for path in Path(case.folder).glob("*.tar"))
 
     def decoded(sample: tuple[bytes, bytes, bytes]) -> tuple[Tensor, Tensor, str]:
-        latent, embed = (torch.load(io.BytesIO(data), weights_only=True).float() for data in sample[:2])
+        latent, embed = (torch.load(io.BytesIO(data), weights_only=True).to(dtype) for data in sample[:2])
         return latent, functional.pad(embed, (0, 0, 0, case.shapes["text_len"] - len(embed))), sample[2].decode()
 
     dataset = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None).repeat()
@@ -144,28 +145,25 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, object]:
     for loader in loaders:
         result[f"{loader}_samples_per_s"] = median(rates[loader])
         result[f"{loader}_waiting_share"] = median(shares[loader])
-    if "plain" in loaders:
-        ratios = [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)]
-        result |= {"ratio": median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios)}
+    for loader in loaders[1:]:
+        ratios = [ours / plain for ours, plain in zip(rates["ours"], rates[loader], strict=True)]
+        result[f"ratio_{loader}"] = [median(ratios), min(ratios), max(ratios)]
     return result
 
 
 def table(rows: list[dict[str, object]], arguments: argparse.Namespace) -> str:
     """The results as Markdown."""
-    lines = [
-        f"| text positions | workers | inline | ours | plain | ours / plain (range) | waiting beside {arguments.compute_ms:g} ms: "
-        "ours | plain |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    loaders = [loader for loader in LOADERS if f"{loader}_samples_per_s" in rows[0]]
+    names = [loader.replace("_", " ") for loader in loaders]
+    heads = ["text positions", "workers", "inline", *names, *(f"ours / {name} (range)" for name in names[1:])]
+    heads += [f"{name} waits beside {arguments.compute_ms:g} ms" for name in names]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " ---: |" * len(heads)]
     for row in rows:
-        plain, ratio, waits = "-", "-", "-"
-        if "ratio" in row:
-            plain, waits = f"{row['plain_samples_per_s']:.1f}", f"{row['plain_waiting_share']:.1%}"
-            ratio = f"**{row['ratio']:.2f}** ({row['ratio_least']:.2f}-{row['ratio_most']:.2f})"
-        lines.append(
-            f"| {row['positions']} | {row['workers']} | {row['inline_samples_per_s']:.1f} | {row['ours_samples_per_s']:.1f} | {plain} | "
-            f"{ratio} | {row['ours_waiting_share']:.1%} | {waits} |"
-        )
+        cells = [f"{row['positions']}", f"{row['workers']}", f"{row['inline_samples_per_s']:.1f}"]
+        cells += [f"{row[f'{loader}_samples_per_s']:.1f}" for loader in loaders]
+        cells += ["{:.2f} ({:.2f}-{:.2f})".format(*row[f"ratio_{loader}"]) for loader in loaders[1:]]
+        cells += [f"{row[f'{loader}_waiting_share']:.1%}" for loader in loaders]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -173,22 +171,22 @@ def document(
     rows: list[dict[str, object]], facts: dict[str, object], shapes: dict, arguments: argparse.Namespace
 ) -> str:
     """The page docs/loader.md."""
-    text = [
-        "# Throughput of the data loader",
-        "",
-        f"Samples a second of `LatentLoader` and of a plain loader (`webdataset` in a torch DataLoader with as many worker processes as "
-        f"ours has threads) that gives the same fp32 batches, medians of {arguments.rounds} alternating rounds of {arguments.seconds:g} s; "
-        f"latents {list(shapes['latent_shape'])} and embeddings of width {shapes['text_dim']} in bf16, micro-batches of "
-        f"{arguments.micro_batch_size}, shards in the page cache. Inline: decoding in the consumer's thread, without filling texts up. "
-        "Waiting: the share of a step's time in which a consumer that computes between the batches waits for one.",
-        "",
-        table(rows, arguments),
-        f"{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}; "
-        f"load at the end: {facts['uptime'].partition('load average:')[2].strip()}. Command: `{facts['command']}`. Raw: "
-        f"[{Path(arguments.output).name}.json]({Path(arguments.output).name}.json).",
-        "",
-    ]
-    return "\n".join(text)
+    name = Path(arguments.output).name
+    text = f"""# Throughput of the data loader
+
+Samples a second of `LatentLoader` and of a plain loader (`webdataset` in a torch DataLoader, as many worker processes as ours has
+threads) that gives the same fp32 batches; *plain bf16* leaves tensors as they are stored. Medians of {arguments.rounds} alternating rounds
+of {arguments.seconds:g} s. Latents {list(shapes["latent_shape"])} and embeddings of width {shapes["text_dim"]}, stored in bf16;
+micro-batches of {arguments.micro_batch_size}; shards in the page cache. *Inline*: decoding in the consumer's thread, without filling
+texts up. *Waits*: the share of the time in which a consumer that computes between the batches waits for one.
+
+{table(rows, arguments)}
+{facts["cpu"]}, {facts["cores"]} cores, Python {facts["python"]}, torch {facts["torch"]}, commit {facts["commit"]};
+`uptime` at the end: `{facts["uptime"]}`. All figures: [{name}.json]({name}.json). Written by
+
+    {facts["command"]}
+"""
+    return text
 
 
 def main() -> None:
@@ -212,7 +210,7 @@ def main() -> None:
             for workers in arguments.workers:
                 case = Case(folder, shapes, arguments.micro_batch_size, workers)
                 rows.append({"positions": positions, **measure(case, arguments)})
-                print({name: round(value, 3) for name, value in rows[-1].items()}, flush=True)
+                print(rows[-1], flush=True)
     print(table(rows, arguments))
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
     if arguments.output:
