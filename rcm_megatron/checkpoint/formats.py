@@ -24,6 +24,7 @@ Source = CheckpointSource | Mapping[str, Tensor]
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 FAMILIES = {"wan": KEY_MAPS, "cosmos": key_map_cosmos.KEY_MAPS}
 """Family of networks -> format -> its key map."""
+FORMATS = tuple(dict.fromkeys(format for maps in FAMILIES.values() for format in maps))
 
 
 def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -32,8 +33,8 @@ def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_format(format: str) -> None:
-    if format not in KEY_MAPS:
-        raise CheckpointError(f"unknown format {format!r}{nearest(format, KEY_MAPS)}; need one of {list(KEY_MAPS)}")
+    if format not in FORMATS:
+        raise CheckpointError(f"unknown format {format!r}{nearest(format, FORMATS)}; need one of {list(FORMATS)}")
 
 
 def key_map(format: str, model_config: ModelConfig) -> KeyMap | key_map_cosmos.CosmosKeyMap:

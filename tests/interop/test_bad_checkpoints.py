@@ -103,8 +103,11 @@ def test_legacy_pt_and_several_networks(tiny, tmp_path):
     both = weights | {name.replace("net.", "net_ema.", 1): tensor * 2 for name, tensor in weights.items()}
     torch.save(both, tmp_path / "both.pt")
     assert len(dict(to_internal(open_checkpoint(tmp_path / "legacy.pth"), CONFIG))) == len(internal_shapes(CONFIG))
-    fails(tmp_path / "both.pt", "several networks: net., net_ema.; choose one with prefix=")
-    ema = dict(to_internal(open_checkpoint(tmp_path / "both.pt", prefix="net_ema."), CONFIG))
+    fails(tmp_path / "both.pt", "several networks: student, ema; choose one with --weights")
+    fails(tmp_path / "both.pt", "does not hold 'fake_score', but student, ema", weights="fake_score")
+    fails(tmp_path / "rcm.pt", "does not hold 'ema', but student", weights="ema")
+    fails(tiny[0], "does not hold 'ema', but one network without a name", weights="ema", target=tmp_path / "target")
+    ema = dict(to_internal(open_checkpoint(tmp_path / "both.pt", weights="ema"), CONFIG))
     assert torch.equal(ema["head.linear.bias"], 2 * weights["net.head.head.bias"])
     fails(tmp_path / "legacy.pth", "hidden_size=24: the number of heads shows in no weight; pass num_heads")
     fails(tmp_path / "legacy.pth", "unknown model field 'num_head' .nearest: 'num_heads'", model_fields={"num_head": 4})
