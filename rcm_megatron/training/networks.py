@@ -115,15 +115,21 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
         load_weights(chunks, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
         return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
-    init, teacher = run.init, None
-    if run.needs_teacher:  # first: what is whole for a moment before it is sharded finds the device empty
-        teacher = build("teacher", init.teacher, trained=False)
+    def build_teacher(path: str) -> list[nn.Module]:
+        chunks = build("teacher", path, trained=False)
         if run.memory.teacher_weights != "resident":
-            shard_weights(teacher, group=groups.dp_cp, offload=run.memory.teacher_weights == "offloaded")
+            shard_weights(chunks, group=groups.dp_cp, offload=run.memory.teacher_weights == "offloaded")
+        return chunks
+
+    init, teachers = run.init, {}
+    if run.needs_teacher:  # first: what is whole for a moment before it is sharded finds the device empty
+        teachers["teacher"] = build_teacher(init.teacher)
+        if init.teacher_low_noise is not None:
+            teachers["teacher_low_noise"] = build_teacher(init.teacher_low_noise)
     student = build("student", init.student or init.teacher, trained=True)
     return Networks(
         layout=student[0].module.layout,
         student=student,
-        teacher=teacher,
+        **teachers,
         fake_score=build("fake_score", init.fake_score or init.teacher, trained=True) if run.needs_fake_score else None,
     )

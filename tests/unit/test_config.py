@@ -21,6 +21,11 @@ WORLD_SIZES = {
     "cosmos_predict2_2b_text2image": (8, 32, 256),
     "cosmos_predict2_14b_text2image": (8, 64, 512),
     "cosmos_predict2_2b_video2world": (8, 64, 512),
+    "cosmos_predict2_14b_video2world": (8, 64, 512),
+    "wan2.1_i2v_14b_480p": (8, 64, 512),
+    "wan2.2_t2v_a14b_480p": (8, 64, 512),
+    "wan2.2_i2v_a14b_480p": (8, 64, 512),
+    "wan2.2_ti2v_5b": (8, 64, 512),
 }
 QUICKSTART = CONFIGS / "quickstart.yaml"
 SIX_HEADS = ("model.hidden_size=192", "model.num_heads=6")
@@ -384,6 +389,38 @@ def test_cli_takes_overrides_after_options_and_refuses_what_is_none():
 
 
 COSMOS = CONFIGS / "cosmos_predict2_2b_video2world.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["model.wan.condition_channels=-1"], "model.wan.condition_channels=-1 must be greater than 0, or 0 for none"),
+        (["model.wan.image_dim=0"], "model.wan.image_dim=0 must be greater than 0, or null for none"),
+        (["model.wan.image_dim=null", "model.wan.image_positions=514"], "image_dim=null has none; set it (1280)"),
+        (["model.wan.condition_frames=true"], "distillation.given_frames is required with condition_frames"),
+        (["model.wan.condition_frames=true", "model.patch_size=[2, 2, 2]"], "must begin with 1 with condition_frames"),
+        (["precision.fp8=[teacher]"], "which the 257 CLIP tokens of image_dim are not"),
+        (["model.family=cosmos"], "with model.wan given; remove model.wan, or set family: wan"),
+    ],
+)
+def test_a_wan_network_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=CONFIGS / "wan2.1_i2v_14b_480p.yaml", world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (
+            ["init.teacher_low_noise=null"],
+            "init.teacher_low_noise=null with distillation.expert_boundary=0.875; give both",
+        ),
+        (["distillation.expert_boundary=null"], "with distillation.expert_boundary=null; give both"),
+        (["distillation.expert_boundary=875"], "distillation.expert_boundary=875.0 must be between 0 and 1"),
+        (["init.teacher=null"], "name the network of high noise as init.teacher"),
+    ],
+)
+def test_a_teacher_of_two_networks_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=CONFIGS / "wan2.2_t2v_a14b_480p.yaml", world_size=8)
 
 
 @pytest.mark.parametrize(
