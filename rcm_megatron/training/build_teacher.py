@@ -30,6 +30,7 @@ from rcm_megatron.training.building import (
     text_facts,
 )
 from rcm_megatron.training.encoding import InputError, check_encoders
+from rcm_megatron.training.given import image_shapes
 from rcm_megatron.training.inference import join, load_network
 from rcm_megatron.training.sampling import Sampler
 
@@ -94,8 +95,7 @@ def _check(run: RunConfig, request: TeacherRequest) -> None:
     if run.init.teacher is None:
         raise InputError("got init.teacher=null, need a teacher to sample; set it to a checkpoint")
     given = run.distillation.given_frames
-    wan = run.model.wan
-    if (given is not None and 0 not in given) or (wan is not None and (wan.condition_channels or wan.image_dim)):
+    if (given is not None and 0 not in given) or any(image_shapes(run).values()):
         raise InputError("this teacher is given an image or frames, and prompts have none; use the `videos` command")
     if request.steps < 1 or request.samples_per_prompt < 1 or request.shift <= 0:
         raise InputError(

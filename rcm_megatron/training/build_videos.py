@@ -43,6 +43,7 @@ from rcm_megatron.training.building import (
     text_facts,
 )
 from rcm_megatron.training.encoding import InputError, check_encoders, video_encoder
+from rcm_megatron.training.given import image_shapes
 from rcm_megatron.training.inference import join
 
 VIDEOS_NAME = "videos.txt"
@@ -122,8 +123,8 @@ class _Maker:
 
     def _image(self, video_CTHW: Tensor) -> dict[str, Tensor]:
         """What an image-to-video network is given, made of the clip's first frame."""
-        members, wan = {}, self.run.model.wan
-        if wan is not None and wan.condition_channels:
+        members = {}
+        if image_shapes(self.run)["image_latent_shape"] is not None:
             frames = self.run.latent.frames
             members["image_latent_CTHW"] = image_latent(self.encoder, video_CTHW[:, 0], frames=frames)
         if self.clip is not None:
@@ -137,11 +138,10 @@ class _Maker:
 @contextmanager
 def _image_encoder(run: RunConfig) -> Iterator[CLIPImageEncoder | None]:
     """CLIP, where the network attends to an image's features; freed at the end."""
-    if run.model.wan is None or run.model.wan.image_dim is None:
+    if image_shapes(run)["image_embed_shape"] is None:
         yield None
         return
-    encoder = build_image_encoder(run.encoders, image_dim=run.model.wan.image_dim, device=platform.device())
-    with closing(encoder):
+    with closing(build_image_encoder(run.encoders, run.model.wan, device=platform.device())) as encoder:
         yield encoder
 
 
@@ -172,7 +172,7 @@ def _clip_size(run: RunConfig, request: VideosRequest) -> dict[str, int]:
 
 def _check_encoders(run: RunConfig) -> None:
     check_encoders(run)
-    encoders, wan = run.encoders, run.model.wan
+    encoders = run.encoders
     if encoders.video == "none":
         raise InputError("got encoders.video=none, need a video encoder; set it to wan_vae and encoders.folder")
     if encoders.video == "pixels" and run.latent.channels != 3:
@@ -181,7 +181,7 @@ def _check_encoders(run: RunConfig) -> None:
         )
     if encoders.text == "none":
         raise InputError("got encoders.text=none, need a text encoder for the captions; set it to umt5 or t5")
-    if wan is not None and wan.image_dim is not None and encoders.image == "none":
+    if image_shapes(run)["image_embed_shape"] is not None and encoders.image == "none":
         raise InputError("got encoders.image=none, need the image encoder of this network; set it to clip")
 
 
