@@ -10,7 +10,6 @@ buckets. Here each rank writes the parameters that begin in its own piece, after
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from rcm_megatron.checkpoint.torch_dist import read_metadata
 from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
 
 FORMAT = 1
@@ -63,7 +63,7 @@ def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkSta
 
     Raises CheckpointingException where the checkpoint and `networks` differ in a tensor's presence or shape."""
     checkpoint = Path(checkpoint)
-    _require_harmless_metadata(checkpoint)
+    read_metadata(checkpoint)  # PyTorch would unpickle anything
     common = _common_state(checkpoint, networks)
     tensors: dict[str, ShardedTensor] = {}
     partial: dict[str, tuple[OwnedShard, Tensor]] = {}
@@ -88,7 +88,7 @@ def load_weights(checkpoint: str | Path, model_chunks: Iterable[nn.Module], *, n
 
     `kind`: "model", "main" (its fp32 original) or "ema". Values are rounded to each parameter's dtype."""
     checkpoint = Path(checkpoint)
-    _require_harmless_metadata(checkpoint)
+    read_metadata(checkpoint)  # PyTorch would unpickle anything
     weights = _weights(network, model_chunks)
     tensors = {key: replace(sharded, key=_key(sharded, kind)) for key, sharded in weights.items()}
     dist_checkpointing.load({"tensors": tensors}, str(checkpoint), validate_access_integrity=False)
@@ -239,29 +239,3 @@ def _require_plain(value: Any, path: str) -> None:
             f"{path}: got {type(value).__name__}; need plain data (dict, list, tuple, numbers, str, bytes, None, Tensor); "
             "fix: convert it before saving"
         )
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the types that a torch_dist `.metadata` consists of and refuses every other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or module == "torch.distributed.checkpoint.metadata" or (module, name) in _METADATA_TYPES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
-        )
-
-
-_METADATA_TYPES = {
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-}
-
-
-def _require_harmless_metadata(checkpoint: Path) -> None:
-    """Read `.metadata`, a pickle that PyTorch would load without asking, with the restricted reader first."""
-    with open(checkpoint / ".metadata", "rb") as file:
-        _MetadataUnpickler(file).load()

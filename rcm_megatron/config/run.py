@@ -143,8 +143,10 @@ class EncodersConfig:
     text: Literal["words", "umt5", "t5", "none"]
     """umt5 (Wan), t5 (Cosmos): `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it,
     and sends the rest their embeddings."""
+    image: Literal["clip", "none"] = "none"
+    """clip: `folder`/image_encoder and `folder`/image_processor, for networks with model.wan.image_dim. Used by `sample --image` alone."""
     folder: str | None = None
-    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5 and t5."""
+    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5, t5 and clip."""
     negative_prompt: str | None = None
     """Caption of the unconditional branch; null: the release's own with umt5 and t5, the empty caption with words. Set "" to train
     flow matching with umt5 or t5: caption dropout wants the empty caption."""
@@ -194,6 +196,9 @@ class TrainerConfig:
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
     stop_after: int | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without a step (or a checkpoint) after which every rank writes its stacks to output_dir/stacks and ends with status 86;
+    what comes before the end of the first step may take three times as long. null: wait for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +248,11 @@ class LoggingConfig:
     """Metrics go to <output_dir>/metrics.jsonl, and to Weights & Biases."""
 
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when an API key is set, else offline."""
+    """auto: online when an API key is set and the service answers, else offline."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
+    peak_tflops: float | None = None
+    """Dense peak of one device, TFLOP/s, of which MFU is a share. null: that of the GPU if it is known and the run is bf16; else no MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)

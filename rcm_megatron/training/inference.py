@@ -22,6 +22,7 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
 from rcm_megatron.training.sampling import GivenFrames, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
@@ -67,6 +68,7 @@ def load_network(
     """
     spec = choose_layer_spec(replace(run.precision, fp8=())) if dtype is None else None
     dtype = dtype or DTYPES[run.precision.params_dtype]
+    choose_kernels(run.model, run.precision, dtype=dtype)
     chunks = build_chunks(
         run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute="none", spec=spec
     )

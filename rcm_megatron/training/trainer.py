@@ -4,9 +4,12 @@ State that a checkpoint must hold is in ``Progress`` and in the networks' optimi
 global sample index, purpose), so there is no generator to save and every layout of a run computes the same numbers.
 """
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,6 +28,7 @@ from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import check_encoders, load_null_text
+from rcm_megatron.training.flops import Throughput
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
@@ -40,7 +44,9 @@ from rcm_megatron.training.optimizer import (
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.replicas import require_same_rows
 from rcm_megatron.training.step import Step, accumulate_step, plan_step
+from rcm_megatron.training.stopping import Preempted, StopRequest
 from rcm_megatron.training.timers import Timers, attach, step_seconds
+from rcm_megatron.training.watchdog import STARTUP_FACTOR, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +77,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
         self.run, self.groups, self.progress, self.timers = run, groups, Progress(), Timers()
+        self.stop = StopRequest()
         self.null_text_L1D = load_null_text(run).to(platform.device())  # first: a text encoder needs room of its own
         self.networks = build_networks(run, groups)
         self.layout = self.networks.layout
@@ -96,21 +103,32 @@ class Trainer:
             offload=run.memory.offload_optimizer,
             free_idle_gradients=run.memory.free_idle_gradients,
         )
+        self.throughput = Throughput(run, devices=dist.get_world_size())
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
     @property
     def last_iteration(self) -> int:
         return min(self.run.total_steps, self.run.trainer.stop_after or self.run.total_steps)
 
-    def train(self) -> None:
-        """Run to the last iteration; saves at the configured interval and at the end. CheckpointError if the last save failed."""
+    def train(self, *, beat: Callable[[], None] = lambda: None) -> None:
+        """Run to the last iteration; saves at the configured interval and at the end. `beat` is called after each step and save.
+
+        Raises Preempted on all ranks, a checkpoint saved, when a signal has asked any of them to stop; CheckpointError if the last save
+        failed.
+        """
         while self.progress.iteration < self.last_iteration:
             self._iterate()
-            done = self.progress.iteration
+            stop, done = self.stop.agreed(), self.progress.iteration
+            beat()
             if self.saver.finished:
                 self._report_save()
-            if done % self.run.trainer.checkpoint_every == 0 or done == self.last_iteration:
+            if stop or done % self.run.trainer.checkpoint_every == 0 or done == self.last_iteration:
                 self.save()
+                beat()
+            if stop and done < self.last_iteration:
+                self._report_save()
+                outcome = f"saved after {done}" if self.save_error is None else f"could not save after {done}"
+                raise Preempted(f"told to stop; {outcome} of {self.run.total_steps} iterations")
         self._report_save()
         if self.save_error is not None:
             raise CheckpointError(self.save_error)
@@ -187,7 +205,7 @@ class Trainer:
                 videos = write_previews(
                     self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
                 )
-            self.logger.log_videos(iteration, videos, fps=self.run.sampling.fps)
+            self.logger.log_videos(iteration, videos)
 
     def _update(self, step: Step, stage: StageConfig) -> tuple[StepResult, float]:
         """Optimizer and EMA. Non-finite gradients leave every weight as it was, and are counted."""
@@ -215,12 +233,7 @@ class Trainer:
         record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
         record |= step_seconds(self.timers.pop())
-        samples, seconds = self.run.trainer.global_batch_size, record["seconds/step"]
-        record |= {"samples_per_second": samples / seconds}
-        record |= {
-            "tokens_per_second": samples * self.layout.num_tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        }
+        record |= self.throughput.rates(step, stage, record) | {"peak_memory_gib": peak_memory_gib()}
         self.logger.log(iteration, record)
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
@@ -293,16 +306,44 @@ def main(run: RunConfig) -> None:
     """Train ``run`` on the ranks of the environment (torchrun, srun or one process)."""
     check_encoders(run)
     platform.install()
-    platform.init_distributed()
+    platform.init_distributed(timeout=_collective_timeout(run))
     logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("rcm_megatron").setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
     groups = initialize_parallel(run.parallel)
     if dist.get_rank() == 0:
         Path(run.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(run.output_dir) / "config.yaml").write_text(to_yaml(run))
-    trainer = Trainer(run, groups)
-    try:
-        trainer.train()
-    finally:
-        trainer.close()
+    with _watchdog(run) as beat:
+        trainer = Trainer(run, groups)
+        with trainer.stop.on_signals(), _together_if_preempted(), contextlib.closing(trainer):
+            trainer.train(beat=beat)
     dist.destroy_process_group()
+
+
+def _collective_timeout(run: RunConfig) -> timedelta:
+    """Later than the watchdog: when a collective's timeout comes first, the rank that hangs is killed unseen."""
+    hang_timeout = run.trainer.hang_timeout
+    return timedelta(minutes=10) + timedelta(seconds=STARTUP_FACTOR * (hang_timeout or 0))
+
+
+@contextlib.contextmanager
+def _together_if_preempted() -> Iterator[None]:
+    """Leave at the same time: launchers kill all ranks when the first has ended with a status."""
+    try:
+        yield
+    except Preempted:
+        dist.barrier()
+        raise
+
+
+@contextlib.contextmanager
+def _watchdog(run: RunConfig) -> Iterator[Callable[[], None]]:
+    """What to call after each step."""
+    if run.trainer.hang_timeout is None:
+        yield lambda: None
+        return
+    watchdog = Watchdog(Path(run.output_dir) / "stacks", rank=dist.get_rank(), timeout=run.trainer.hang_timeout)
+    try:
+        yield watchdog.beat
+    finally:
+        watchdog.close()

@@ -1,0 +1,52 @@
+"""Stopping before time: a signal to any rank, agreed on by all at the end of a step.
+
+SLURM sends SIGUSR1 ahead of a time limit or a preemption (`--signal`), SIGTERM when it ends a job. A handler only notes it, so that
+neither the first signal nor a second one interrupts a step or a checkpoint.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from rcm_megatron import platform
+
+PREEMPTED = 85
+"""Exit status of a run that was told to stop and has saved a checkpoint: start it again."""
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Preempted(Exception):
+    """The run stopped before its end, because a signal asked for it; a checkpoint of the last step is on disk."""
+
+
+class StopRequest:
+    """Whether this run was asked to stop."""
+
+    def __init__(self) -> None:
+        self.noted = False
+        """A signal has reached this rank."""
+
+    def agreed(self) -> bool:
+        """Whether a signal has reached any rank: one answer on all. Call it on all ranks, at the end of a step."""
+        noted = torch.tensor(int(self.noted), device=platform.device())
+        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
+        return bool(noted)
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Note SIGNALS instead of dying of them. Main thread only."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.siginterrupt(number, False)  # system calls of other threads (NCCL, DALI) go on
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.noted = True
