@@ -49,7 +49,10 @@ class ChecksummedFiles(FileSystem):
         if mode != "wb":
             raise ValueError(f"got mode {mode!r}; need 'wb': a checkpoint's files are written once")
         with ChecksummedWriter(Path(path)) as stream:
-            yield stream
+            try:
+                yield stream
+            except RuntimeError as error:  # torch.save's, about positions, where the disk is full
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         self.entries[Path(path).name] = stream.entry
 
     def rename(self, path: str | Path, new_path: str | Path) -> None:

@@ -37,6 +37,7 @@ from rcm_megatron.checkpoint import folders
 from rcm_megatron.checkpoint.dist import NetworkState, state_to_save
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.integrity import ChecksummedFiles, Entry, entry_of, write_manifest
+from rcm_megatron.checkpoint.torch_dist import save_with_torch
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class CheckpointSaver:
 
 def _begin(final: Path, common: dict[str, Any]) -> None:
     with open(folders.prepare(final) / COMMON_STATE_FNAME, "wb") as file:
-        torch.save(common, file)  # to a path its C++ writer would say "unexpected pos" where the disk is full
+        save_with_torch(common, file)
 
 
 def _copied_to_host(by_key: Mapping[str, list[ShardedTensor]]) -> dict[str, list[ShardedTensor]]:

@@ -179,6 +179,10 @@ def _small_file_system(folder, size):
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def _says_why(error):
+    return "RuntimeError(" not in error and ("No space left on device" in error or "File too large" in error)
+
+
 def full_disks(lab):
     """The disk fills up for two saves and is freed again; or it is full until the end: then the run fails and is started again."""
     for number, layout in zip(count(), cycle(["dp2", "tp2", "pp2_dp2"])):
@@ -191,9 +195,9 @@ def full_disks(lab):
             first = lab.rng.choice([4, 6])
             last = STEPS + 1 if until_the_end else first + 3
             outcome = run.start(FullDisk(first=first, last=last, room=room, own_file_system=own))
-            told = len(run.failed_saves()) > 0
+            told = bool(run.failed_saves()) and all(map(_says_why, run.failed_saves()))
             if until_the_end:
-                told = outcome.error is not None and "WAS NOT SAVED" in outcome.error and "rank" in outcome.error
+                told = outcome.error is not None and "WAS NOT SAVED" in outcome.error and _says_why(outcome.error)
                 (run.folder / "checkpoints" / "ballast").unlink(missing_ok=True)
                 outcome = recover(run)
             begun = [done for _, done, began in run.clock() if began]
@@ -205,7 +209,7 @@ def full_disks(lab):
             steps_lost=[STEPS - begun[-1] if until_the_end else 0],
             recovery_seconds=_time_past(run, STEPS - 1) if until_the_end else [],
             wrong=wrong,
-            note=outcome.error or ("" if told else "no save failed, or the failure was not told"),
+            note=outcome.error or ("" if told else f"no save failed, or none said why: {run.failed_saves()}"),
         )
 
 
