@@ -80,13 +80,6 @@ def jobs(slurm, tmp_path_factory):
     return Jobs(slurm, tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def limited(jobs):
-    """A job that its time limit stops in iteration 8. SLURM looks at limits every 30 s, so it runs beside the other tests."""
-    options = (*TWO_NODES, "--time=2", "--signal=B:USR1@119")
-    return jobs.submit("limited", options=options, RCM_TEST_FAULT="wait:8")
-
-
 def test_a_run_on_two_nodes_of_two_tasks_finishes(jobs):
     job = jobs.submit("whole", options=("--nodes=2", "--ntasks-per-node=2"), layout="tp2_ring2", PREFLIGHT="1")
     story = jobs.check_finished(job, "whole", restarts=0, layout="tp2_ring2")
@@ -104,8 +97,16 @@ def test_a_signal_to_the_job_saves_requeues_and_resumes(jobs):
     assert "status 85, requeueing" in story and "resuming at iteration 9" in story, story
 
 
-def test_a_time_limit_saves_requeues_and_resumes(jobs, limited):
-    story = jobs.check_finished(limited, "limited", restarts=1)
+def test_a_time_limit_saves_requeues_and_resumes(jobs):
+    """The limit is brought near once the job waits in its iteration 8. SLURM looks at limits every 30 s."""
+    job = jobs.submit("limited", options=(*TWO_NODES, "--time=60", "--signal=B:USR1@119"), RCM_TEST_FAULT="wait:8")
+    jobs.wait_for_iteration("limited", 8)
+    hours, minutes, _ = jobs.slurm.job(job)["RunTime"].split(":")
+    jobs.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+    wait_for("the requeue", lambda: jobs.slurm.job(job)["Restarts"] == "1", 200, jobs.slurm.state)
+    wait_for("the old run's end", lambda: jobs.slurm.job(job)["JobState"] == "PENDING", 100, jobs.slurm.state)
+    jobs.slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    story = jobs.check_finished(job, "limited", restarts=1)
     assert "status 85, requeueing" in story and "resuming at iteration 9" in story, story
 
 
