@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import operator
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, load_config, to_yaml, validate
 
-CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "internal")
+CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "nvidia", "internal", "torch_dist")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,30 +235,59 @@ def _preflight(arguments: argparse.Namespace) -> None:
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "convert", _convert, "Convert a checkpoint; the source's format is recognised.")
-    parser.add_argument("source", help="folder or file: diffusers, the Wan release, NVlabs rCM, or internal")
-    parser.add_argument("target", help="what to write: a folder, or a .pt/.safetensors file for nvlabs")
+    parser.add_argument(
+        "source", help="folder or file: diffusers, the Wan release, NVlabs rCM, NVIDIA Cosmos, internal, or a run"
+    )
+    parser.add_argument("target", help="what to write: a folder, or a .pt/.safetensors file for nvlabs and nvidia")
     parser.add_argument("--to", required=True, choices=CONVERT_FORMATS, help="format of the target")
+    parser.add_argument(
+        "--weights", choices=("student", "ema", "fake_score", "teacher"), help="which of several networks"
+    )
+    parser.add_argument("--subfolder", help="which transformer of a pipeline with two experts, e.g. transformer_2")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="of the run, if not where it was written")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: every tensor's own")
-    parser.add_argument("--prefix", help="use only keys that begin with it, e.g. net_ema.")
+    parser.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="e.g. 500MB; default: 5GB")
     parser.add_argument("--num-heads", type=int, help="where the source does not say")
     parser.add_argument("--text-len", type=int, help="where the source does not say")
+    parser.add_argument(
+        "--rope-scale", type=float, nargs=3, metavar=("T", "H", "W"), help="where the source does not say"
+    )
     parser.add_argument("--force", action="store_true", help="replace the target")
+    parser.add_argument(
+        "--verify", action="store_true", help="run source and target and compare them before it appears"
+    )
+
+
+def _bytes(text: str) -> int:
+    """`5GB`, `500MB`, `20kB` or a plain number of bytes; units of 1000, as in Hugging Face's max_shard_size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, flags=re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; need a size such as 5GB, 500MB or a number of bytes")
+    return size
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.convert import convert
     from rcm_megatron.checkpoint.errors import CheckpointError
 
-    fields = {"num_heads": arguments.num_heads, "text_len": arguments.text_len}
+    fields = {name: getattr(arguments, name) for name in ("num_heads", "text_len", "rope_scale")}
+    verify = None
+    if arguments.verify:
+        from rcm_megatron.training.verify import verify_conversion as verify
     try:
         convert(
             arguments.source,
             arguments.target,
             target_format=arguments.to,
+            weights=arguments.weights,
+            subfolder=arguments.subfolder,
+            run_config=arguments.config,
             dtype=arguments.dtype,
             force=arguments.force,
-            prefix=arguments.prefix,
             model_fields={name: value for name, value in fields.items() if value is not None},
+            max_shard_bytes=arguments.max_shard_size,
+            verify=verify,
         )
     except CheckpointError as error:
         raise SystemExit(f"{arguments.prog}: {error}") from None

@@ -29,16 +29,17 @@ from torch.utils._pytree import tree_iter
 
 from rcm_kernels.fused import select_ops
 from rcm_kernels.fused.launcher import recorded
+from rcm_megatron.config import LatentConfig, ModelConfig
 from rcm_megatron.dual import Dual, add_bias
 from rcm_megatron.models import dual_ops
 from rcm_megatron.models.layers import split_heads
+from rcm_megatron.training.flops import PEAK_TFLOPS, network_flops
 
 EPS = 1e-6
 PASSES = ("dual", "plain", "backward")
 BF16, FP32 = torch.bfloat16, torch.float32
 H100_TB_S, H200_TB_S = 3.35, 4.8
-BF16_TFLOP_S = 989.0
-"""Data sheets of H100 SXM and H200: memory bandwidth, dense bf16 peak of both."""
+"""Data sheets of H100 SXM and H200: memory bandwidth. The dense bf16 peak is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,14 +176,16 @@ def count(case: Case, which: str, batch: int) -> tuple[int, int]:
 
 
 def block_flops(shape: Shape) -> dict[str, float]:
-    """FLOPs of the GEMMs and of attention (self and cross) of one block."""
-    s, d = shape.tokens * shape.batch, shape.features
-    gemm = 2 * s * (6 * d * d + 2 * d * shape.ffn) + 2 * shape.text * shape.batch * 2 * d * d
-    attention, cross = 4 * s * shape.tokens * d, 4 * s * shape.text * d
+    """FLOPs of the GEMMs and of attention (self and cross) of one block; a fused attention's backward computes its scores again."""
+    sizes = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "text_len": shape.text}
+    sizes |= {"hidden_size": shape.features, "num_heads": shape.heads, "ffn_hidden_size": shape.ffn}
+    latent = LatentConfig(channels=16, frames=1, height=2, width=2 * shape.tokens)
+    one, two = (network_flops(ModelConfig(num_layers=layers, **sizes), latent) for layers in (1, 2))
+    scores = (two.self_attention - one.self_attention + two.cross_attention - one.cross_attention) / 2
     return {
-        "dual": 2 * gemm + 3 * attention + 2 * cross,
-        "plain": gemm + attention + cross,
-        "backward": 2 * gemm + 2.5 * (attention + cross),
+        "dual": shape.batch * (two.dual - one.dual),
+        "plain": shape.batch * (two.forward - one.forward),
+        "backward": shape.batch * (two.backward - one.backward + scores),
     }
 
 
@@ -204,7 +207,7 @@ def print_table(shape: Shape) -> None:
         print(f"{case.count} x {case.name:30s} " + " ".join(f"{cell:^32s}" for cell in cells))
     flops = block_flops(shape)
     for name, (eager, fused) in totals.items():
-        matmul_ms = flops[name] / BF16_TFLOP_S / 1e9
+        matmul_ms = flops[name] / PEAK_TFLOPS["H100"] / 1e9
         print(
             f"  {name:8s}: {eager / 1e9:6.2f} -> {fused / 1e9:5.2f} GB; on H100 {eager / 1e9 / H100_TB_S:5.2f} -> "
             f"{fused / 1e9 / H100_TB_S:5.2f} ms beside {flops[name] / 1e12:6.2f} TFLOP = {matmul_ms:5.2f} ms at the bf16 peak, "

@@ -10,11 +10,14 @@ timed by `rcm_kernels.flash_attention_jvp.benchmark`.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import importlib.util
+import inspect
 import subprocess
 import sys
+import types
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,24 +82,73 @@ def peak_memory(fn):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+NVLABS_FILE = Path("rcm/utils/flash_attention_jvp_triton.py")
+NVLABS_ARGUMENTS = ["q", "k", "v", "tq", "tk", "tv"]
+
+
 def load_nvlabs(path):
-    """The attention function of rcm/utils/flash_attention_jvp_triton.py in a checkout of NVlabs/rcm."""
-    file = Path(path).expanduser() / "rcm" / "utils" / "flash_attention_jvp_triton.py"
+    """The attention function of NVlabs/rcm (as of commit 5b41aa9) in the user's own checkout: [b, n, s, d] tensors -> (o, to).
+
+    Its file takes the backward from flash-attn, which is not timed here: where that is not installed, an empty module stands in.
+    """
+    file = Path(path).expanduser() / NVLABS_FILE
     if not file.is_file():
         raise ValueError(
-            f"got --against {path}, without {file}; need a checkout of github.com/NVlabs/rcm; fix: clone it"
+            f"got --against {path}, without {NVLABS_FILE}; need a checkout of github.com/NVlabs/rcm; fix: clone it"
         )
     spec = importlib.util.spec_from_file_location("nvlabs_flash_attention_jvp", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.attention
+    try:
+        with _flash_attn_or_stand_in():
+            spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"got --against {path}, whose {NVLABS_FILE.name} cannot be imported ({error}); need its packages; fix: install them"
+        ) from error
+    function = getattr(module, "attention", None)
+    forward = getattr(
+        getattr(function, "__self__", None), "forward", None
+    )  # `attention` is an autograd.Function's apply
+    names = [] if forward is None else list(inspect.signature(forward).parameters)
+    if names[1:7] != NVLABS_ARGUMENTS:
+        raise ValueError(
+            f"got --against {path}, whose {NVLABS_FILE.name} has no attention({', '.join(NVLABS_ARGUMENTS)}) that is an autograd "
+            "function; need it as in commit 5b41aa9 of github.com/NVlabs/rcm; fix: check that commit out"
+        )
+    return function
 
 
-def make_inputs(case, dtype):
+@contextlib.contextmanager
+def _flash_attn_or_stand_in():
+    names = ("flash_attn", "flash_attn.flash_attn_interface")
+    stand_in = importlib.util.find_spec(names[0]) is None
+    if stand_in:
+        modules = [types.ModuleType(name) for name in names]
+        modules[1]._flash_attn_backward = modules[1]._flash_attn_varlen_backward = _no_backward
+        sys.modules.update(zip(names, modules, strict=True))
+    try:
+        yield
+    finally:
+        for name in names if stand_in else ():
+            del sys.modules[name]
+
+
+def _no_backward(*args, **kwargs):
+    raise RuntimeError("the backward of NVlabs/rcm needs flash-attn, which is not installed")
+
+
+def nvlabs_call(function, q, k, v, tq, tk, tv):
+    """Its call on [s, b, n, d] views: it has no way to leave tk and tv out, and wants tangents with the strides of their primals."""
+    zeros = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_() for x in (k, v)]
+    tk, tv = (zero if tangent is None else tangent for tangent, zero in zip((tk, tv), zeros, strict=True))
+    return functools.partial(function, *(x.permute(1, 2, 0, 3) for x in (q, k, v, tq, tk, tv)))
+
+
+def make_inputs(case, dtype, device="cuda"):
     """q, k, v, tq, tk, tv as a training step has them: halves of stacked duals [s, 2b, n, d]."""
 
     def stack(length):
-        dual = torch.randn(length, 2 * case.batch, case.heads, case.head_dim, device="cuda", dtype=dtype)
+        dual = torch.randn(length, 2 * case.batch, case.heads, case.head_dim, device=device, dtype=dtype)
         return dual[:, : case.batch], dual[:, case.batch :]
 
     (q, tq), (k, tk), (v, tv) = stack(case.queries), stack(case.keys), stack(case.keys)
@@ -108,7 +160,7 @@ def candidates(case, inputs, nvlabs):
     from rcm_kernels.flash_attention import backends
     from rcm_kernels.flash_attention_jvp import triton_impl
 
-    q, k, v, tq, tk, tv = inputs
+    q, k, v = inputs[:3]
     scale = case.head_dim**-0.5
     if q.dtype != torch.float32:  # torch's flash attention takes half precision only
         aten = backends.load("aten_cuda")
@@ -117,11 +169,7 @@ def candidates(case, inputs, nvlabs):
     jvp = functools.partial(triton_impl.attention_jvp, *inputs, carry=carry, update_carry=case.carry)
     yield "triton, with tangent", 12 if case.key_tangents else 8, jvp
     if nvlabs is not None:
-        zeros = [
-            torch.zeros_like(x) if t is None else t for x, t in ((k, tk), (v, tv))
-        ]  # it has no way to leave them out
-        views = [x.permute(1, 2, 0, 3) for x in (q, k, v, tq, *zeros)]
-        yield "NVlabs/rcm, with tangent", 12 if case.key_tangents else 8, functools.partial(nvlabs, *views)
+        yield "NVlabs/rcm, with tangent", 12 if case.key_tangents else 8, nvlabs_call(nvlabs, *inputs)
     if case.key_tangents and q.dtype != torch.float32:
         (o, lse), triton_backend = aten.forward(q, k, v, scale), backends.load("triton")
         do = torch.randn_like(o)
@@ -169,7 +217,10 @@ def main():
             "got no CUDA device; need an NVIDIA GPU: this measures GPU kernels; fix: run it on one, or time the reference on "
             "the CPU with python -m rcm_kernels.flash_attention_jvp.benchmark"
         )
-    nvlabs = load_nvlabs(args.against) if args.against else None
+    try:
+        nvlabs = load_nvlabs(args.against) if args.against else None
+    except ValueError as error:
+        sys.exit(str(error))
     dtype, where = DTYPES[args.dtype], environment()
     peak = matmul_peak(dtype, args.repeats)
     print(", ".join(f"{k} {v}" for k, v in where.items()), f"{args.dtype}, matmul {peak:.0f} TFLOP/s", sep=", ")

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rcm_megatron.checkpoint.errors import CheckpointError, nearest
-from rcm_megatron.config import ConfigError, CosmosConfig, ModelConfig, as_dict, build
+from rcm_megatron.config import ConfigError, CosmosConfig, ModelConfig, WanConfig, as_dict, build
 
 FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
 _DEFAULTS = {
     "family": "wan",
     "cosmos": None,
+    "wan": None,
     "text_len": 512,
     "eps": 1e-6,
     "cross_attn_norm": True,
@@ -22,8 +23,13 @@ _DEFAULTS = {
 }
 # Not visible in any tensor and without effect on the conversion: the run's own value may differ from the file's.
 FREE_FIELDS = ("text_len", "rope_max_seq_len")
-FREE_COSMOS_FIELDS = ("rope_fps", "condition_sigma", "qk_norm_eps")
-_WAN_HEADS = {1536: 12, 5120: 40}
+_FREE_OWN_FIELDS = {"cosmos": ("rope_fps", "condition_sigma", "qk_norm_eps"), "wan": ("condition_frames",)}
+_OWN_CONFIGS = {"cosmos": CosmosConfig, "wan": WanConfig}
+_WAN_HEADS = {1536: 12, 3072: 24, 5120: 40}
+_TI2V_CHANNELS = (
+    48  # of Wan2.2's VAE, whose one network takes given frames: neither its weights nor diffusers' config.json say so
+)
+_MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 # our field -> (diffusers field, default of WanTransformer3DModel)
 _DIFFUSERS_FIELDS = {
@@ -82,12 +88,42 @@ def model_config_from_diffusers(config: Mapping[str, Any], *, text_len: int = 51
             f"config.json: _class_name={config['_class_name']!r}; need 'WanTransformer3DModel' or 'CosmosTransformer3DModel'"
         )
     _require(config, "qk_norm", "rms_norm_across_heads", "q/k normalisation across all heads (Wan2.1)")
-    for field in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-        _require(config, field, None, "no image conditioning; image-to-video is not supported yet")
     fields = _translate(config, _DIFFUSERS_FIELDS)
     fields["out_channels"] = fields["out_channels"] or fields["in_channels"]
     fields["hidden_size"] = fields["num_heads"] * config.get("attention_head_dim", 128)
-    return _checked({**_DEFAULTS, **fields, "text_len": text_len})
+    image_dim, positions = config.get("image_dim"), config.get("pos_embed_seq_len")
+    width = None if image_dim is None else fields["hidden_size"]
+    _require(
+        {"added_kv_proj_dim": None, **config},
+        "added_kv_proj_dim",
+        width,
+        "keys of images see the hidden size, with image_dim",
+    )
+    conditions = _conditions(fields, image_dim, positions, condition_frames=_has_given_frames(fields))
+    return _checked({**_DEFAULTS, **fields, **conditions, "text_len": text_len})
+
+
+def _has_given_frames(fields: Mapping[str, Any]) -> bool:
+    """Of Wan networks the one of Wan2.2's VAE takes given frames, which neither its weights nor diffusers' config.json say."""
+    return fields["in_channels"] == fields["out_channels"] == _TI2V_CHANNELS
+
+
+def _conditions(
+    fields: Mapping[str, Any], image_dim: int | None, image_positions: int | None, *, condition_frames: bool
+) -> dict[str, Any]:
+    """Wan's `in_channels` and `wan` of a file's fields, whose `in_channels` count those of an image condition as well."""
+    total, latent = fields["in_channels"], fields["out_channels"]
+    if total < latent:
+        raise CheckpointError(
+            f"in_channels={total} must be at least out_channels={latent}: the latent's, and a condition's"
+        )
+    wan = WanConfig(
+        condition_channels=total - latent,
+        image_dim=image_dim,
+        image_positions=image_positions,
+        condition_frames=condition_frames,
+    )
+    return {"in_channels": latent, "wan": None if wan == WanConfig() else wan}
 
 
 def _cosmos_from_diffusers(config: Mapping[str, Any], *, text_len: int) -> dict[str, Any]:
@@ -137,29 +173,53 @@ def diffusers_config(model_config: ModelConfig) -> dict[str, Any]:
         return _cosmos_diffusers_config(model_config)
     fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _DIFFUSERS_FIELDS.items()}
     fields |= {"patch_size": list(model_config.patch_size), "qk_norm": "rms_norm_across_heads"}
-    fields["attention_head_dim"] = model_config.hidden_size // model_config.num_heads
-    fields |= {"added_kv_proj_dim": None, "image_dim": None, "pos_embed_seq_len": None}
+    wan = model_config.wan or WanConfig()
+    fields |= {"in_channels": model_config.embedded_channels, "attention_head_dim": model_config.head_dim}
+    fields |= {"image_dim": wan.image_dim, "pos_embed_seq_len": wan.image_positions}
+    fields["added_kv_proj_dim"] = None if wan.image_dim is None else model_config.hidden_size
     return {"_class_name": "WanTransformer3DModel", "_diffusers_version": "0.33.0", **dict(sorted(fields.items()))}
 
 
-def model_config_from_wan(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for ModelConfig from the `config.json` of a Wan release folder."""
-    _require(config, "model_type", "t2v", "text-to-video; other Wan variants are not supported yet")
+def model_config_from_wan(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """Keyword arguments for ModelConfig from the `config.json` of a Wan release folder.
+
+    `shapes` of its weights tell image-to-video of Wan2.1, with CLIP, from that of Wan2.2: their files say the same.
+    """
+    kind = config.get("model_type", "t2v")
+    if kind not in _MODEL_TYPES:
+        raise CheckpointError(f"config.json: model_type={kind!r}; need one of {', '.join(_MODEL_TYPES)}")
     for field, need in (("qk_norm", True), ("window_size", (-1, -1))):
-        _require(config, field, need, "the setting of the released text-to-video models")
-    return _checked({**_DEFAULTS, **_translate(config, _WAN_FIELDS)})
+        _require(config, field, need, "the setting of the released models")
+    fields, clip = _translate(config, _WAN_FIELDS), _clip_of_shapes(shapes or {})
+    return _checked({**_DEFAULTS, **fields, **_conditions(fields, *clip, condition_frames=kind == "ti2v")})
+
+
+def _clip_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]:
+    """Width of CLIP's features and how many have a position, in the naming of the Wan release."""
+    weight, positions = shapes.get("img_emb.proj.1.weight"), shapes.get("img_emb.emb_pos")
+    return weight and weight[-1], positions and positions[1]
 
 
 def wan_config(model_config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of a Wan release folder."""
     fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _WAN_FIELDS.items()}
-    fields["patch_size"] = list(model_config.patch_size)
+    fields |= {"in_dim": model_config.embedded_channels, "patch_size": list(model_config.patch_size)}
     return {
         "_class_name": "WanModel",
         "_diffusers_version": "0.30.0",
-        "model_type": "t2v",
+        "model_type": _model_type(model_config.wan or WanConfig()),
         **dict(sorted(fields.items())),
     }
+
+
+def _model_type(wan: WanConfig) -> str:
+    if wan.image_positions is not None:
+        return "flf2v"
+    if wan.image_dim is not None or wan.condition_channels:
+        return "i2v"
+    return "ti2v" if wan.condition_frames else "t2v"
 
 
 def model_config_from_internal(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,21 +227,24 @@ def model_config_from_internal(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in config:
         if name not in FIELDS:
             raise CheckpointError(f"config.json: unknown field {name!r}{nearest(name, FIELDS)}")
-    config = {"cosmos": None, **config}
+    config = {**dict.fromkeys(_OWN_CONFIGS), **config}
     for name in FIELDS:
         if name not in config:
             raise CheckpointError(f"config.json: missing field {name!r}; write the folder again with `convert`")
-    if config["cosmos"] is not None:
-        try:
-            config["cosmos"] = build(CosmosConfig, config["cosmos"], path="cosmos")
-        except ConfigError as error:
-            raise CheckpointError(f"config.json: {error}") from None
+    for name, cls in _OWN_CONFIGS.items():
+        if config[name] is not None:
+            try:
+                config[name] = build(cls, config[name], path=name)
+            except ConfigError as error:
+                raise CheckpointError(f"config.json: {error}") from None
     return _checked(config)
 
 
 def internal_config(model_config: ModelConfig) -> dict[str, Any]:
     """Our own `config.json`: the fields of ModelConfig."""
-    return {name: value for name, value in as_dict(model_config).items() if name != "cosmos" or value is not None}
+    return {
+        name: value for name, value in as_dict(model_config).items() if name not in _OWN_CONFIGS or value is not None
+    }
 
 
 def model_config_from_shapes(
@@ -212,6 +275,7 @@ def model_config_from_shapes(
         "freq_dim": _shape(shapes, "time_embedding.0.weight")[-1],
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
     }
+    fields |= _conditions(fields, *_clip_of_shapes(shapes), condition_frames=_has_given_frames(fields))
     return _checked({**_DEFAULTS, **fields, **overrides})
 
 
@@ -221,8 +285,10 @@ def check_same_network(source_fields: Mapping[str, Any], model_config: ModelConf
     for name in FIELDS:
         got, need = source_fields[name], getattr(model_config, name)
         got, need = (tuple(got), tuple(need)) if name == "patch_size" else (got, need)
-        if name == "cosmos" and got is not None and need is not None:
-            got = dataclasses.replace(got, **{free: getattr(need, free) for free in FREE_COSMOS_FIELDS})
+        if name == "wan":
+            got, need = got or WanConfig(), need or WanConfig()
+        if name in _FREE_OWN_FIELDS and got is not None and need is not None:
+            got = dataclasses.replace(got, **{free: getattr(need, free) for free in _FREE_OWN_FIELDS[name]})
         if name not in FREE_FIELDS and got != need:
             different.append(f"{name}={got!r} (the run has {need!r})")
     if different:
@@ -245,8 +311,7 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
     check_heads(fields["hidden_size"], fields["num_heads"])
     if fields["in_channels"] != fields["out_channels"]:
         raise CheckpointError(
-            f"in_channels={fields['in_channels']}, out_channels={fields['out_channels']}: channels concatenated to the "
-            "latents (image-to-video) are not supported yet"
+            f"in_channels={fields['in_channels']} must equal out_channels={fields['out_channels']}: both are the latent's"
         )
     return fields
 
@@ -260,5 +325,5 @@ def _require(config: Mapping[str, Any], field: str, need: Any, why: str) -> None
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise CheckpointError(f"missing key {name!r}{nearest(name, shapes)}: not a Wan text-to-video network")
+        raise CheckpointError(f"missing key {name!r}{nearest(name, shapes)}: not a Wan network")
     return shapes[name]

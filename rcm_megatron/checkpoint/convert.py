@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,46 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
+from rcm_megatron import __version__
 from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.checkpoint.formats import (
+    FORMATS,
     Source,
     check_divides,
     check_format,
     checked_entries,
     from_internal,
     internal_shapes,
+    key_map,
     read_internal,
     to_internal,
 )
 from rcm_megatron.checkpoint.key_map_wan import Entry
-from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.checkpoint.writers import DEFAULT_SHARD_BYTES, check_target, write_file, write_folder
+from rcm_megatron.checkpoint.model_card import model_card
+from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
+from rcm_megatron.checkpoint.torch_dist import write_torch_dist
+from rcm_megatron.checkpoint.writers import (
+    DEFAULT_SHARD_BYTES,
+    check_target,
+    write_file,
+    write_folder,
+    write_safetensors,
+)
 from rcm_megatron.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIFFUSERS_STEM = "diffusion_pytorch_model"
-# Folder formats: how their config.json is written, and the name of their weight files. NVlabs' format is a single file.
-_FOLDERS = {
-    "diffusers": (configs.diffusers_config, DIFFUSERS_STEM),
-    "wan": (configs.wan_config, DIFFUSERS_STEM),
-    "internal": (configs.internal_config, "model"),
+# Folder formats: how config.json and weights are written. The others are a single file.
+_FOLDERS: dict[str, tuple[Callable[[ModelConfig], dict[str, Any]], Callable[..., None]]] = {
+    "diffusers": (configs.diffusers_config, partial(write_safetensors, stem=DIFFUSERS_STEM)),
+    "wan": (configs.wan_config, partial(write_safetensors, stem=DIFFUSERS_STEM)),
+    "internal": (configs.internal_config, partial(write_safetensors, stem="model")),
+    "torch_dist": (configs.internal_config, write_torch_dist),
 }
+TARGET_FORMATS = (*FORMATS, "torch_dist")
+Verify = Callable[[CheckpointSource, ModelConfig, torch.dtype | None], Callable[[Path], None]]
+"""(source, its network, dtype of the target or None) -> a function that raises CheckpointError for a target that differs."""
 
 
 def load_into(
@@ -135,28 +151,23 @@ def export_diffusers(
     force: bool = False,
     metadata: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
     is_writer: bool = True,
 ) -> None:
     """Write internal full tensors as the folder that `from_pretrained` of the family's class in diffusers loads.
 
-    It appears complete or not at all. With `gather_full`, call it on all ranks of its groups, `is_writer` on the first.
+    It appears complete or not at all. With `gather_full`, call it on all ranks of its groups, `is_writer` on the first. `check`: as in
+    `write_folder`.
     """
     check_target(path, force=force)
     if not is_writer:
         for _ in named_tensors:
             pass
         return
-    write_folder(
-        path,
-        from_internal(named_tensors, model_config, "diffusers"),
-        config=configs.diffusers_config(model_config),
-        stem=DIFFUSERS_STEM,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        force=force,
-        metadata=metadata,
-        texts=texts,
-    )
+    external = from_internal(named_tensors, model_config, "diffusers")
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "metadata": metadata}
+    fill = partial(write_safetensors, named_tensors=external, stem=DIFFUSERS_STEM, **options)
+    write_folder(path, fill, config=configs.diffusers_config(model_config), force=force, texts=texts, check=check)
 
 
 def convert(
@@ -164,40 +175,78 @@ def convert(
     target_path: str | Path,
     *,
     target_format: str,
+    weights: str | None = None,
+    subfolder: str | None = None,
+    run_config: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     force: bool = False,
-    prefix: str | None = None,
     model_fields: Mapping[str, Any] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    verify: Verify | None = None,
     progress: bool = True,
 ) -> ModelConfig:
-    """Convert any checkpoint to `diffusers`, `wan`, `internal` (folders) or `nvlabs` (.pt, .pth or .safetensors file).
+    """Convert any checkpoint to a folder (`diffusers`, `wan`, `internal`, `torch_dist`) or a file (`nvlabs`, `nvidia`).
 
     Args:
+        weights, subfolder, run_config: which network of the source, and of which run: see `open_checkpoint`.
         dtype: `fp32`, `bf16`, `fp16`, or None to keep every tensor's own.
-        prefix: use only keys that begin with it, e.g. `net_ema.`.
         model_fields: ModelConfig fields that the source does not store (`text_len`; without config.json `num_heads`).
+        verify: called before anything is written; what it returns checks the target before it appears under its name.
 
     Returns:
         The configuration of the converted network.
     """
-    check_format(target_format)
+    if target_format not in TARGET_FORMATS:
+        check_format(target_format)
     dtype = _as_dtype(dtype)
     check_target(target_path, force=force)
     if Path(source_path).resolve().is_relative_to(Path(target_path).resolve()):
         raise CheckpointError(f"{target_path} is the source or holds it; choose another target")
-    source = open_checkpoint(source_path, prefix=prefix)
+    source = open_checkpoint(source_path, weights=weights, subfolder=subfolder, run_config=run_config)
     model_config = ModelConfig(**source.model_fields(overrides=model_fields))
+    naming = "internal" if target_format == "torch_dist" else target_format
+    key_map(naming, model_config)
+    checked_entries(source, model_config)
+    check = verify(source, model_config, dtype) if verify is not None else None
     title, total = f"{source.format} -> {target_format}", len(internal_shapes(model_config))
     internal = tqdm(to_internal(source, model_config), title, total=total, unit="tensor", disable=not progress)
-    external = from_internal(internal, model_config, target_format)
-    if target_format == "nvlabs":
-        write_file(target_path, external, dtype=dtype, force=force)
+    external = from_internal(internal, model_config, naming)
+    if target_format in _FOLDERS:
+        facts = _facts(source, source_path, dtype)
+        write_config, write_weights = _FOLDERS[target_format]
+        card = model_card(
+            model_config,
+            title=Path(target_path).name,
+            facts=facts,
+            target_format=target_format,
+            path=str(target_path),
+            run_yaml=source.run_yaml,
+        )
+        fill = partial(
+            write_weights, named_tensors=external, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=facts
+        )
+        config = write_config(model_config)
+        write_folder(target_path, fill, config=config, force=force, texts={"README.md": card}, check=check)
     else:
-        write_config, stem = _FOLDERS[target_format]
-        options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "force": force}
-        write_folder(target_path, external, config=write_config(model_config), stem=stem, **options)
+        write_file(target_path, external, dtype=dtype, force=force, check=check)
     return model_config
+
+
+def _facts(source: CheckpointSource, path: str | Path, dtype: torch.dtype | None) -> dict[str, str]:
+    """Provenance of a conversion, with what an export before it left in the source's header."""
+    path = Path(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    before = {f"source {name}": value for name, value in source.metadata.items() if name != "format"}
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {
+        **source.facts,
+        "source": str(path.resolve()),
+        "source format": source.format,
+        "source size": f"{sum(file.stat().st_size for file in files)} bytes in {len(files)} file(s)",
+        **before,
+        "dtype": names.get(dtype, "as in the source"),
+        "rcm_megatron": __version__,
+    }
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -5,11 +5,11 @@ A checkpoint holds, for every trained network NAME, tensors under `NAME.model.*`
 trace of dp, so tp, pp, cp and dp may all change; and in common.pt the run's plain state. Megatron's own `fully_reshardable`
 optimizer format is not used: it gathers everything on every rank, and it misplaces parameters of a buffer with several
 buckets. Here each rank writes the parameters that begin in its own piece, after receiving the ends of those that it shares.
+`saver.py` brings them to disk.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from rcm_megatron.checkpoint.folders import find_latest, prepare, publish
+from rcm_megatron.checkpoint.torch_dist import read_metadata
 from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
-
-__all__ = ["NetworkState", "find_latest", "load_checkpoint", "load_weights", "save_checkpoint"]
 
 FORMAT = 1
 
@@ -45,15 +40,12 @@ class NetworkState:
     """The averages of `owned_shards(optimizer)`, in that order: `PowerEMA.shards`."""
 
 
-def save_checkpoint(
-    root: str | Path, *, iteration: int, networks: Mapping[str, NetworkState], progress: dict[str, Any]
-) -> Path:
-    """Write `root/iter_<iteration>` and make it the latest; call on all ranks. Returns its path.
+def state_to_save(networks: Mapping[str, NetworkState], progress: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds: this rank's tensors, not copied, and plain state; call on all ranks, which exchange ends of shards.
 
     `progress` is the run's plain state, equal on all ranks: dicts, lists, tuples, numbers, strings, None and tensors (iteration,
-    stage, data position, counters, random state). Killed at any moment, it leaves the earlier checkpoints as they were."""
+    stage, data position, counters, random state)."""
     _require_plain(progress, "progress")
-    partial, final = prepare(root, iteration=iteration)
     state: dict[str, Any] = {
         "format": FORMAT,
         "progress": progress,
@@ -63,9 +55,7 @@ def save_checkpoint(
     for name, network in networks.items():
         weights = _weights(name, network.chunks)
         state["tensors"] |= weights | _optimizer_tensors(network, weights)
-    dist_checkpointing.save(state, str(partial), sharded_strategy=_SynchronousWriter())
-    publish(partial, final)
-    return final
+    return state
 
 
 def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkState]) -> dict[str, Any]:
@@ -73,7 +63,7 @@ def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkSta
 
     Raises CheckpointingException where the checkpoint and `networks` differ in a tensor's presence or shape."""
     checkpoint = Path(checkpoint)
-    _require_harmless_metadata(checkpoint)
+    read_metadata(checkpoint)  # PyTorch would unpickle anything
     common = _common_state(checkpoint, networks)
     tensors: dict[str, ShardedTensor] = {}
     partial: dict[str, tuple[OwnedShard, Tensor]] = {}
@@ -98,7 +88,7 @@ def load_weights(checkpoint: str | Path, model_chunks: Iterable[nn.Module], *, n
 
     `kind`: "model", "main" (its fp32 original) or "ema". Values are rounded to each parameter's dtype."""
     checkpoint = Path(checkpoint)
-    _require_harmless_metadata(checkpoint)
+    read_metadata(checkpoint)  # PyTorch would unpickle anything
     weights = _weights(network, model_chunks)
     tensors = {key: replace(sharded, key=_key(sharded, kind)) for key, sharded in weights.items()}
     dist_checkpointing.load({"tensors": tensors}, str(checkpoint), validate_access_integrity=False)
@@ -233,25 +223,6 @@ def _adam_step(optimizer: MegatronOptimizer) -> int:
     return max((int(group.get("step", 0)) for group in optimizer.param_groups), default=0)
 
 
-class _SynchronousWriter(SaveShardedStrategy):
-    """torch_dist through PyTorch's own writer, in this process.
-
-    Megatron's forks writers out of a process that has threads and CUDA, and spawns a queue's server first (5 s each time)."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, keep_only_main_replica=True
-        )
-        torch_checkpoint.save(
-            torch_dist.mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
 # ---- trust
 
 
@@ -268,29 +239,3 @@ def _require_plain(value: Any, path: str) -> None:
             f"{path}: got {type(value).__name__}; need plain data (dict, list, tuple, numbers, str, bytes, None, Tensor); "
             "fix: convert it before saving"
         )
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the types that a torch_dist `.metadata` consists of and refuses every other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or module == "torch.distributed.checkpoint.metadata" or (module, name) in _METADATA_TYPES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
-        )
-
-
-_METADATA_TYPES = {
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-}
-
-
-def _require_harmless_metadata(checkpoint: Path) -> None:
-    """Read `.metadata`, a pickle that PyTorch would load without asking, with the restricted reader first."""
-    with open(checkpoint / ".metadata", "rb") as file:
-        _MetadataUnpickler(file).load()

@@ -14,7 +14,7 @@ from torch import Tensor
 from rcm_megatron.checkpoint import key_map_cosmos
 from rcm_megatron.checkpoint.configs import check_heads, check_same_network
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
-from rcm_megatron.checkpoint.key_map_wan import KEY_MAPS, Entry, KeyMap
+from rcm_megatron.checkpoint.key_map_wan import KEY_MAPS, UNUSED, Entry, KeyMap
 from rcm_megatron.checkpoint.sources import CheckpointSource, source_from_tensors
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ Source = CheckpointSource | Mapping[str, Tensor]
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 FAMILIES = {"wan": KEY_MAPS, "cosmos": key_map_cosmos.KEY_MAPS}
 """Family of networks -> format -> its key map."""
+FORMATS = tuple(dict.fromkeys(format for maps in FAMILIES.values() for format in maps))
 
 
 def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -32,8 +33,8 @@ def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_format(format: str) -> None:
-    if format not in KEY_MAPS:
-        raise CheckpointError(f"unknown format {format!r}{nearest(format, KEY_MAPS)}; need one of {list(KEY_MAPS)}")
+    if format not in FORMATS:
+        raise CheckpointError(f"unknown format {format!r}{nearest(format, FORMATS)}; need one of {list(FORMATS)}")
 
 
 def key_map(format: str, model_config: ModelConfig) -> KeyMap | key_map_cosmos.CosmosKeyMap:
@@ -66,8 +67,9 @@ def checked_entries(
     if source.config is not None:
         check_same_network(source.model_fields(), model_config, where=source.where)
     shapes = {name: entry.external_shape for entry in entries.values() for name in entry.external}
-    problems = name_keys("missing", set(shapes) - set(source), set(source) - set(shapes))
-    problems += name_keys("unknown", set(source) - set(shapes), set(shapes) - set(source) or shapes)
+    held = {name for name in source if not name.endswith(UNUSED)}
+    problems = name_keys("missing", set(shapes) - held, held - set(shapes))
+    problems += name_keys("unknown", held - set(shapes), set(shapes) - held or shapes)
     for name in shapes.keys() & source.keys():
         if source.shape(name) != shapes[name]:
             problems += f"\n  {name!r}: got shape {list(source.shape(name))}, need {list(shapes[name])}"

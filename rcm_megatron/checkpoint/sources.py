@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format without reading its tensors: safetensors (one file, or shards and index), .pt, .pth.
+"""Open a checkpoint of any format without reading its tensors: safetensors (one file, or shards and index), .pt, .pth, torch_dist.
 
 Nothing is ever unpickled into code: `.pt` files go through `torch.load(weights_only=True)`, memory-mapped where the
 file allows. Every defect of a file is a CheckpointError that names the file.
@@ -6,11 +6,13 @@ file allows. Every defect of a file is a CheckpointError that names the file.
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcm_megatron.checkpoint import configs
+from rcm_megatron.checkpoint import configs, key_map_cosmos
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
+from rcm_megatron.checkpoint.folders import find_latest
+from rcm_megatron.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
+from rcm_megatron.config import ConfigError, load_config, to_yaml
 
-_NETWORK_PREFIXES = ("net.", "net_ema.", "net_fake_score.", "net_teacher.")
-_IMAGE_MARKS = ("img_emb.", ".k_img.", ".v_img.", "image_embedder.", ".add_k_proj.")
+_NETWORK_PREFIXES = {"student": "net.", "ema": "net_ema.", "fake_score": "net_fake_score.", "teacher": "net_teacher."}
+"""Weights that may be asked for -> what their keys begin with in a file of NVIDIA's that holds several networks."""
 _PICKLE_SUFFIXES = (".pt", ".pth")
 _CONFIG_READERS = {
     "diffusers": configs.model_config_from_diffusers,
@@ -30,6 +35,12 @@ _CONFIG_READERS = {
     "nvlabs": configs.model_config_from_wan,
     "internal": configs.model_config_from_internal,
 }
+_SHAPE_READERS = {
+    "wan": configs.model_config_from_shapes,
+    "nvlabs": configs.model_config_from_shapes,
+    "nvidia": key_map_cosmos.model_config_from_shapes,
+}
+"""Format -> ModelConfig's fields from shapes, where weights come without a config.json."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,12 @@ class CheckpointSource(Mapping[str, Tensor]):
     tensors: Mapping[str, LazyTensor]
     config: Mapping[str, Any] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    """That holds config.json and weights."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Provenance for a model card: which weights of which step."""
+    run_yaml: str | None = None
+    """Configuration of the run that trained it."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -71,9 +88,12 @@ class CheckpointSource(Mapping[str, Tensor]):
         if dim is not None:
             index[dim] = slice(start, stop)
         try:
-            return tensor.read(tuple(index))
+            value = tensor.read(tuple(index))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.where}: cannot read {name!r}: {error}") from error
+        if not value.is_floating_point():
+            raise CheckpointError(f"{self.where}: {name!r} holds {value.dtype}; need floating-point weights")
+        return value
 
     def with_prefix(self, prefix: str) -> CheckpointSource:
         """The part whose keys begin with `prefix`, which is removed."""
@@ -86,14 +106,11 @@ class CheckpointSource(Mapping[str, Tensor]):
 
     @property
     def format(self) -> str:
-        """`diffusers`, `wan`, `nvlabs` or `internal`, told from the keys and the patch embedding's shape."""
-        for name in self.tensors:
-            if any(mark in name for mark in _IMAGE_MARKS):
-                raise CheckpointError(
-                    f"{self.where}: {name!r} conditions on images; image-to-video is not supported yet"
-                )
+        """`diffusers`, `wan`, `nvlabs`, `nvidia` or `internal`, told from the keys and the patch embedding's shape."""
         if any(name.startswith(("condition_embedder.", "transformer_blocks.")) for name in self.tensors):
             return "diffusers"
+        if key_map_cosmos.NVIDIA_MARKS & self.tensors.keys():
+            return "nvidia"
         if {"text_embedding.linear_1.weight", "time_embedding.norm_weight"} & self.tensors.keys():
             return "internal"
         if (
@@ -102,30 +119,33 @@ class CheckpointSource(Mapping[str, Tensor]):
         ):
             return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
         raise CheckpointError(
-            f"{self.where}: not a Wan2.1 text-to-video or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
-            "naming of diffusers, the Wan release, NVlabs/rcm or rcm_megatron"
+            f"{self.where}: not a Wan or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
+            "naming of diffusers, the Wan release, NVlabs/rcm, NVIDIA's Cosmos-Predict2 or rcm_megatron"
         )
 
     def model_fields(self, *, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keyword arguments for ModelConfig: from config.json, else from the shapes.
 
-        `overrides` may set what no tensor shows (text_len, rope_max_seq_len), without config.json any field.
+        `overrides` may set what no tensor shows (text_len, rope_max_seq_len), without config.json any field, and `rope_scale` of
+        CosmosConfig.
         """
         form, overrides = self.format, dict(overrides or {})
+        known = (*configs.FIELDS, "rope_scale") if form == "nvidia" else configs.FIELDS
         for name in overrides:
-            if name not in configs.FIELDS:
-                raise CheckpointError(f"unknown model field {name!r}{nearest(name, configs.FIELDS)}")
-        if self.config is not None:
-            fields = _CONFIG_READERS[form](self.config)
+            if name not in known:
+                raise CheckpointError(f"unknown model field {name!r}{nearest(name, known)}")
+        if self.config is not None and form in _CONFIG_READERS:
+            seen = (self.shapes(),) if form in ("wan", "nvlabs") else ()
+            fields = _CONFIG_READERS[form](self.config, *seen)
             fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
             if fixed:
                 raise CheckpointError(
                     f"{self.where}: config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override"
                 )
             return {**fields, **overrides}
-        if form in ("diffusers", "internal"):
+        if form not in _SHAPE_READERS:
             raise CheckpointError(f"{self.where}: no config.json beside the weights; pass the folder that holds both")
-        return configs.model_config_from_shapes(self.shapes(), overrides=overrides)
+        return _SHAPE_READERS[form](self.shapes(), overrides=overrides)
 
 
 def source_from_tensors(tensors: Mapping[str, Tensor], *, where: str = "tensors in memory") -> CheckpointSource:
@@ -134,36 +154,117 @@ def source_from_tensors(tensors: Mapping[str, Tensor], *, where: str = "tensors 
     return CheckpointSource(where, lazy)
 
 
-def open_checkpoint(path: str | Path, *, prefix: str | None = None) -> CheckpointSource:
-    """Open a file or folder. `prefix`: use only keys that begin with it (default: one that all share, as `net.`)."""
+def open_checkpoint(
+    path: str | Path,
+    *,
+    weights: str | None = None,
+    subfolder: str | None = None,
+    prefix: str | None = None,
+    run_config: str | Path | None = None,
+) -> CheckpointSource:
+    """Open a file or folder; of a run's folder, the newest complete checkpoint (then call it on all ranks of a process group).
+
+    Args:
+        weights: `student`, `ema`, `fake_score` or `teacher`, where there are several networks.
+        subfolder: of a diffusers pipeline, the transformer to read; default: `transformer`, if it is the only one.
+        prefix: use only keys that begin with it; default: what all keys share, as `net.`.
+        run_config: the run's YAML, for one of its checkpoints that lies elsewhere than below its config.yaml.
+    """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    if (path / "transformer" / "config.json").is_file() and not (path / "config.json").is_file():
-        path = path / "transformer"
+    checkpoint = _find_torch_dist(path)
+    if checkpoint is not None:
+        return _open_torch_dist(checkpoint, weights, run_config)
+    path = _transformer_folder(path, subfolder)
     source = _open_folder(path) if path.is_dir() else _open_file(path)
     if prefix is not None:
         return source.with_prefix(prefix)
-    found = [prefix for prefix in _NETWORK_PREFIXES if any(name.startswith(prefix) for name in source)]
+    return _choose_network(source, weights)
+
+
+def _choose_network(source: CheckpointSource, weights: str | None) -> CheckpointSource:
+    """The network that `weights` names, or the only one; its keys' common prefix is removed."""
+    found = {
+        name: prefix for name, prefix in _NETWORK_PREFIXES.items() if any(key.startswith(prefix) for key in source)
+    }
+    if weights is None and len(found) > 1:
+        raise CheckpointError(f"{source.where} holds several networks: {', '.join(found)}; choose one with --weights")
+    if weights is None and not all(key.startswith(tuple(found.values())) for key in source):
+        return source
+    name = weights or next(iter(found))
+    if name not in found:
+        raise CheckpointError(
+            f"{source.where} does not hold {name!r}, but {', '.join(found) or 'one network without a name'}; drop --weights or choose one "
+            "of them"
+        )
+    return replace(source.with_prefix(found[name]), facts={"weights": name})
+
+
+def _transformer_folder(path: Path, subfolder: str | None) -> Path:
+    """The folder of the transformer inside a diffusers pipeline, or `path` itself."""
+    if (path / "config.json").is_file() and subfolder is None:
+        return path
+    found = [name for name in ("transformer", "transformer_2") if (path / name / "config.json").is_file()]
+    if subfolder is not None:
+        if not (path / subfolder).is_dir():
+            raise CheckpointError(f"{path} has no folder {subfolder!r}; it has {found or 'no transformer'}")
+        return path / subfolder
     if len(found) > 1:
-        raise CheckpointError(f"{path} holds several networks: {', '.join(found)}; choose one with prefix=")
-    if found and all(name.startswith(found[0]) for name in source):
-        return source.with_prefix(found[0])
-    return source
+        raise CheckpointError(
+            f"{path} holds two experts: transformer (high noise) and transformer_2 (low noise); choose one with --subfolder"
+        )
+    return path / found[0] if found else path
+
+
+def _find_torch_dist(path: Path) -> Path | None:
+    """A torch_dist checkpoint: `path` itself, or the newest complete one in it or in its `checkpoints`."""
+    if is_torch_dist(path):
+        return path
+    for root in (path, path / "checkpoints"):
+        if any(root.glob("iter_*")):
+            latest = find_latest(root)
+            if latest is None:
+                raise CheckpointError(f"{root} holds no complete checkpoint")
+            return latest
+    return None
+
+
+def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path | None) -> CheckpointSource:
+    opened = TorchDistFolder(folder)
+    name, prefix = opened.choose(weights)
+    tensors = {
+        key.removeprefix(prefix): LazyTensor(shape, partial(opened.read, key))
+        for key, shape in opened.shapes.items()
+        if key.startswith(prefix)
+    }
+    source = CheckpointSource(f"{folder} [{prefix}]", tensors, folder=folder)
+    if (folder / "config.json").is_file():
+        return replace(source, config=_read_json(folder / "config.json"))
+    yaml_path = Path(run_config) if run_config else folder.parent.parent / "config.yaml"
+    try:
+        run = load_config(yaml_path)
+    except (ConfigError, OSError) as error:
+        raise CheckpointError(
+            f"{folder} is a run's checkpoint and does not say what network it holds; need the run's config.yaml; got {yaml_path}: {error}; "
+            "fix: pass it with --config"
+        ) from error
+    facts = {"run": run.name, "weights": name, "step": folder.name.split("_")[1].lstrip("0") or "0"}
+    return replace(source, config=configs.internal_config(run.model), facts=facts, run_yaml=to_yaml(run))
 
 
 def _open_folder(folder: Path) -> CheckpointSource:
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        return replace(_open_index(indices[0]), config=config)
+        return replace(_open_index(indices[0]), config=config, folder=folder)
     files = sorted(folder.glob("*.safetensors")) or sorted(f for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
     if len(indices) > 1 or len(files) != 1:
         names = [file.name for file in (indices or files)]
         raise CheckpointError(
             f"{folder}: need one set of weights, got {names or 'none'}; pass one file, or add the index"
         )
-    return replace(_open_file(files[0]), config=config)
+    return replace(_open_file(files[0]), config=config, folder=folder)
 
 
 def _open_index(index_path: Path) -> CheckpointSource:
@@ -204,6 +305,8 @@ def _open_safetensors(path: Path) -> CheckpointSource:
         handle = safe_open(str(path), framework="pt", device="cpu")
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            if key_map_cosmos.is_no_weight(name):
+                continue
             view = handle.get_slice(name)
             tensors[name] = LazyTensor(tuple(view.get_shape()), view.__getitem__)
         return CheckpointSource(str(path), tensors, metadata=handle.metadata() or {})
@@ -215,21 +318,41 @@ def _open_safetensors(path: Path) -> CheckpointSource:
 
 def _open_pickle(path: Path) -> CheckpointSource:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _require_stored(path)
+        with torch.serialization.safe_globals(
+            [io.BytesIO]
+        ):  # Transformer Engine's `_extra_state`: bytes that stay bytes
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
-        first_line = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path}: refused, it is damaged or holds objects other than tensors, which could run code ({first_line}); "
+            f"{path}: refused, it is damaged or holds objects other than tensors, which could run code ({_first_line(error)}); "
             "convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # damaged bytes make unpickling raise anything
+        raise CheckpointError(f"{path}: truncated or not a PyTorch file ({_first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; need a dict of tensors")
+    content = {name: value for name, value in content.items() if not key_map_cosmos.is_no_weight(str(name))}
     wrong = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
         raise CheckpointError(f"{path}: {wrong!r} is a {type(content[wrong]).__name__}; need a flat dict of tensors")
     return source_from_tensors(content, where=str(path))
+
+
+def _require_stored(path: Path) -> None:
+    """PyTorch stores the records of its files as they are: compressed ones would be unpacked to any size."""
+    with zipfile.ZipFile(path) as archive:
+        packed = next((info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise CheckpointError(f"{path}: refused, {packed.filename!r} in it is compressed, which torch.save does not do")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

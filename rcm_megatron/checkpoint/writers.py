@@ -6,17 +6,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import sync_to_disk
+from rcm_megatron.checkpoint.torch_dist import save_with_torch
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
@@ -37,53 +39,72 @@ def check_target(path: str | Path, *, force: bool) -> Path:
 def replaced_when_done(path: Path) -> Iterator[Path]:
     """A temporary sibling path; on success it takes the place of `path`, on an error it is removed."""
     path = Path(os.path.abspath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
-    temporary, previous = (path.with_name(f".{path.name}.{kind}-{token}") for kind in ("incomplete", "previous"))
+    temporary, previous = (
+        path.with_name(f".{path.name}.{kind}-{token}{path.suffix}") for kind in ("incomplete", "previous")
+    )
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if path.is_dir():
             path.rename(previous)
         temporary.rename(path)
         sync_to_disk(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
         if previous.exists() and not path.exists():
             previous.rename(path)
+        if isinstance(error, OSError | SafetensorError):
+            raise CheckpointError(
+                f"{path}: cannot be written ({error}); nothing was left there; make room or choose another target"
+            ) from error
         raise
     _remove(previous)
 
 
 def write_folder(
     path: str | Path,
-    named_tensors: Iterable[tuple[str, Tensor]],
+    fill: Callable[[Path], None],
     *,
     config: Mapping[str, Any],
-    stem: str,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
-    metadata: Mapping[str, str] | None = None,
     texts: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """`config.json` + `<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard.
+    """A folder with the weights that `fill` writes into it, and `config.json`.
 
-    `texts`: further files by name, such as a README.md."""
+    `texts`: further files by name, such as a README.md. `check` is given the finished folder under its temporary name; what it raises
+    keeps the folder from appearing."""
     path = check_target(path, force=force)
-    header = {**{key: str(value) for key, value in (metadata or {}).items()}, "format": "pt"}
     with replaced_when_done(path) as folder:
         folder.mkdir()
-        shards = []
-        for number, shard in enumerate(_shards(named_tensors, dtype, max_shard_bytes)):
-            _save_safetensors(shard, folder / f"{number}.safetensors", header)
-            shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
-        _name_shards(folder, stem, shards)
+        fill(folder)
         _write_json(folder / "config.json", config)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text)
             sync_to_disk(folder / name)
         sync_to_disk(folder)
+        if check is not None:
+            check(folder)
     return path
+
+
+def write_safetensors(
+    folder: Path,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    *,
+    stem: str,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard."""
+    header = {**{key: str(value) for key, value in (metadata or {}).items()}, "format": "pt"}
+    shards = []
+    for number, shard in enumerate(_shards(named_tensors, dtype, max_shard_bytes)):
+        _save_safetensors(shard, folder / f"{number}.safetensors", header)
+        shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
+    _name_shards(folder, stem, shards)
 
 
 def write_file(
@@ -92,8 +113,9 @@ def write_file(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """One `.safetensors`, `.pt` or `.pth` file; these formats hold all tensors in memory once."""
+    """One `.safetensors`, `.pt` or `.pth` file; these formats hold all tensors in memory once. `check` as in `write_folder`."""
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise CheckpointError(f"{path}: this format is one file; end its name in .pt, .pth or .safetensors")
@@ -101,12 +123,15 @@ def write_file(
         raise CheckpointError(f"{path} is a folder; give the path of a file")
     check_target(path, force=force)
     with replaced_when_done(path) as temporary:
+        temporary.touch()  # fail now, and not after hours of conversion, where nothing can be written
         tensors = {name: _owned(tensor, dtype) for name, tensor in named_tensors}
         if path.suffix == ".safetensors":
             _save_safetensors(tensors, temporary, {"format": "pt"})
         else:
-            torch.save(tensors, temporary)
+            save_with_torch(tensors, temporary)
             sync_to_disk(temporary)
+        if check is not None:
+            check(temporary)
     return path
 
 
@@ -158,7 +183,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
+    """As far as the disk allows: where it does not, another error is on its way."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -2,7 +2,14 @@
 
 from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.loader import apply_overrides, as_dict, build, load_config, to_yaml
-from rcm_megatron.config.model import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from rcm_megatron.config.model import (
+    CosmosConfig,
+    LatentConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    WanConfig,
+)
 from rcm_megatron.config.run import (
     DataConfig,
     DcmConfig,
@@ -46,6 +53,7 @@ __all__ = [
     "StageConfig",
     "TimeDistribution",
     "TrainerConfig",
+    "WanConfig",
     "apply_overrides",
     "as_dict",
     "build",

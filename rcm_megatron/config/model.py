@@ -38,13 +38,29 @@ class CosmosConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """How a Wan transformer is given images (its other fields are ModelConfig's). null, like all defaults, is plain text-to-video."""
+
+    condition_channels: int = 0
+    """Channels concatenated to the latent's before the patch embedding. Image-to-video: 20, a mask of 4 and the image's latent of 16."""
+    image_dim: int | None = None
+    """Width of the CLIP features of an image, which blocks attend to beside the text (Wan2.1 image-to-video: 1280). null: none."""
+    image_positions: int | None = None
+    """CLIP tokens that have a learned position (diffusers' pos_embed_seq_len; first and last frame: 2 * 257). null: no positions."""
+    condition_frames: bool = False
+    """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A diffusion transformer. `hidden_size` is `dim` in the Wan release, `ffn_hidden_size` its `ffn_dim`."""
 
     family: Literal["wan", "cosmos"] = "wan"
-    """wan: Wan2.1 text-to-video. cosmos: Cosmos-Predict2, described further by `cosmos`."""
+    """wan: Wan2.1 and 2.2, described further by `wan`. cosmos: Cosmos-Predict2, described further by `cosmos`."""
     cosmos: CosmosConfig | None = None
     """Required by the family cosmos, null for any other."""
+    wan: WanConfig | None = None
+    """Image conditions of the family wan; null for text-to-video and for any other family."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -82,8 +98,14 @@ class ModelConfig:
 
     @property
     def embedded_channels(self) -> int:
-        """Channels that the patch embedding sees: the latent's, and masks that the network adds."""
-        return self.in_channels + (self.cosmos.extra_channels if self.cosmos else 0)
+        """Channels that the patch embedding sees: the latent's, a condition's, and masks that the network adds."""
+        own = self.cosmos.extra_channels if self.cosmos else 0
+        return self.in_channels + own + (self.wan.condition_channels if self.wan else 0)
+
+    @property
+    def condition_frames(self) -> bool:
+        """Whether the network takes clean latent frames (`Condition.x0_SBP` and `frames_B`)."""
+        return any(own is not None and own.condition_frames for own in (self.cosmos, self.wan))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +197,9 @@ class PrecisionConfig:
     Hopper or newer); never used for a tangent, so never for the student. Saves about a third of their time on paper, changes their
     outputs by FP8's rounding, which depends on the layout. Weights stay bf16, main gradients fp32; the tokens of every network are
     padded to a multiple of 16 on each rank."""
+    fused_ops: Literal["auto", "none"] = "auto"
+    """What runs norms, modulation, gates, GELU and RoPE. auto: one Triton kernel each (rcm_kernels.fused) on CUDA, PyTorch's
+    operations elsewhere; none: PyTorch's everywhere."""
 
     @property
     def token_multiple(self) -> int:

@@ -143,8 +143,10 @@ class EncodersConfig:
     text: Literal["words", "umt5", "t5", "none"]
     """umt5 (Wan), t5 (Cosmos): `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it,
     and sends the rest their embeddings."""
+    image: Literal["clip", "none"] = "none"
+    """clip: `folder`/image_encoder and `folder`/image_processor, for networks with model.wan.image_dim. Used by `sample --image` alone."""
     folder: str | None = None
-    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5 and t5."""
+    """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5, t5 and clip."""
     negative_prompt: str | None = None
     """Caption of the unconditional branch; null: the release's own with umt5 and t5, the empty caption with words. Set "" to train
     flow matching with umt5 or t5: caption dropout wants the empty caption."""
@@ -183,7 +185,13 @@ class TrainerConfig:
     """Iterations between sample videos; 0: none."""
     checkpoint_every: int
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; older ones are deleted after a new one is complete."""
+    """Newest checkpoints that are kept; older ones are deleted after a new one is complete. With 1 there is none to go back to when its
+    files are damaged."""
+    keep_every: int = 0
+    """Checkpoints of iterations divisible by this are never deleted; a multiple of checkpoint_every, or 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written: a step waits for a copy of the rank's part of it in host memory (pinned, with CUDA), which
+    is needed until it is on disk. False: wait for the disk, and copy nothing."""
     resume: bool = True
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
     stop_after: int | None = None
@@ -240,9 +248,11 @@ class LoggingConfig:
     """Metrics go to <output_dir>/metrics.jsonl, and to Weights & Biases."""
 
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when an API key is set, else offline."""
+    """auto: online when an API key is set and the service answers, else offline."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
+    peak_tflops: float | None = None
+    """Dense peak of one device, TFLOP/s, of which MFU is a share. null: that of the GPU if it is known and the run is bf16; else no MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)

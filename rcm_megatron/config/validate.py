@@ -32,6 +32,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_data(config),
         *_counts(config),
         *_sampling(config),
+        *_logging(config),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -90,6 +91,7 @@ def _family(model: ModelConfig) -> Iterator[str]:
             "give at least model.cosmos.rope_scale" if cosmos is None else "remove model.cosmos, or set family: cosmos"
         )
         yield f"model.family={model.family} with model.cosmos={'null' if cosmos is None else 'given'}; {fix}"
+    yield from _wan(model)
     if model.family != "cosmos" or cosmos is None:
         return
     if model.freq_dim != model.hidden_size:
@@ -104,6 +106,25 @@ def _family(model: ModelConfig) -> Iterator[str]:
     if cosmos.rope_fps is not None and cosmos.rope_fps <= 0:
         yield f"model.cosmos.rope_fps={cosmos.rope_fps} must be greater than 0, or null for images"
     if cosmos.condition_frames and model.patch_size[0] != 1:
+        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
+
+
+def _wan(model: ModelConfig) -> Iterator[str]:
+    wan = model.wan
+    if wan is None:
+        return
+    if model.family != "wan":
+        yield f"model.family={model.family} with model.wan given; remove model.wan, or set family: wan"
+    for name in ("condition_channels", "image_dim", "image_positions"):
+        value = getattr(wan, name)
+        if value is not None and value < (0 if name == "condition_channels" else 1):
+            yield f"model.wan.{name}={value} must be greater than 0, or {'0' if name == 'condition_channels' else 'null'} for none"
+    if wan.image_positions is not None and wan.image_dim is None:
+        yield (
+            f"model.wan.image_positions={wan.image_positions} places CLIP tokens, but model.wan.image_dim=null has none; set it (1280), or "
+            "image_positions to null"
+        )
+    if wan.condition_frames and model.patch_size[0] != 1:
         yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
 
 
@@ -248,6 +269,8 @@ def _fp8_shapes(config: RunConfig, fp8: str) -> Iterator[str]:
             f"model.text_len={model.text_len} must divide by {FP8_ALIGNMENT} for {fp8}, because the network attends to every text "
             "position and none can be added; set fp8 to []"
         )
+    if model.wan is not None and model.wan.image_dim is not None:
+        yield f"{fp8} multiplies rows in multiples of {FP8_ALIGNMENT}, which the 257 CLIP tokens of image_dim are not; set fp8 to []"
 
 
 def _networks(config: RunConfig) -> Iterator[str]:
@@ -278,15 +301,14 @@ def _distillation(config: RunConfig) -> Iterator[str]:
 
 
 def _given_frames(config: RunConfig) -> Iterator[str]:
-    given, cosmos = config.distillation.given_frames, config.model.cosmos
-    takes = cosmos is not None and cosmos.condition_frames
+    given, takes = config.distillation.given_frames, config.model.condition_frames
     if given and not takes:
         yield (
-            f"distillation.given_frames={list(given)}, but the network takes none; set it to null, or model.cosmos.condition_frames "
-            "for a Video2World checkpoint"
+            f"distillation.given_frames={list(given)}, but the network takes none; set it to null, or condition_frames in model.cosmos "
+            "(Video2World) or model.wan (TI2V)"
         )
     if takes and not given:
-        yield "distillation.given_frames is required with model.cosmos.condition_frames; e.g. [1, 2]"
+        yield "distillation.given_frames is required with condition_frames; e.g. [1, 2] (Video2World), [0, 1] (TI2V)"
     if given and not 0 <= min(given) <= max(given) < config.latent.frames:
         yield f"distillation.given_frames={list(given)} must hold numbers from 0 to {config.latent.frames - 1} (latent.frames - 1)"
 
@@ -367,13 +389,15 @@ def _optimizer(optimizer: OptimizerConfig, where: str) -> Iterator[str]:
 
 def _encoders(config: RunConfig) -> Iterator[str]:
     encoders = config.encoders
-    for field in ("video", "text"):
+    for field in ("video", "text", "image"):
         value = getattr(encoders, field)
-        if value in ("wan_vae", "umt5", "t5") and encoders.folder is None:
+        if value in ("wan_vae", "umt5", "t5", "clip") and encoders.folder is None:
             yield (
                 f"encoders.folder=null, but encoders.{field}={value} reads it; name a local diffusers checkpoint with vae/, "
                 "text_encoder/ and tokenizer/"
             )
+    if encoders.image != "none" and (config.model.wan is None or config.model.wan.image_dim is None):
+        yield f"encoders.image={encoders.image}, but the network attends to no image (model.wan.image_dim=null); set encoders.image to none"
     if encoders.text == "none" and encoders.negative_prompt is not None:
         yield (
             f"encoders.negative_prompt={encoders.negative_prompt!r} needs a text encoder, got encoders.text=none; remove it "
@@ -401,6 +425,12 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _counts(config: RunConfig) -> Iterator[str]:
     yield from _positive("trainer", config.trainer, "log_every checkpoint_every keep_checkpoints")
+    every, kept = config.trainer.checkpoint_every, config.trainer.keep_every
+    if kept < 0 or (every > 0 and kept % every):
+        yield (
+            f"trainer.keep_every={kept} must be a multiple of trainer.checkpoint_every={every}, or no such checkpoint is ever "
+            "written; 0 keeps none"
+        )
     if config.trainer.sample_every < 0:
         yield f"trainer.sample_every={config.trainer.sample_every} must not be negative; 0 takes no samples"
     if config.trainer.hang_timeout is not None and config.trainer.hang_timeout <= 0:
@@ -416,3 +446,9 @@ def _sampling(config: RunConfig) -> Iterator[str]:
         yield f"sampling.student_steps={list(sampling.student_steps)} must hold at least one count, each 1 or more"
     else:
         yield from _step_times("sampling.student_times", sampling.student_times, max(sampling.student_steps))
+
+
+def _logging(config: RunConfig) -> Iterator[str]:
+    peak = config.logging.peak_tflops
+    if peak is not None and peak <= 0:
+        yield f"logging.peak_tflops={peak} must be greater than 0, or null for the GPU's own"

@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.dual import Dual, map_linear, recomputed
-from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid
+from rcm_megatron.dual import Dual, map_linear, primal_of, recomputed
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
 from rcm_megatron.models.dual_ops import (
     add,
     add_constant,
@@ -23,6 +23,7 @@ from rcm_megatron.models.dual_ops import (
     rms_norm,
     silu,
 )
+from rcm_megatron.models.given_frames import TIME_UNIT, of_tokens
 from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.layers import (
     MLP,
@@ -39,8 +40,6 @@ from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline import Condition
 from rcm_megatron.parallel.stages import Stage
 
-TIME_UNIT = 1000.0
-"""Networks are given 1000 s; Cosmos was trained on s."""
 ROPE_FPS = 24.0
 """Frames a second at which a latent frame lasts one position."""
 
@@ -76,7 +75,7 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(silu(self.linear_1(self._sinusoid(timestep_FB))))
 
     def _sinusoid(self, timestep_FB: Tensor | Dual) -> Tensor | Dual:
-        s_FB = map_linear(lambda value: value.double() / TIME_UNIT, timestep_FB)
+        s_FB = map_linear(lambda value: value.double() / TIME_UNIT, timestep_FB)  # Cosmos was trained on s
         return sinusoid(s_FB, width=self.width, dtype=self.dtype)
 
 
@@ -97,11 +96,6 @@ class Modulation(nn.Module):
         if isinstance(both, Dual):
             return tuple(Dual(of_tokens(part, frame_S)) for part in both.stacked.chunk(self.vectors, dim=-1))
         return tuple(of_tokens(part, frame_S) for part in both.chunk(self.vectors, dim=-1))
-
-
-def of_tokens(value_FBD: Tensor, frame_S: Tensor) -> Tensor:
-    """Each token's vector from its frame's; one frame serves all tokens by broadcasting."""
-    return value_FBD if value_FBD.shape[0] == 1 else value_FBD.index_select(0, frame_S)
 
 
 class LearnedPositions(nn.Module):
@@ -188,9 +182,7 @@ class CosmosHead(nn.Module):
 class CosmosModel(DiffusionTransformer):
     """Cosmos-Predict2, or one pipeline stage's piece of it.
 
-    A Video2World network is told the first latent frames (``condition``): it sees them clean, at a time of nearly zero and with their mask
-    set, and its velocity there is the one that leads exactly to them, (x_in − x0) / s. So every loss and every sampler keeps them
-    without knowing of them, and their tokens carry neither loss nor gradient.
+    A Video2World network sees its given latent frames at a time of nearly zero and with their mask set.
 
     Args:
         context: context-parallel attention of this run.
@@ -223,10 +215,9 @@ class CosmosModel(DiffusionTransformer):
         self._mark_replicated(self.time_embedding, self.positions)
 
     @property
-    def output_dtype(self) -> torch.dtype:
-        """Wide where given frames come out: rounded to bf16 they would come back changed."""
-        dtype = self.config.params_dtype
-        return wide_dtype(dtype) if self.model.cosmos.condition_frames else dtype
+    def given_timestep(self) -> float:
+        sigma = self.model.cosmos.condition_sigma
+        return TIME_UNIT * sigma / (sigma + 1)
 
     def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
         timestep_FB = self._frame_timesteps(timestep_1B, condition)
@@ -237,50 +228,14 @@ class CosmosModel(DiffusionTransformer):
             for_blocks += (self.positions(),)
         return for_blocks, (e_FBD, shared_FB3)
 
-    def _frame_timesteps(self, timestep_1B: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
-        """``[1, B]``, or with a condition ``[F, B]`` of each latent frame."""
-        if condition is None:
-            return timestep_1B
-        assert self.model.cosmos.condition_frames, (
-            "this network takes no condition: model.cosmos.condition_frames=false"
-        )
-        sigma, frames = self.model.cosmos.condition_sigma, self.layout.grid[0]
-        known_FB = torch.arange(frames, device=condition.frames_B.device)[:, None] < condition.frames_B
-        given = torch.full((), TIME_UNIT * sigma / (sigma + 1), dtype=torch.float64, device=known_FB.device)
-        timestep_FB = map_linear(lambda value: value.double().expand(frames, -1), timestep_1B)
-        return where_known(known_FB, given, timestep_FB)
-
-    def _known(self, condition: Condition) -> Tensor:
-        """Which tokens of this rank lie in given frames, ``[S, B, 1]``."""
-        frame_S = self._token_geometry(condition.x0_SBP.device).frame_S
-        return (frame_S[:, None] < condition.frames_B)[..., None]
-
     def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
-        """Latent tokens, given ones in their place, and the channels of masks."""
+        """Latent tokens, given ones in their place, and the channels of masks: given frames', then padding's, which is zero."""
         x_SBP = super()._patches(x_SBP, condition)
-        volume, cosmos = self.model.patch_volume, self.model.cosmos
-        if condition is not None:
-            known = self._known(condition)
-            x_SBP = where_known(known, condition.x0_SBP, x_SBP)
-        x_SBP = map_linear(lambda x: nn.functional.pad(x, (0, volume * cosmos.extra_channels)), x_SBP)
-        if condition is not None:
-            start = self.model.patch_dim
-            rows = x_SBP.stacked.narrow(1, 0, x_SBP.batch) if isinstance(x_SBP, Dual) else x_SBP
-            rows[..., start : start + volume] = known.to(rows.dtype)
-        return x_SBP
-
-    def _finish(self, v_SBP, x_SBP, timestep_1B, condition: Condition | None) -> Tensor | Dual:
-        v_SBP = map_linear_with_graph(lambda v: v.to(self.output_dtype), v_SBP)
-        if condition is None:
-            return v_SBP
-        known = self._known(condition)
-        primal, tangent = _towards(condition.x0_SBP, x_SBP, timestep_1B)
-        if not isinstance(v_SBP, Dual):
-            return torch.where(known, primal.to(v_SBP.dtype), v_SBP)
-        kept = torch.cat([primal, tangent], dim=1).to(v_SBP.stacked.dtype)
-        stacked = torch.where(known.repeat(1, 2, 1), kept, v_SBP.stacked)
-        graph = None if v_SBP.graph is None else torch.where(known, primal.to(v_SBP.graph.dtype), v_SBP.graph)
-        return Dual(stacked, graph)
+        tokens, batch, volume = self.layout.local_tokens, primal_of(x_SBP).shape[1], self.model.patch_volume
+        masks = primal_of(x_SBP).new_zeros(tokens, batch, volume * self.model.cosmos.extra_channels)
+        if self._gives_frames(condition):
+            masks[..., :volume] = self._known(condition)
+        return with_channels(x_SBP, masks)
 
     def _rotation(self) -> Tensor:
         cosmos = self.model.cosmos
@@ -293,28 +248,3 @@ class CosmosModel(DiffusionTransformer):
             thetas=stretched_thetas(self.model.head_dim, cosmos.rope_scale),
             frame_step=1.0 if cosmos.rope_fps is None else ROPE_FPS / cosmos.rope_fps,
         )
-
-
-def where_known(known: Tensor, given: Tensor, value: Tensor | Dual) -> Tensor | Dual:
-    """``given`` where ``known``, which carries no tangent."""
-    if not isinstance(value, Dual):
-        return torch.where(known, given.to(value.dtype), value)
-    zero = torch.zeros((), dtype=value.tangent.dtype, device=value.tangent.device)
-    primal = torch.where(known, given.to(value.primal.dtype), value.primal)
-    return Dual.pack(primal, torch.where(known, zero, value.tangent))
-
-
-def _towards(x0_SBP: Tensor, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual) -> tuple[Tensor, Tensor | None]:
-    """The velocity v = (x_in − x0) / s whose x0 is ``x0_SBP``, in fp64, and its tangent (t_x − v t_s) / s for duals."""
-    if not isinstance(x_SBP, Dual):
-        return (x_SBP.double() - x0_SBP.double()) / (timestep_1B.double()[..., None] / TIME_UNIT), None
-    s, t_s = (half.double()[..., None] / TIME_UNIT for half in (timestep_1B.primal, timestep_1B.tangent))
-    v = (x_SBP.primal.double() - x0_SBP.double()) / s
-    return v, (x_SBP.tangent.double() - v * t_s) / s
-
-
-def map_linear_with_graph(function, value: Tensor | Dual) -> Tensor | Dual:
-    """``function`` on a tensor, or on both halves of a dual and on the primal's graph."""
-    if not isinstance(value, Dual):
-        return function(value)
-    return Dual(function(value.stacked), None if value.graph is None else function(value.graph))

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import Dual, as_message, from_message, map_linear, recomputed
+from rcm_megatron.models.given_frames import frame_timesteps, lead_to, where_known, with_graph
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
+from rcm_megatron.models.layers import wide_dtype
 from rcm_megatron.models.recompute import run_block
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
@@ -40,6 +42,10 @@ class DiffusionTransformer(MegatronModule):
     The embedders of time and text are on every piece, because every block needs them and a message carries the hidden state alone.
     A family's constructor builds ``patch_embedding`` on the first piece, ``blocks`` (by layer number), ``head`` on the last.
 
+    Where a condition gives frames (``model.condition_frames``), the network sees them clean and at the time ``given_timestep``, and its
+    velocity there is the one that leads exactly to them, (x_in − x0) / s. So every loss and every sampler keeps them without knowing of
+    them, and their tokens carry neither loss nor gradient.
+
     Args:
         model: architecture.
         config: Megatron's configuration of the run (parallel sizes, dtypes).
@@ -50,6 +56,8 @@ class DiffusionTransformer(MegatronModule):
     """
 
     blocks: nn.ModuleDict
+    given_timestep: float = 0.0
+    """Of the time of given frames, in the unit of ``timestep_1B``."""
 
     def __init__(
         self,
@@ -126,8 +134,9 @@ class DiffusionTransformer(MegatronModule):
 
     @property
     def output_dtype(self) -> torch.dtype:
-        """Of the velocity."""
-        return self.config.params_dtype
+        """Of the velocity. Wide where given frames come out: rounded to bf16 they would come back changed."""
+        dtype = self.config.params_dtype
+        return wide_dtype(dtype) if self.model.condition_frames else dtype
 
     def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
         """What the blocks and what the head take beside the hidden state."""
@@ -137,15 +146,38 @@ class DiffusionTransformer(MegatronModule):
         """Complex rotations ``[S, K / 2]`` of the tokens of this context-parallel rank."""
         raise NotImplementedError
 
+    def _gives_frames(self, condition: Condition | None) -> bool:
+        gives = condition is not None and condition.frames_B is not None
+        assert not gives or self.model.condition_frames, "this network takes no given frames: condition_frames=false"
+        return gives
+
+    def _known(self, condition: Condition) -> Tensor:
+        """Which tokens of this rank lie in given frames, ``[S, B, 1]``."""
+        frame_S = self._token_geometry(condition.frames_B.device).frame_S
+        return (frame_S[:, None] < condition.frames_B)[..., None]
+
+    def _frame_timesteps(self, timestep_1B: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
+        """``[1, B]``, or ``[F, B]`` of each latent frame where some are given."""
+        if not self._gives_frames(condition):
+            return timestep_1B
+        frames = self.layout.grid[0]
+        return frame_timesteps(timestep_1B, condition.frames_B, frames=frames, given=self.given_timestep)
+
     def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
         """What the patch embedding takes."""
-        return map_linear(lambda value: value.to(self.config.params_dtype), x_SBP)
+        x_SBP = map_linear(lambda value: value.to(self.config.params_dtype), x_SBP)
+        if not self._gives_frames(condition):
+            return x_SBP
+        return where_known(self._known(condition), condition.x0_SBP, x_SBP)
 
     def _finish(
         self, v_SBP: Tensor | Dual, x_SBP: Tensor | Dual, timestep_1B: Tensor | Dual, condition: Condition | None
     ) -> Tensor | Dual:
         """The velocity that leaves the network, from what its head gives."""
-        return v_SBP
+        v_SBP = with_graph(lambda v: v.to(self.output_dtype), v_SBP)
+        if not self._gives_frames(condition):
+            return v_SBP
+        return lead_to(condition.x0_SBP, self._known(condition), v_SBP, x_SBP, timestep_1B)
 
     def _run(self, block: nn.Module, h_SBD, *inputs: Tensor | Dual, geometry: TokenGeometry) -> Tensor | Dual:
         def run(hidden, *values):
@@ -201,6 +233,15 @@ def sinusoid(timestep_1B: Tensor | Dual, *, width: int, dtype: torch.dtype) -> T
         return embedded
     t_angle = timestep_1B.tangent.double()[..., None] * w
     return Dual.pack(embedded, torch.cat([-sin * t_angle, cos * t_angle], dim=-1).to(dtype))
+
+
+def with_channels(x_SBP: Tensor | Dual, channels_SBE: Tensor) -> Tensor | Dual:
+    """``x_SBP`` with further features, which carry no tangent."""
+    if not isinstance(x_SBP, Dual):
+        return torch.cat([x_SBP, channels_SBE.to(x_SBP.dtype)], dim=-1)
+    stacked = nn.functional.pad(x_SBP.stacked, (0, channels_SBE.shape[-1]))
+    stacked[:, : x_SBP.batch, x_SBP.stacked.shape[-1] :] = channels_SBE
+    return Dual(stacked)
 
 
 def masked(v_SBP: Tensor | Dual, layout: TokenLayout) -> Tensor | Dual:

@@ -49,8 +49,8 @@ def silu(x: Tensor | Dual) -> Tensor | Dual:
 def layer_norm_modulate(
     x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, eps: float, dtype: torch.dtype
 ) -> Tensor | Dual:
-    """adaLN: ``layer_norm(x) (1 + scale) + shift`` in ``dtype``; ``shift`` and ``scale`` [1, B, D]."""
-    if kernel := _kernel("layer_norm_modulate", x, shift, scale):
+    """adaLN: ``layer_norm(x) (1 + scale) + shift`` in ``dtype``; ``shift`` and ``scale`` [1, B, D], or [S, B, D] of each token."""
+    if not _of_each_token(shift) and (kernel := _kernel("layer_norm_modulate", x, shift, scale)):
         return _run(kernel, x, shift, scale, eps=eps, dtype=dtype)
     return modulate(layer_norm(x, eps=eps), shift, scale, dtype=dtype)
 
@@ -166,7 +166,7 @@ def _rotate_halves(x_SBNK: Tensor, rotation_SK: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, dtype: torch.dtype) -> Tensor | Dual:
-    """adaLN modulation ``x (1 + scale) + shift``; ``x`` [S, B, D], ``shift`` and ``scale`` [1, B, D]."""
+    """adaLN modulation ``x (1 + scale) + shift``; ``x`` [S, B, D], ``shift`` and ``scale`` [1, B, D] or [S, B, D]."""
     if not isinstance(x, Dual):
         return torch.addcmul(shift, x, 1 + scale).to(dtype)
     primal = torch.addcmul(shift.primal, x.primal, 1 + scale.primal)
@@ -175,8 +175,8 @@ def modulate(x: Tensor | Dual, shift: Tensor | Dual, scale: Tensor | Dual, *, dt
 
 
 def gated_residual(h: Tensor | Dual, x: Tensor | Dual, gate: Tensor | Dual) -> Tensor | Dual:
-    """``h + gate x`` in the precision of ``gate``, returned in the dtype of ``h``; ``gate`` [1, B, D]."""
-    if kernel := _kernel("gated_residual", h, x, gate):
+    """``h + gate x`` in the precision of ``gate``, returned in the dtype of ``h``; ``gate`` [1, B, D] or [S, B, D]."""
+    if not _of_each_token(gate) and (kernel := _kernel("gated_residual", h, x, gate)):
         return _run(kernel, h, x, gate)
     if not isinstance(h, Dual):
         return torch.addcmul(h.to(gate.dtype), x.to(gate.dtype), gate).to(h.dtype)
@@ -197,6 +197,11 @@ def add_constant(x: Tensor | Dual, constant: Tensor) -> Tensor | Dual:
     if not isinstance(x, Dual):
         return (x + constant).to(x.dtype)
     return Dual.pack((x.primal + constant).to(x.stacked.dtype), x.tangent)
+
+
+def _of_each_token(vector: Tensor | Dual) -> bool:
+    """Given frames (rcm_megatron.models.given_frames) have vectors of their own, for which there are no fused kernels."""
+    return shape_of(vector)[0] > 1
 
 
 def _kernel(op: str, *values: Tensor | Dual | None) -> ModuleType | None:

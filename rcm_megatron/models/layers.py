@@ -18,6 +18,7 @@ from rcm_kernels.flash_attention import attention
 from rcm_kernels.flash_attention_jvp import attention_jvp
 from rcm_megatron.dual import Dual, add_bias, map_linear
 from rcm_megatron.models.dual_ops import (
+    add,
     apply_rope_halves,
     gelu_tanh,
     layer_norm_affine,
@@ -108,14 +109,14 @@ class ReplicatedLinear(nn.Linear):
 
 
 class AffineLayerNorm(nn.Module):
-    """LayerNorm with weight and bias, on token shards."""
+    """LayerNorm with weight and bias; ``on_token_shards`` as in ReplicatedLinear."""
 
-    def __init__(self, features: int, *, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, features: int, *, eps: float, dtype: torch.dtype, on_token_shards: bool = True) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
-        self.weight.sequence_parallel = self.bias.sequence_parallel = True
+        self.weight.sequence_parallel = self.bias.sequence_parallel = on_token_shards
 
     def forward(self, h_SBD: Tensor | Dual, *, dtype: torch.dtype | None = None) -> Tensor | Dual:
         """The normed state in ``dtype``; by default in that of the statistics."""
@@ -230,7 +231,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention to replicated text tokens: local on every rank, and the text carries no tangent."""
+    """Cross-attention to replicated text tokens: local on every rank, and the text carries no tangent.
+
+    ``with_image``: image tokens have keys and values of their own, and what a query finds among them is added to what it finds in the text.
+    """
 
     def __init__(
         self,
@@ -240,32 +244,41 @@ class CrossAttention(nn.Module):
         spec: LayerSpec,
         tp_group: ProcessGroup,
         style: AttentionStyle | None = None,
+        with_image: bool = False,
     ) -> None:
         super().__init__()
         style = style or wan_style(model)
         self.head_dim = model.head_dim
         hidden, norm = model.hidden_size, partial(style.head_norm, model.num_heads, model.head_dim)
+        norm = partial(norm, eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
         # Sequence parallelism would gather the replicated text over tp and attend to every key tp times.
         text_config = copy.copy(config)
         text_config.sequence_parallel = False
         options = {"tp_group": tp_group, "bias": style.bias}
         self.linear_q = column_linear(spec, hidden, hidden, config=config, **options)
         self.linear_kv = column_linear(spec, style.text_features, 2 * hidden, config=text_config, **options)
-        self.q_norm = norm(eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
-        self.k_norm = norm(eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
+        self.q_norm, self.k_norm = norm(), norm()
+        if with_image:
+            self.image_linear_kv = column_linear(spec, hidden, 2 * hidden, config=text_config, **options)
+            self.image_k_norm = norm()
         self.linear_proj = row_linear(spec, hidden, hidden, config=config, **options)
 
-    def forward(self, h_SBD: Tensor | Dual, text_LBD: Tensor) -> Tensor | Dual:
+    def forward(self, h_SBD: Tensor | Dual, text_LBD: Tensor, image_LBD: Tensor | None = None) -> Tensor | Dual:
         (q,) = split_heads(project(self.linear_q, h_SBD), 1, self.head_dim)
-        k, v = split_heads(project(self.linear_kv, text_LBD), 2, self.head_dim)
-        assert k.shape[0] == text_LBD.shape[0], "text keys were gathered over the tensor-parallel group"
-        q, k = self.q_norm(q), self.k_norm(k)
-        if isinstance(q, Dual):
-            o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent)
-            o_SBNK = Dual.pack(o.to(k.dtype), to.to(k.dtype))
-        else:
-            o_SBNK = attention(q, k, v)
+        q = self.q_norm(q)
+        o_SBNK = self._attend(q, text_LBD, self.linear_kv, self.k_norm)
+        if image_LBD is not None:
+            o_SBNK = add(o_SBNK, self._attend(q, image_LBD, self.image_linear_kv, self.image_k_norm))
         return project(self.linear_proj, map_linear(partial(torch.flatten, start_dim=2), o_SBNK))
+
+    def _attend(self, q: Tensor | Dual, context_LBD: Tensor, linear_kv: nn.Module, k_norm: nn.Module) -> Tensor | Dual:
+        k, v = split_heads(project(linear_kv, context_LBD), 2, self.head_dim)
+        assert k.shape[0] == context_LBD.shape[0], "keys were gathered over the tensor-parallel group"
+        k = k_norm(k)
+        if not isinstance(q, Dual):
+            return attention(q, k, v)
+        o, to, _, _ = attention_jvp(q.primal, k, v, q.tangent, out_dtype=k.dtype)
+        return Dual.pack(o, to)
 
 
 class MLP(nn.Module):

@@ -1,22 +1,27 @@
-"""Wan2.1 text-to-video DiT (arXiv 2503.20314) on Megatron-Core: one class for plain and dual (primal + tangent) passes.
+"""Wan2.1 and 2.2 DiTs (arXiv 2503.20314) on Megatron-Core: one class for plain and dual (primal + tangent) passes.
 
-Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD text embeddings, e_1BD time
-embedding, e_6BD its projection to the six adaLN vectors; B is 2B inside a Dual.
+Text-to-video, and what image conditions add to it (WanConfig): channels beside the latent's, CLIP tokens of the image, given frames.
+
+Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD and image_LBD embeddings, e_FBD time
+embedding, e_GBD its projection to the six adaLN vectors (G = 6F, vector by vector), F = 1, or latent frames where each has its own
+time; B is 2B inside a Dual.
 """
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rcm_megatron.config import ModelConfig
+from rcm_megatron.config import ModelConfig, WanConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
-from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid
-from rcm_megatron.models.dual_ops import add, gated_residual, gelu_tanh, layer_norm_modulate, silu
+from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
+from rcm_megatron.models.dual_ops import add, gated_residual, gelu, gelu_tanh, layer_norm_modulate, silu
+from rcm_megatron.models.given_frames import of_tokens
 from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
+from rcm_megatron.parallel.pipeline import Condition
 from rcm_megatron.parallel.stages import Stage
 
 
@@ -29,8 +34,8 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = ReplicatedLinear(model.freq_dim, model.hidden_size, dtype=dtype, on_token_shards=True)
         self.linear_2 = ReplicatedLinear(model.hidden_size, model.hidden_size, dtype=dtype, on_token_shards=True)
 
-    def forward(self, timestep_1B: Tensor | Dual) -> Tensor | Dual:
-        frequencies = sinusoid(timestep_1B, width=self.freq_dim, dtype=self.dtype)
+    def forward(self, timestep_FB: Tensor | Dual) -> Tensor | Dual:
+        frequencies = sinusoid(timestep_FB, width=self.freq_dim, dtype=self.dtype)
         return self.linear_2(silu(self.linear_1(frequencies)))
 
 
@@ -46,6 +51,33 @@ class TextEmbedding(nn.Module):
         return self.linear_2(gelu_tanh(self.linear_1(text_LBD)))
 
 
+class ImageEmbedding(nn.Module):
+    """Norm, two-layer MLP and norm from CLIP's features to the hidden size, after learned positions where the network has them.
+
+    Replicated over tp as the text embedding is.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        width, hidden, positions = model.wan.image_dim, model.hidden_size, model.wan.image_positions
+        self.dtype, wide = dtype, wide_dtype(dtype)
+        self.positions = None if positions is None else nn.Parameter(torch.zeros(1, positions, width, dtype=wide))
+        norm = {"eps": self.eps, "dtype": wide, "on_token_shards": False}
+        linear = {"dtype": dtype, "on_token_shards": False}
+        self.norm_1 = AffineLayerNorm(width, **norm)
+        self.linear_1 = ReplicatedLinear(width, width, **linear)
+        self.linear_2 = ReplicatedLinear(width, hidden, **linear)
+        self.norm_2 = AffineLayerNorm(hidden, **norm)
+
+    def forward(self, image_LBD: Tensor) -> Tensor:
+        if self.positions is not None:
+            image_LBD = image_LBD.to(self.positions.dtype) + self.positions.transpose(0, 1)
+        x = self.linear_2(gelu(self.linear_1(self.norm_1(image_LBD, dtype=self.dtype))))
+        return self.norm_2(x, dtype=self.dtype)
+
+
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and MLP with adaLN modulation by the time embedding."""
 
@@ -57,18 +89,26 @@ class WanBlock(nn.Module):
         self.modulation.sequence_parallel = True
         self.self_attn = SelfAttention(model, config=config, spec=spec, context=context, tp_group=tp_group)
         self.norm3 = AffineLayerNorm(model.hidden_size, eps=model.eps, dtype=wide) if model.cross_attn_norm else None
-        self.cross_attn = CrossAttention(model, config=config, spec=spec, tp_group=tp_group)
+        with_image = image_conditions(model).image_dim is not None
+        self.cross_attn = CrossAttention(model, config=config, spec=spec, tp_group=tp_group, with_image=with_image)
         self.mlp = MLP(model, config=config, spec=spec, tp_group=tp_group)
 
     def forward(
-        self, h_SBD: Tensor | Dual, e_6BD: Tensor | Dual, text_LBD: Tensor, *, geometry: TokenGeometry
+        self,
+        h_SBD: Tensor | Dual,
+        e_GBD: Tensor | Dual,
+        text_LBD: Tensor,
+        image_LBD: Tensor | None = None,
+        *,
+        geometry: TokenGeometry,
     ) -> Tensor | Dual:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(e_6BD, self.modulation)
+        vectors = split_modulation(e_GBD, self.modulation, geometry.frame_S)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
         x = layer_norm_modulate(h_SBD, shift_1, scale_1, eps=self.eps, dtype=self.dtype)
         x = self.self_attn(x, geometry.rotation_SK, valid_tokens=geometry.valid_tokens)
         h_SBD = gated_residual(h_SBD, x, gate_1)
         x = h_SBD if self.norm3 is None else self.norm3(h_SBD, dtype=self.dtype)
-        h_SBD = add(h_SBD, self.cross_attn(x, text_LBD))
+        h_SBD = add(h_SBD, self.cross_attn(x, text_LBD, image_LBD))
         x = layer_norm_modulate(h_SBD, shift_2, scale_2, eps=self.eps, dtype=self.dtype)
         return gated_residual(h_SBD, self.mlp(x), gate_2)
 
@@ -76,18 +116,19 @@ class WanBlock(nn.Module):
 class WanHead(nn.Module):
     """Final modulated norm and projection to patches, whose rows the Wan release orders (pt, ph, pw, C)."""
 
-    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps, self.patch, self.dtype = model.eps, model.patch_size, dtype
         wide = wide_dtype(dtype)
-        features = model.out_channels * model.patch_size[0] * model.patch_size[1] * model.patch_size[2]
+        features = model.out_channels * model.patch_volume
         self.modulation = nn.Parameter(torch.randn(1, 2, model.hidden_size, dtype=wide) / model.hidden_size**0.5)
         self.modulation.sequence_parallel = True
         self.linear = ReplicatedLinear(model.hidden_size, features, dtype=dtype, on_token_shards=True)
+        self.register_buffer("frame_S", layout.grid_indices()[0], persistent=False)
 
-    def forward(self, h_SBD: Tensor | Dual, e_1BD: Tensor | Dual) -> Tensor | Dual:
-        both = map_linear(lambda value: value.expand(2, -1, -1), e_1BD)
-        shift, scale = split_modulation(both, self.modulation)
+    def forward(self, h_SBD: Tensor | Dual, e_FBD: Tensor | Dual) -> Tensor | Dual:
+        both = map_linear(lambda value: value.repeat(2, 1, 1), e_FBD)
+        shift, scale = split_modulation(both, self.modulation, self.frame_S)
         x = self.linear(layer_norm_modulate(h_SBD, shift, scale, eps=self.eps, dtype=self.dtype))
         return map_linear(self._channels_first, x)
 
@@ -96,7 +137,9 @@ class WanHead(nn.Module):
 
 
 class WanModel(DiffusionTransformer):
-    """Wan2.1, or one pipeline stage's piece of it.
+    """Wan, or one pipeline stage's piece of it.
+
+    Its time counts as 1000 s, given frames are at 0 (Wan2.2 TI2V).
 
     Args:
         context: context-parallel attention of this run.
@@ -116,26 +159,38 @@ class WanModel(DiffusionTransformer):
     ) -> None:
         super().__init__(model, config, layout=layout, stage=stage, spec=spec, recompute=recompute)
         dtype, wide = config.params_dtype, wide_dtype(config.params_dtype)
-        hidden = model.hidden_size
+        hidden, self.image = model.hidden_size, image_conditions(model)
         if self.stage.is_first:
-            self.patch_embedding = ReplicatedLinear(layout.patch_features, hidden, dtype=dtype, on_token_shards=True)
+            features = model.embedded_channels * model.patch_volume
+            self.patch_embedding = ReplicatedLinear(features, hidden, dtype=dtype, on_token_shards=True)
         self.text_embedding = TextEmbedding(model, dtype=dtype)
+        self.image_embedding = None if self.image.image_dim is None else ImageEmbedding(model, dtype=dtype)
         self.time_embedding = TimestepEmbedding(model, dtype=wide)
         self.time_projection = ReplicatedLinear(hidden, 6 * hidden, dtype=wide, on_token_shards=True)
         self.blocks = self._build_blocks(WanBlock, context=context)
         if self.stage.is_last:
-            self.head = WanHead(model, dtype=dtype)
-        self._mark_replicated(self.text_embedding, self.time_embedding, self.time_projection)
+            self.head = WanHead(model, layout, dtype=dtype)
+        self._mark_replicated(self.text_embedding, self.image_embedding, self.time_embedding, self.time_projection)
 
-    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: None) -> tuple[tuple, tuple]:
-        assert condition is None, "a Wan text-to-video network takes no condition"
-        e_1BD = recomputed(self.time_embedding, timestep_1B)
-        e_6BD = recomputed(self._project_time, e_1BD)
-        return (e_6BD, self.text_embedding(text_LBD.to(self.config.params_dtype))), (e_1BD,)
+    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
+        e_FBD = recomputed(self.time_embedding, self._frame_timesteps(timestep_1B, condition))
+        e_GBD = recomputed(self._project_time, e_FBD)
+        for_blocks = (e_GBD, self.text_embedding(text_LBD.to(self.config.params_dtype)))
+        image_LBD = None if condition is None else condition.image_LBD
+        _check_given("image_LBD", image_LBD, "image_dim", self.image.image_dim)
+        if image_LBD is not None:
+            for_blocks += (self.image_embedding(image_LBD),)
+        return for_blocks, (e_FBD,)
 
-    def _project_time(self, e_1BD: Tensor | Dual) -> Tensor | Dual:
-        projected = self.time_projection(silu(e_1BD))
-        return map_linear(lambda value: value.unflatten(-1, (6, -1))[0].transpose(0, 1), projected)
+    def _project_time(self, e_FBD: Tensor | Dual) -> Tensor | Dual:
+        projected = self.time_projection(silu(e_FBD))
+        return map_linear(lambda value: value.unflatten(-1, (6, -1)).movedim(2, 0).flatten(0, 1), projected)
+
+    def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
+        x_SBP = super()._patches(x_SBP, condition)
+        channels_SBE = None if condition is None else condition.channels_SBE
+        _check_given("channels_SBE", channels_SBE, "condition_channels", self.image.condition_channels)
+        return x_SBP if channels_SBE is None else with_channels(x_SBP, channels_SBE)
 
     def _rotation(self) -> Tensor:
         return rope_frequencies(
@@ -147,12 +202,30 @@ class WanModel(DiffusionTransformer):
         )
 
 
-def split_modulation(e_MBD: Tensor | Dual, table_1MD: Tensor) -> tuple[Tensor | Dual, ...]:
-    """The M adaLN vectors ``[1, B, D]``: a block's learned table plus the projected time embedding."""
+def image_conditions(model: ModelConfig) -> WanConfig:
+    """What images the network is given; by default none."""
+    return model.wan or WanConfig()
+
+
+def _check_given(name: str, value: Tensor | None, field: str, setting: int | None) -> None:
+    """A condition has exactly what the network takes."""
+    if (value is None) != (not setting):
+        got = "is missing" if value is None else "was given"
+        raise ValueError(
+            f"the condition's {name} {got}, but the network has model.wan.{field}={setting}; give both or none"
+        )
+
+
+def split_modulation(e_GBD: Tensor | Dual, table_1MD: Tensor, frame_S: Tensor) -> tuple[Tensor | Dual, ...]:
+    """The M adaLN vectors: a block's learned table plus the projected time embedding (M vectors of each of F frames).
+
+    ``[1, B, D]``, or ``[S, B, D]`` of every token where frames differ in time.
+    """
     count = table_1MD.shape[1]
-    table = table_1MD.transpose(0, 1)
-    if not isinstance(e_MBD, Dual):
-        return (e_MBD + table).split(1, dim=0)
-    stacked = e_MBD.stacked.clone()
-    stacked.narrow(BATCH_DIM, 0, e_MBD.batch).add_(table)
-    return tuple(Dual(stacked[i : i + 1]) for i in range(count))
+    table_M11D = table_1MD.transpose(0, 1)[:, None]
+    if not isinstance(e_GBD, Dual):
+        vectors_MFBD = e_GBD.unflatten(0, (count, -1)) + table_M11D
+        return tuple(of_tokens(vector, frame_S) for vector in vectors_MFBD)
+    stacked_MFBD = e_GBD.stacked.unflatten(0, (count, -1)).clone()
+    stacked_MFBD.narrow(BATCH_DIM + 1, 0, e_GBD.batch).add_(table_M11D)
+    return tuple(Dual(of_tokens(vector, frame_S)) for vector in stacked_MFBD)

@@ -2,8 +2,7 @@
 
 Rank r of cp holds the r-th contiguous piece of the tokens, with padding at the global end; r = ring_rank * ulysses_size +
 ulysses_rank. Ulysses (arXiv 2309.14509) trades heads for tokens with one all-to-all each way; between the two, the ring
-(arXiv 2310.01889) passes blocks of keys and values round, and each rank merges its partial results. The ring's backward
-is primal only: blocks of k and v go round again, each followed by its gradient, which makes one more hop, home.
+(rcm_megatron.parallel.ring) passes blocks of keys and values round, and each rank merges its partial results.
 
 All tensors are [s, b, n, d]: tokens of this rank, batch, heads of this rank (num_heads / tp), head dim.
 """
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rcm_kernels.flash_attention import attention, attention_backward, attention_forward
+from rcm_kernels.flash_attention import attention
 from rcm_kernels.flash_attention_jvp import attention_jvp
+from rcm_megatron.parallel.ring import Ring, RingAttention, ring_attention_jvp
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ContextParallel:
         if self.ulysses_size > 1:
             q, k, v = _ScatterHeads.apply(self.ulysses_group, q, k, v)
         if self.ring_size > 1:
-            o = _RingAttention.apply(q, k, v, self.ring_group, valid_tokens)
+            o = RingAttention.apply(q, k, v, Ring.of(self.ring_group), valid_tokens)
         else:
             o = attention(q, k, v, valid_keys=valid_tokens)
         return _GatherHeads.apply(self.ulysses_group, o)[0] if self.ulysses_size > 1 else o
@@ -54,14 +54,12 @@ class ContextParallel:
     def attention_jvp(self, q, k, v, tq, tk, tv, *, valid_tokens=None):
         """Attention and its tangent (o, to) for tangents tq, tk, tv of q, k, v; no gradient. Shapes as in `attention`."""
         valid_tokens = self._check(q, valid_tokens)
-        dtype = q.dtype
         if self.ulysses_size > 1:
             q, k, v, tq, tk, tv = _scatter_heads(self.ulysses_group, q, k, v, tq, tk, tv)
         if self.ring_size > 1:
-            o, to = _ring_jvp(self.ring_group, q, k, v, tq, tk, tv, valid_tokens)
+            o, to = ring_attention_jvp(Ring.of(self.ring_group), q, k, v, tq, tk, tv, valid_tokens)
         else:
-            o, to, _, _ = attention_jvp(q, k, v, tq, tk, tv, valid_keys=valid_tokens)
-        o, to = o.to(dtype), to.to(dtype)
+            o, to, _, _ = attention_jvp(q, k, v, tq, tk, tv, valid_keys=valid_tokens, out_dtype=q.dtype)
         return _gather_heads(self.ulysses_group, o, to) if self.ulysses_size > 1 else (o, to)
 
     def _check(self, q, valid_tokens):
@@ -125,96 +123,3 @@ class _GatherHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return None, *_scatter_heads(ctx.group, *grads)
-
-
-def _post_hop(group, send, receive):
-    """Start sending `send` to the next rank and receiving `receive` from the previous one; `_wait` ends it.
-
-    With two ranks both peers are the same rank; Gloo and NCCL then match messages in the order posted, which is the same on both.
-    """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    following = dist.get_global_rank(group, (rank + 1) % size)
-    previous = dist.get_global_rank(group, (rank - 1) % size)
-    hop = [dist.P2POp(dist.isend, send, following, group), dist.P2POp(dist.irecv, receive, previous, group)]
-    return dist.batch_isend_irecv(hop)
-
-
-def _wait(hop):
-    for request in hop:
-        request.wait()
-
-
-def _rotate(group, buffer):
-    """Yield (ring rank that owns it, block) for every block of the ring, own block first.
-
-    The next block travels while the caller computes on this one. A block is valid until the next iteration: its memory is reused then.
-    """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    spare = torch.empty_like(buffer)
-    for step in range(size):
-        hop = _post_hop(group, buffer, spare) if step < size - 1 else []
-        yield (rank - step) % size, buffer
-        _wait(hop)
-        buffer, spare = spare, buffer
-
-
-def _valid_in_block(owner, k, valid_tokens):
-    """How many keys of the block of ring rank `owner` are not padding."""
-    return min(max(valid_tokens - owner * k.shape[0], 0), k.shape[0])
-
-
-def _ring_jvp(group, q, k, v, tq, tk, tv, valid_tokens):
-    """o, to in fp32 (fp64): dual attention over all blocks, merged in the centred form."""
-    carry = None
-    for owner, block in _rotate(group, torch.stack((k, v, tk, tv))):
-        valid_keys = _valid_in_block(owner, k, valid_tokens)
-        carry = attention_jvp(q, block[0], block[1], tq, block[2], block[3], valid_keys=valid_keys, carry=carry)
-    return carry[:2]
-
-
-def _merge(o, lse, o_block, lse_block):
-    """Primal results of two disjoint sets of keys; at least one of them has a valid key."""
-    merged = torch.logaddexp(lse, lse_block)
-    w = torch.exp(lse_block - merged).permute(2, 0, 1).unsqueeze(-1)
-    return torch.lerp(o, o_block.to(o.dtype), w), merged
-
-
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, group, valid_tokens):
-        o = lse = None
-        for owner, block in _rotate(group, torch.stack((k, v))):
-            valid_keys = _valid_in_block(owner, k, valid_tokens)
-            if valid_keys == 0:
-                continue
-            o_block, lse_block = attention_forward(q, block[0], block[1], valid_keys=valid_keys)
-            if o is None:
-                o, lse = o_block.to(lse_block.dtype), lse_block
-            else:
-                o, lse = _merge(o, lse, o_block, lse_block)
-        o = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.group, ctx.valid_tokens = group, valid_tokens
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
-        rank, hop = dist.get_rank(ctx.group), []
-        dq, arriving = q.new_zeros(q.shape, dtype=lse.dtype), k.new_empty((2, *k.shape), dtype=lse.dtype)
-        for owner, block in _rotate(ctx.group, torch.stack((k, v))):
-            valid_keys = _valid_in_block(owner, k, ctx.valid_tokens)
-            dq_block, dk, dv = attention_backward(do, q, block[0], block[1], o, lse, valid_keys=valid_keys)
-            dq += dq_block
-            grads = torch.stack((dk, dv)).to(lse.dtype)
-            if owner == rank:
-                home = grads  # of the own block, the first: they need not travel
-                continue
-            _wait(hop)
-            if hop:
-                grads += arriving  # what the ranks before have found for this block
-            travelling = grads  # not to be freed before the hop has ended
-            hop = _post_hop(ctx.group, travelling, arriving)
-        _wait(hop)  # the hop home
-        home += arriving
-        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None

@@ -16,11 +16,13 @@ from torch import Tensor
 from rcm_megatron import platform
 from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.folders import find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
 from rcm_megatron.training.sampling import GivenFrames, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
@@ -43,7 +45,7 @@ def resolve_checkpoint(run: RunConfig, checkpoint: str | Path | None = None) -> 
     root = checkpoint_folder(run) if checkpoint is None else Path(checkpoint)
     if (root / "metadata.json").is_file():
         return root
-    latest = run_checkpoints.find_latest(root)
+    latest = find_latest(root, checksums=False)
     if latest is None:
         raise CheckpointError(
             f"{root} holds no complete checkpoint; train the run first, or name one with --checkpoint"
@@ -66,6 +68,7 @@ def load_network(
     """
     spec = choose_layer_spec(replace(run.precision, fp8=())) if dtype is None else None
     dtype = dtype or DTYPES[run.precision.params_dtype]
+    choose_kernels(run.model, run.precision, dtype=dtype)
     chunks = build_chunks(
         run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute="none", spec=spec
     )

@@ -1,11 +1,13 @@
 """What a run reports: JSON lines, Weights & Biases, a progress bar; all from rank 0."""
 
 import json
+import logging
 import os
 import resource
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tqdm import tqdm
 from rcm_megatron.config import RunConfig, as_dict
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.training.objectives import ObjectiveResult
+
+log = logging.getLogger(__name__)
 
 
 def reduce_objectives(results: Mapping[str, ObjectiveResult], groups: ParallelGroups) -> dict[str, float]:
@@ -56,7 +60,9 @@ def peak_memory_gib() -> float:
 class MetricLogger:
     """Writes one record an iteration to ``metrics.jsonl`` and to Weights & Biases; does nothing on other ranks.
 
-    A resumed run drops the records past its checkpoint, which it will write again, and goes on in the same W&B run.
+    A resumed run drops the records past its checkpoint, which it will write again, so iterations in the file only rise; ``restarts`` of a
+    record says how often the run had been resumed. It goes on in the same W&B run, which keeps the first record of an iteration: losses
+    are the same, seconds may differ. An error of W&B ends W&B, not the run.
     """
 
     def __init__(self, run: RunConfig, *, start: int, total: int) -> None:
@@ -66,7 +72,7 @@ class MetricLogger:
         folder = Path(run.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _drop_records_from(self.path, iteration=start)
+        self._restarts = _drop_records_from(self.path, iteration=start)
         self._file = self.path.open("a")
         self._wandb = _start_wandb(run, folder)
         self._bar = tqdm(
@@ -82,20 +88,22 @@ class MetricLogger:
         """Write the record of ``iteration`` (0-based, over all stages)."""
         if not self.active:
             return
+        record = {"restarts": self._restarts, **record}
         self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(dict(record), step=iteration)
+        self._to_wandb(lambda: self._wandb.log(record, step=iteration))
         losses = {key.removesuffix("/loss"): f"{value:.4g}" for key, value in record.items() if key.endswith("/loss")}
         self._bar.set_postfix({"stage": record["stage"], **losses}, refresh=False)
         self._bar.update(1)
 
-    def log_videos(self, iteration: int, videos: Mapping[str, Path], *, fps: int) -> None:
-        """Show sample videos (MP4 files) in Weights & Biases."""
-        if self.active and self._wandb is not None:
-            import wandb
+    def log_videos(self, iteration: int, videos: Mapping[str, tuple[Path, str]]) -> None:
+        """Show sample videos in Weights & Biases: {name: (MP4 file, caption)}."""
+        if not self.active or self._wandb is None or not videos:
+            return
+        import wandb
 
-            self._wandb.log({name: wandb.Video(str(path), fps) for name, path in videos.items()}, step=iteration)
+        shown = {name: wandb.Video(path, caption=caption) for name, (path, caption) in videos.items()}
+        self._to_wandb(lambda: self._wandb.log(shown, step=iteration))
 
     def message(self, text: str) -> None:
         """Print a line without tearing the progress bar."""
@@ -107,25 +115,38 @@ class MetricLogger:
             return
         self._bar.close()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._to_wandb(lambda: self._wandb.finish())
+
+    def _to_wandb(self, call: Callable[[], None]) -> None:
+        """Its service is another process, which a signal to the whole job may end before this one has saved."""
+        if self._wandb is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            self.message(f"Weights & Biases stopped ({type(error).__name__}: {error}); metrics.jsonl goes on")
+            self._wandb = None
 
 
-def _drop_records_from(path: Path, *, iteration: int) -> None:
-    """Keep the records before ``iteration``; a torn last line (a killed process) goes as well."""
-    if not path.exists():
-        return
-    kept = []
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the file's order; a torn line (of a killed process, or of one that is writing) is left out."""
+    records = []
     for line in path.read_text().splitlines():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        if record["iteration"] < iteration:
-            kept.append(line + "\n")
+    return records
+
+
+def _drop_records_from(path: Path, *, iteration: int) -> int:
+    """Keep the records before ``iteration``; how often the run has been resumed, now included, as far as records tell."""
+    records = read_records(path) if path.exists() else []
+    kept = [record for record in records if record["iteration"] < iteration]
     rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(kept))
+    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
     rewritten.rename(path)
+    return 1 + max((record.get("restarts", 0) for record in records), default=0) if iteration else 0
 
 
 def _start_wandb(run: RunConfig, folder: Path):
@@ -136,16 +157,31 @@ def _start_wandb(run: RunConfig, folder: Path):
         return None
     import wandb
 
-    identity = folder / "wandb_run_id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8] + "\n")
     os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
+    start = partial(
+        wandb.init,
         project=run.logging.wandb_project,
         name=run.name,
-        id=identity.read_text().strip(),
+        id=_wandb_run_id(folder / "wandb_run_id"),
         resume="allow",
-        mode=mode,
         dir=str(folder),
         config=as_dict(run),
     )
+    try:
+        return start(mode=mode)
+    except wandb.Error as error:
+        if run.logging.wandb_mode != "auto" or mode == "offline":
+            raise
+        log.warning(
+            "Weights & Biases works offline: %s; `wandb sync %s/wandb/offline-run-*` sends it later", error, folder
+        )
+        return start(mode="offline")
+
+
+def _wandb_run_id(path: Path) -> str:
+    """The run's id, on disk before anything is logged under it."""
+    if not path.exists() or not path.read_text().strip():
+        written = path.with_suffix(".tmp")
+        written.write_text(uuid.uuid4().hex[:8] + "\n")
+        written.rename(path)
+    return path.read_text().strip()

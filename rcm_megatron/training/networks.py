@@ -21,6 +21,7 @@ from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.stages import stages_of_rank
+from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.memory import check_memory, shard_weights
 from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.optimizer import wrap_ddp
@@ -86,7 +87,7 @@ def _seeded_tensor(shapes: Mapping[str, tuple[int, ...]], name: str, index: tupl
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     if "norm" in name:
         return (torch.ones(shape) if name.endswith("weight") else torch.zeros(shape))[index]
-    if name.endswith("modulation") or name.startswith("positions."):
+    if name.endswith("modulation") or "positions" in name:
         return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1]))[index]
     fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
     return ((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in))[index]
@@ -96,6 +97,7 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
     """The networks that the stages of ``run`` need: student and fake score under Megatron's DDP, the teacher frozen."""
     check_memory(run, has_cuda=torch.cuda.is_available())
     dtype = DTYPES[run.precision.params_dtype]
+    choose_kernels(run.model, run.precision, dtype=dtype)
     # All of them before any weight is read, because a machine without Transformer Engine may refuse.
     specs = {name: choose_layer_spec(run.precision, network=name) for name in ("student", "teacher", "fake_score")}
 

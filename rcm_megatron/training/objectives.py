@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rcm_megatron.config import DistillationConfig, TimeDistribution
-from rcm_megatron.diffusion import losses, timesteps, trigflow
+from rcm_megatron.diffusion import losses, samplers, timesteps, trigflow
 from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.tokens import TokenLayout
@@ -314,9 +314,12 @@ def _draw_p_d(draws: Draws, settings: DistillationConfig, purpose: str) -> Tenso
 
 
 def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: DistillationConfig, *, steps: int) -> Rollout:
-    """Backward simulation: ``steps`` student steps from pure noise, re-noised in between, without gradient."""
-    layout = networks.layout
-    times = [
+    """Backward simulation: ``steps`` student steps from pure noise, re-noised in between, without gradient.
+
+    The arithmetic is on the samples of all micro-batches at once, the network's passes on one after the other.
+    """
+    device, sizes = batches[0].x0_SBP.device, [b.draws.batch_size for b in batches]
+    times_of = [
         timesteps.rollout_times(
             batch_size=b.draws.batch_size,
             steps=steps,
@@ -325,16 +328,19 @@ def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: Distill
         )
         for b in batches
     ]
-    xt = [noise.double() for noise in draw_noise(layout, batches, "rollout_init")]
-    for j in range(steps):
-        t = [as_tokens(s[j], b.x0_SBP.device) for s, b in zip(times, batches, strict=True)]
-        v = raw_outputs(networks.student, xt, t, *given(batches), phase="rollout")
-        G = [trigflow.denoised(*args) for args in zip(xt, v, t, strict=True)]
-        if j + 1 < steps:
-            noise = draw_noise(layout, batches, f"rollout_noise/{j}")
-            after = [as_tokens(s[j + 1], b.x0_SBP.device) for s, b in zip(times, batches, strict=True)]
-            xt = [trigflow.add_noise(*args) for args in zip(G, noise, after, strict=True)]
-    return Rollout(xt, t, G)
+    times = [as_tokens(torch.cat(of_step), device) for of_step in zip(*times_of, strict=True)]
+
+    def noise(purpose: str) -> Tensor:
+        return torch.cat(draw_noise(networks.layout, batches, purpose), dim=1)
+
+    def denoise(xt: Tensor, t: Tensor) -> Tensor:
+        split = (whole.split(sizes, dim=1) for whole in (xt, t))
+        v = raw_outputs(networks.student, *split, *given(batches), phase="rollout")
+        return trigflow.denoised(xt, torch.cat(v, dim=1), t)
+
+    start = noise("rollout_init").double()
+    xt, t = samplers.rollout(denoise, start, times=times, fresh_noise=lambda j: noise(f"rollout_noise/{j}"))
+    return Rollout(*(list(whole.split(sizes, dim=1)) for whole in (xt, t, denoise(xt, t))))
 
 
 def noise_again(networks: Networks, batches: Sequence[MicroBatch], G: Sequence[Tensor], settings: DistillationConfig):

@@ -21,8 +21,8 @@ from rcm_megatron.training.sampling import GivenFrames, Sampler, student_videos
 
 def write_previews(
     run: RunConfig, networks: Networks, ema: PowerEMA | None, batch: Batch, null_text_L1D: Tensor, *, iteration: int
-) -> dict[str, Path]:
-    """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: MP4 path}, others {}.
+) -> dict[str, tuple[Path, str]]:
+    """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: (MP4 file, caption)}, others {}.
 
     Captions (and given frames, as many as the first of ``distillation.given_frames``) are those of the first samples of the micro-batch, so
     that no text encoder is needed; noise is that of ``sampling.seed``,
@@ -47,9 +47,9 @@ def write_previews(
     folder = Path(run.output_dir) / "previews" / f"{iteration:07d}"
     with video_encoder(run) as encoder:  # after sampling, so that its memory is free again for the VAE
         return {
-            video: path
+            video: shown
             for name, latents_BCTHW in latents.items()
-            for video, path in _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps).items()
+            for video, shown in _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps).items()
         }
 
 
@@ -61,7 +61,7 @@ def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
 
 def _write(
     encoder: VideoEncoder | None, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...], fps: int
-) -> dict[str, Path]:
+) -> dict[str, tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
     save_file({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
@@ -71,5 +71,6 @@ def _write(
     for i, latent_CTHW in enumerate(latents_BCTHW):
         frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
-        videos[f"previews/{name}/{i}"] = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
+        path = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
+        videos[f"previews/{name}/{i}"] = (path, prompts[i])
     return videos

@@ -48,12 +48,12 @@ def accumulate_step(
     Gradients of all objectives of a student step add up into one update, so they are reduced once: by the caller, who finishes what the
     last objective's last backward may have started.
     """
-    passes = _objectives(step, stage)
+    passes = objectives_of(step, stage)
     last = list(passes)[-1]
     return {name: run(networks, batches, settings, is_last=name == last) for name, run in passes.items()}
 
 
-def _objectives(step: Step, stage: StageConfig) -> dict[str, Callable[..., ObjectiveResult]]:
+def objectives_of(step: Step, stage: StageConfig) -> dict[str, Callable[..., ObjectiveResult]]:
     """The objectives of ``step``, in the order in which their gradients add up."""
     weights, rollout = stage.losses, {"rollout_steps": step.rollout_steps}
     if step.trained == "fake_score":

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron import platform
-from rcm_megatron.checkpoint import folders
-from rcm_megatron.checkpoint.dist import NetworkState, find_latest, load_checkpoint, save_checkpoint
+from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
+from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.folders import find_latest
+from rcm_megatron.checkpoint.saver import CheckpointSaver
 from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
@@ -26,6 +28,7 @@ from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import check_encoders, load_null_text
+from rcm_megatron.training.flops import Throughput
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
@@ -39,6 +42,7 @@ from rcm_megatron.training.optimizer import (
     zero_gradients,
 )
 from rcm_megatron.training.preview import write_previews
+from rcm_megatron.training.replicas import require_same_rows
 from rcm_megatron.training.step import Step, accumulate_step, plan_step
 from rcm_megatron.training.stopping import Preempted, StopRequest
 from rcm_megatron.training.timers import Timers, attach, step_seconds
@@ -85,12 +89,21 @@ class Trainer:
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.loader = build_loader(run, groups)
         self._resume()
+        self.saver = CheckpointSaver(
+            checkpoint_folder(run),
+            keep=run.trainer.keep_checkpoints,
+            keep_every=run.trainer.keep_every,
+            background=run.trainer.async_checkpoint,
+        )
+        self.save_error: str | None = None
+        """Why the newest save that has ended failed, the same on all ranks."""
         self.residency = Residency(
             {name: getattr(self.networks, name) for name in self.optimizers},
             self.optimizers,
             offload=run.memory.offload_optimizer,
             free_idle_gradients=run.memory.free_idle_gradients,
         )
+        self.throughput = Throughput(run, devices=dist.get_world_size())
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
     @property
@@ -100,36 +113,64 @@ class Trainer:
     def train(self, *, beat: Callable[[], None] = lambda: None) -> None:
         """Run to the last iteration; saves at the configured interval and at the end. `beat` is called after each step and save.
 
-        Raises Preempted on all ranks, a checkpoint saved, when a signal has asked any of them to stop.
+        Raises Preempted on all ranks, a checkpoint saved, when a signal has asked any of them to stop; CheckpointError if the last save
+        failed.
         """
         while self.progress.iteration < self.last_iteration:
             self._iterate()
             stop, done = self.stop.agreed(), self.progress.iteration
             beat()
+            if self.saver.finished:
+                self._report_save()
             if stop or done % self.run.trainer.checkpoint_every == 0 or done == self.last_iteration:
                 self.save()
                 beat()
             if stop and done < self.last_iteration:
-                raise Preempted(f"told to stop; saved after {done} of {self.run.total_steps} iterations")
+                self._report_save()
+                outcome = f"saved after {done}" if self.save_error is None else f"could not save after {done}"
+                raise Preempted(f"told to stop; {outcome} of {self.run.total_steps} iterations")
+        self._report_save()
+        if self.save_error is not None:
+            raise CheckpointError(self.save_error)
 
     def close(self) -> None:
+        """Wait for the save under way, end the loader's threads and the logs."""
+        self._report_save()
         self.loader.close()
         self.logger.close()
 
-    def save(self) -> Path:
-        """Write a checkpoint of the whole run and delete the ones that are too many."""
+    def save(self) -> None:
+        """Begin to write a checkpoint of the whole run; with `trainer.async_checkpoint` training may go on at once.
+
+        One that fails (a full disk) is reported and leaves the earlier ones as they were; the run goes on and tries again at its next."""
+        self._report_save()
         start = time.perf_counter()
         with self.residency.state():
-            path = save_checkpoint(
-                checkpoint_folder(self.run),
+            self.saver.save(
                 iteration=self.progress.iteration,
                 networks=self._states(),
                 progress={"counters": asdict(self.progress), "data": self.loader.state_dict()},
             )
+        self._seconds_held_up = time.perf_counter() - start
+        if self.saver.finished:
+            self._report_save()
+
+    def _report_save(self) -> None:
+        """Wait for the save under way and say how it went."""
+        saved = self.saver.wait()
+        if saved is None:
+            return
+        self.save_error = None
+        if saved.error is None:
+            waited = f"training waited {self._seconds_held_up:.2f} s"
+            self.logger.message(f"saved {saved.path} in {saved.seconds:.1f} s; {waited}")
+            return
+        self.save_error = (
+            f"CHECKPOINT {saved.path} WAS NOT SAVED: {saved.error}; the checkpoints before it are as they were; fix: make room on "
+            "that disk, or set output_dir to another"
+        )
         if dist.get_rank() == 0:
-            folders.remove_old(checkpoint_folder(self.run), keep=self.run.trainer.keep_checkpoints)
-        self.logger.message(f"saved {path} in {time.perf_counter() - start:.1f} s")
-        return path
+            log.error(self.save_error)
 
     def _iterate(self) -> None:
         iteration = self.progress.iteration
@@ -138,6 +179,8 @@ class Trainer:
         step = plan_step(stage, within, max_rollout_steps=self.run.distillation.max_rollout_steps)
         with self.timers.phase("data"):
             loaded = [next(self.loader) for _ in range(self.loader.num_micro_batches)]
+            if self.run.data.on_error == "skip":
+                require_same_rows(loaded, self.groups)
         batches = [self._micro_batch(batch) for batch in loaded]
         optimizer = self.optimizers[step.trained]
         chunks = getattr(self.networks, step.trained)
@@ -162,7 +205,7 @@ class Trainer:
                 videos = write_previews(
                     self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
                 )
-            self.logger.log_videos(iteration, videos, fps=self.run.sampling.fps)
+            self.logger.log_videos(iteration, videos)
 
     def _update(self, step: Step, stage: StageConfig) -> tuple[StepResult, float]:
         """Optimizer and EMA. Non-finite gradients leave every weight as it was, and are counted."""
@@ -190,12 +233,7 @@ class Trainer:
         record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
         record |= step_seconds(self.timers.pop())
-        samples, seconds = self.run.trainer.global_batch_size, record["seconds/step"]
-        record |= {"samples_per_second": samples / seconds}
-        record |= {
-            "tokens_per_second": samples * self.layout.num_tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        }
+        record |= self.throughput.rates(step, stage, record) | {"peak_memory_gib": peak_memory_gib()}
         self.logger.log(iteration, record)
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
@@ -227,7 +265,7 @@ class Trainer:
         }
 
     def _resume(self) -> None:
-        latest = find_latest(checkpoint_folder(self.run)) if self.run.trainer.resume else None
+        latest = find_latest(checkpoint_folder(self.run), set_aside=True) if self.run.trainer.resume else None
         if latest is None:
             return
         saved = load_checkpoint(latest, networks=self._states())

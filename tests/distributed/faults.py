@@ -3,8 +3,13 @@
 import hashlib
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+
+from rcm_megatron.checkpoint.integrity import ChecksummedFiles
 
 SCM_ITERATION, RCM_ITERATION = 2, 9
 """A student step of the first stage, and one of the second (sCM and DMD)."""
@@ -75,6 +80,56 @@ def nan_in_student(trainer):
 
     trainer._micro_batch, trainer._iterate = poisoned, watched
     return noted
+
+
+def data_of_each_update(trainer):
+    """Notes (global sample indices, dataset rows) of the micro-batches of every iteration on this rank."""
+    noted, read = {"data": {}}, type(trainer.loader).__next__
+
+    class Watched(type(trainer.loader)):
+        def __next__(self):
+            batch = read(self)
+            found = zip(batch.sample_indices.tolist(), batch.dataset_rows.tolist(), strict=True)
+            noted["data"].setdefault(trainer.progress.iteration, []).extend(found)
+            return batch
+
+    trainer.loader.__class__ = Watched
+    return noted
+
+
+def other_rows_on_the_last_rank(trainer):
+    """From iteration 1 on the last rank reads other samples than the rest of its replica."""
+    read, last = type(trainer.loader).__next__, dist.get_rank() == dist.get_world_size() - 1
+
+    class Disagreeing(type(trainer.loader)):
+        def __next__(self):
+            batch = read(self)
+            other = last and trainer.progress.iteration == 1
+            return replace(batch, dataset_rows=batch.dataset_rows + 1) if other else batch
+
+    trainer.loader.__class__ = Disagreeing
+    return {}
+
+
+def disk_full_in(trainer, iterations):
+    """The last rank's disk is full while checkpoints of `iterations` are written."""
+    create_stream, last = ChecksummedFiles.create_stream, dist.get_rank() == dist.get_world_size() - 1
+
+    def full(files, path, mode):
+        if last and int(Path(path).parent.name.split("_")[1].removesuffix(".tmp")) in iterations:
+            raise OSError(28, "No space left on device")
+        return create_stream(files, path, mode)
+
+    ChecksummedFiles.create_stream = full
+    return {}
+
+
+def disk_full_at_3(trainer):
+    return disk_full_in(trainer, (3,))
+
+
+def disk_full_at_the_end(trainer):
+    return disk_full_in(trainer, (6,))
 
 
 EMBEDDERS = ("text_embedding.", "time_embedding.", "time_projection.")

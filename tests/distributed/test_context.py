@@ -86,16 +86,16 @@ def test_ranks_with_only_padding(ring, ulysses):
 
 def run_with_stale_keys(inputs):
     """The known bug of public rings: the backward computes with the block of the previous hop."""
-    from rcm_megatron.parallel import context
+    from rcm_megatron.parallel import ring
 
-    original, previous = context.attention_backward, []
+    original, previous = ring.attention_backward, []
 
-    def stale(do, q, k, v, o, lse, *, valid_keys):
+    def stale(do, q, k, v, o, lse, **options):
         k_used, v_used = previous[-1] if previous else (k, v)
         previous.append((k.clone(), v.clone()))
-        return original(do, q, k_used, v_used, o, lse, valid_keys=valid_keys)
+        return original(do, q, k_used, v_used, o, lse, **options)
 
-    context.attention_backward = stale
+    ring.attention_backward = stale
     return run_context(2, 1, inputs, inputs[0].shape[0])
 
 

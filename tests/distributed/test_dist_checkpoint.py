@@ -1,9 +1,11 @@
-"""Whole-run checkpoints: bit-identical resume, every other layout, unfinished and hostile files."""
+"""Whole-run checkpoints: bit-identical resume, every other layout, saving behind the run's back, unfinished, damaged and hostile files."""
 
-import contextlib
+import json
 import logging
 import os
 import pickle
+import shutil
+import threading
 import types
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from rcm_megatron.checkpoint import dist as checkpoints
-from rcm_megatron.checkpoint.dist import NetworkState, find_latest, load_checkpoint, load_weights, save_checkpoint
-from rcm_megatron.checkpoint.folders import remove_old
+from rcm_megatron.checkpoint import saver as saving
+from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint, load_weights
+from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.folders import find_latest, remove_old
+from rcm_megatron.checkpoint.integrity import ChecksummedFiles, entry_of, write_manifest
+from rcm_megatron.checkpoint.saver import CheckpointSaver
 from rcm_megatron.parallel.optimizer_shards import owned_shards
 from rcm_megatron.training.ema import PowerEMA
 from tests.distributed.harness import RankError, run_ranks
@@ -83,6 +88,15 @@ class Training:
                 group["step"] = -3
         for average in self.ema.shards:
             average.fill_(-4.0)
+
+
+def save_checkpoint(root, *, iteration, networks, progress):
+    """Write and wait; one that failed is an error."""
+    saver = CheckpointSaver(root, keep=10, background=False)
+    saver.save(iteration=iteration, networks=networks, progress=progress)
+    saved = saver.wait()
+    assert saved.error is None, saved.error
+    return saved.path
 
 
 def assert_equal(reference, found):
@@ -184,7 +198,46 @@ def test_a_checkpoint_of_other_contents_is_an_error_that_names_them(checkpoint):
     assert "student.ema.head" in tensors
 
 
-# ---- killed while saving
+# ---- saving while training goes on
+
+
+def save_behind_the_back(root):
+    """Train on while a file is held open half written; bytes of that checkpoint, of a synchronous one, and what was in it."""
+    training, gate, create_stream = Training(tp=2, cp=1), threading.Event(), ChecksummedFiles.create_stream
+    training.train(range(2))
+    save_checkpoint(f"{root}/synchronous", iteration=2, networks=training.networks, progress={"iteration": 2})
+    saved = training.everything()
+
+    def held(files, path, mode):
+        gate.wait(60)
+        return create_stream(files, path, mode)
+
+    ChecksummedFiles.create_stream = held
+    saver, progress = CheckpointSaver(root, keep=10), {"iteration": 2, "data": [1]}
+    saver.save(iteration=2, networks=training.networks, progress=progress)
+    with pytest.raises(RuntimeError, match="another is under way"):
+        saver.save(iteration=2, networks=training.networks, progress=progress)
+    progress["data"].append(2)
+    training.train(range(2, 4))
+    early = (saver.finished, find_latest(root))
+    gate.set()
+    outcome = saver.wait()
+    ChecksummedFiles.create_stream = create_stream
+    training.forget()
+    progress = load_checkpoint(find_latest(root), networks=training.networks)
+    return early, outcome.error, saver.wait(), saved, training.everything(), progress
+
+
+def test_a_checkpoint_holds_the_iteration_of_its_save_though_training_goes_on(tmp_path):
+    for early, error, nothing, saved, loaded, progress in run_ranks(save_behind_the_back, 4, str(tmp_path)):
+        assert early == (False, None) and error is None and nothing is None
+        assert_equal(saved, loaded)
+        assert progress == {"iteration": 2, "data": [1]}
+    ours, synchronous = tmp_path / "iter_0000002", tmp_path / "synchronous" / "iter_0000002"
+    tensors = [path.name for path in sorted(ours.glob("*.distcp"))]
+    assert tensors == [path.name for path in sorted(synchronous.glob("*.distcp"))] and len(tensors) > 1
+    different = [name for name in tensors if (ours / name).read_bytes() != (synchronous / name).read_bytes()]
+    assert not different
 
 
 def killed_while_saving(root, place):
@@ -193,31 +246,71 @@ def killed_while_saving(root, place):
     training.train([0])
 
     def die(*args, **kwargs):
-        raise KeyboardInterrupt
+        raise SystemExit  # ends the thread and cleans nothing up
 
-    module, name = {"writing": (checkpoints.torch_checkpoint, "save"), "publishing": (checkpoints, "publish")}[place]
+    module, name = {"writing": (saving.torch_checkpoint, "save"), "publishing": (saving.folders, "publish")}[place]
     original = getattr(module, name)
     setattr(module, name, die)
-    with contextlib.suppress(KeyboardInterrupt):
-        save_checkpoint(root, iteration=2, networks=training.networks, progress={"iteration": 2})
+    saver = CheckpointSaver(root, keep=10)
+    saver.save(iteration=2, networks=training.networks, progress={"iteration": 2})
+    assert saver.wait() is None
     setattr(module, name, original)
     found = find_latest(root).name
-    save_checkpoint(root, iteration=2, networks=training.networks, progress={"iteration": 2})
-    return found, find_latest(root).name, load_checkpoint(find_latest(root), networks=training.networks)
+    unfinished = (Path(root) / "iter_0000002.tmp").is_dir()
+    save_checkpoint(root, iteration=3, networks=training.networks, progress={"iteration": 3})
+    return found, unfinished, find_latest(root).name, load_checkpoint(find_latest(root), networks=training.networks)
 
 
 @pytest.mark.parametrize("place", ["writing", "publishing"])
-def test_an_unfinished_checkpoint_is_never_found_and_can_be_written_again(tmp_path, place):
+def test_an_unfinished_checkpoint_is_never_found_and_goes_with_the_next_save(tmp_path, place):
     [result] = run_ranks(killed_while_saving, 1, str(tmp_path), place)
-    assert result == ("iter_0000001", "iter_0000002", {"iteration": 2})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "iter_0000002", "latest"]
+    assert result == ("iter_0000001", True, "iter_0000003", {"iteration": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "iter_0000003", "latest"]
+
+
+def save_on_a_full_disk(root, place, full_rank):
+    """Errors of a save where the disk is full for `full_rank` at `place`, and of the one after."""
+    training, saver = Training(tp=1, cp=1), CheckpointSaver(root, keep=10)
+    save_checkpoint(root, iteration=1, networks=training.networks, progress={"iteration": 1})
+
+    def full(*args, **kwargs):
+        if dist.get_rank() == full_rank:
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    module, name = {
+        "beginning": (saving.folders, "prepare"),
+        "writing": (ChecksummedFiles, "create_stream"),
+        "publishing": (saving.folders, "publish"),
+    }[place]
+    original = getattr(module, name)
+    setattr(module, name, full)
+    errors = []
+    for iteration in (2, 3):
+        saver.save(iteration=iteration, networks=training.networks, progress={"iteration": iteration})
+        errors.append(saver.wait().error)
+        errors.append(find_latest(root).name)
+        setattr(module, name, original)
+    return errors
+
+
+@pytest.mark.parametrize(("place", "rank"), [("beginning", 0), ("writing", 1), ("publishing", 0)])
+def test_a_full_disk_fails_the_save_on_all_ranks_and_leaves_what_was_there(tmp_path, place, rank):
+    for error, latest, next_error, next_latest in run_ranks(save_on_a_full_disk, 2, str(tmp_path), place, rank):
+        assert f"rank {rank}: OSError(28, 'No space left on device')" in error and latest == "iter_0000001"
+        assert next_error is None and next_latest == "iter_0000003"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "iter_0000003", "latest"]
+
+
+# ---- folders
 
 
 def complete_folder(root, name):
     folder = root / name
     folder.mkdir()
-    for file in ("common.pt", ".metadata", "metadata.json"):
-        (folder / file).touch()
+    for file in ("common.pt", ".metadata", "__0_0.distcp"):
+        (folder / file).write_bytes(f"{file} of {name}".encode())
+    write_manifest(folder, {path.name: entry_of(path) for path in folder.iterdir()})
     return folder
 
 
@@ -225,31 +318,94 @@ def test_latest_is_followed_and_unfinished_folders_are_named_in_the_log(tmp_path
     assert find_latest(tmp_path) is None
     first, second = complete_folder(tmp_path, "iter_0000100"), complete_folder(tmp_path, "iter_0000200")
     complete_folder(tmp_path, "iter_0000300.tmp")
-    (complete_folder(tmp_path, "iter_0000400") / "metadata.json").unlink()
     with caplog.at_level(logging.WARNING):
         assert find_latest(tmp_path) == second
     second.rename(tmp_path / "iter_0000200.replaced")
     assert find_latest(tmp_path).name == "iter_0000200.replaced", "a kill between two renames"
     (tmp_path / "iter_0000200.replaced").rename(second)
     assert "iter_0000300.tmp: an unfinished checkpoint" in caplog.text
-    assert "iter_0000400: an unfinished checkpoint" in caplog.text
     (tmp_path / "latest").write_text("iter_0000100\n")
     assert find_latest(tmp_path) == first, "a run that went back goes on from where it went back to"
     (tmp_path / "latest").write_text("../elsewhere")
     assert find_latest(tmp_path) == second
 
 
-def test_old_checkpoints_go_but_never_the_latest(tmp_path):
-    for iteration in (100, 200, 300, 400):
+def test_old_checkpoints_go_but_never_the_latest_nor_every_nth(tmp_path):
+    for iteration in (100, 200, 300, 400, 500):
         complete_folder(tmp_path, f"iter_{iteration:07d}")
     (tmp_path / "latest").write_text("iter_0000100\n")
-    remove_old(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "iter_0000100",
-        "iter_0000300",
-        "iter_0000400",
-        "latest",
-    ]
+    remove_old(tmp_path, keep=2, keep_every=200)
+    kept = ["iter_0000100", "iter_0000200", "iter_0000400", "iter_0000500", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    remove_old(tmp_path, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000100", "iter_0000500", "latest"]
+
+
+# ---- damage
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt", "files.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog, file, harm):
+    good, bad = complete_folder(tmp_path, "iter_0000100"), complete_folder(tmp_path, "iter_0000200")
+    (tmp_path / "latest").write_text("iter_0000200\n")
+    harm(bad / file)
+    with caplog.at_level(logging.WARNING):
+        assert find_latest(tmp_path) == good
+    assert f"DAMAGED CHECKPOINT {bad}: {file}: " in caplog.text and "100 iterations are lost" in caplog.text
+    assert bad.is_dir() and (tmp_path / "latest").read_text() == "iter_0000200\n", "only looked at"
+    assert find_latest(tmp_path, set_aside=True) == good
+    assert not bad.exists() and (tmp_path / "iter_0000200.damaged").is_dir()
+    assert (tmp_path / "latest").read_text() == "iter_0000100\n"
+
+
+def test_sizes_alone_are_compared_where_checksums_are_not_asked_for(tmp_path):
+    good, bad = complete_folder(tmp_path, "iter_0000100"), complete_folder(tmp_path, "iter_0000200")
+    flip_a_bit(bad / "common.pt")
+    assert find_latest(tmp_path, checksums=False) == bad
+    truncate(bad / "common.pt")
+    assert find_latest(tmp_path, checksums=False) == good
+
+
+def test_no_good_checkpoint_is_an_error_and_never_a_silent_start(tmp_path):
+    for iteration in (100, 200):
+        truncate(complete_folder(tmp_path, f"iter_{iteration:07d}") / ".metadata")
+    with pytest.raises(CheckpointError, match=r"got 2 damaged checkpoints .*\n  iter_0000200: .metadata: got 12 bytes"):
+        find_latest(tmp_path, set_aside=True)
+    assert len(list(tmp_path.glob("iter_*.damaged"))) == 0
+
+
+def test_a_file_shorter_than_what_was_written_stops_the_publishing(tmp_path):
+    folder = complete_folder(tmp_path, "iter_0000100.tmp")
+    entries = json.loads((folder / "files.json").read_text())["files"]
+    truncate(folder / "common.pt")
+    with pytest.raises(OSError, match=r"common.pt: got 14 bytes on disk; need the 29"):
+        write_manifest(folder, entries)
+
+
+def damaged_for_the_last_rank(root):
+    """Where only the last rank's disk has the damage."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        from rcm_megatron.checkpoint import integrity
+
+        integrity.file_crc32 = lambda path: 0
+    return str(find_latest(root)), str(find_latest(root, checksums=False))
+
+
+def test_all_ranks_agree_when_one_sees_damage(tmp_path):
+    complete_folder(tmp_path, "iter_0000100")
+    with pytest.raises(RankError, match="got CRC-32 00000000"):
+        run_ranks(damaged_for_the_last_rank, 3, str(tmp_path))
 
 
 # ---- trust
@@ -265,12 +421,13 @@ def test_a_pickle_that_runs_code_is_refused(checkpoint, tmp_path, file):
     folder = tmp_path / "iter_0000003"
     folder.mkdir()
     for path in (checkpoint.root / "iter_0000003").iterdir():
-        os.link(path, folder / path.name)
-    (folder / file).unlink()
+        shutil.copy(path, folder)
     if file == ".metadata":
         (folder / file).write_bytes(pickle.dumps(Hostile()))
     else:
         torch.save({"format": Hostile()}, folder / file)
+    (folder / "files.json").unlink()
+    write_manifest(folder, {path.name: entry_of(path) for path in folder.iterdir()})
     with pytest.raises(RankError, match="UnpicklingError"):
         run_ranks(load_and_go_on, 1, str(tmp_path), 1, 1)
     assert not (Path(__file__).parent / "hostile_code_ran").exists()

@@ -4,43 +4,20 @@ import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from rcm_megatron.config import load_config
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny_run import tiny_config, train
-from tests.wan_encoders import write_encoders
+from tests.distributed.tiny_run import train
+from tests.distributed.wan_run import LATENT, TEXT_DIM, TEXT_LEN, write_wan_run
 
-TEXT_DIM, TEXT_LEN = 16, 12
-LATENT = {"channels": 16, "frames": 2, "height": 4, "width": 6}
 PROMPTS = ("a cat and a dog", "Baking “cake”")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """run.yaml of a tiny Wan with its encoders: random teacher, random latents."""
-    from rcm_megatron.checkpoint.convert import export_diffusers
-    from rcm_megatron.data.shards import ShardWriter
-    from rcm_megatron.training.networks import seeded_weights
-
-    folder = tmp_path_factory.mktemp("wan_run")
-    write_encoders(folder / "wan", text_dim=TEXT_DIM)
-    config = tiny_config(folder)
-    shape = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": TEXT_DIM, "text_len": TEXT_LEN}
-    config |= {"model": config["model"] | shape, "latent": LATENT}
-    config["encoders"] = {"video": "wan_vae", "text": "umt5", "folder": str(folder / "wan")}
-    config["sampling"] = {"num_samples": 1, "student_steps": [2], "teacher_steps": 2}
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    model = load_config(folder / "run.yaml").model
-    export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
-    generator = torch.Generator().manual_seed(0)
-    with ShardWriter(folder / "data", samples_per_shard=8, member_format="pt") as writer:
-        for index in range(8):
-            latent_CTHW = torch.randn(tuple(LATENT.values()), generator=generator)
-            embed_LD = torch.randn(5, TEXT_DIM, generator=generator)
-            writer.add(f"{index:04d}", latent_CTHW=latent_CTHW, embed_LD=embed_LD, prompt=f"number {index}")
-    return folder / "run.yaml"
+    """run.yaml of a tiny Wan with its encoders."""
+    return write_wan_run(tmp_path_factory.mktemp("wan_run"))
 
 
 def test_a_first_rank_computes_for_its_group():

@@ -1,5 +1,6 @@
 """Samples written while training, on several layouts, and what Weights & Biases keeps offline."""
 
+import av
 import pytest
 from safetensors.torch import load_file
 
@@ -15,6 +16,13 @@ SHORT = ["trainer.stop_after=4", "sampling.num_samples=2"]
 def start(config, folder, ranks, *overrides):
     run_ranks(train, ranks, str(config), [*SHORT, f"output_dir={folder}", *overrides], timeout=200)
     return records(folder)
+
+
+def frames_of(path):
+    """(frames, width, height) of a video that decodes."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return len(frames), frames[0].width, frames[0].height
 
 
 LAYOUTS = {
@@ -39,7 +47,8 @@ def test_previews_of_one_rank(one):
     for iteration in ("0000002", "0000004"):
         previews = folder / "previews" / iteration
         assert sorted(path.stem for path in previews.glob("*.safetensors")) == sorted(NAMES)
-        assert all((previews / f"{name}_1.mp4").stat().st_size > 0 for name in NAMES)
+        for name in NAMES:
+            assert frames_of(previews / f"{name}_1.mp4") == (4, 128, 128)
     last = folder / "previews" / "0000004"
     student, ema = (load_file(last / f"{name}_1_steps.safetensors")["latents"] for name in ("student", "ema"))
     assert not student.equal(ema)
@@ -59,10 +68,18 @@ def test_previews_are_equal_on_two_ranks(one, tmp_path, layout):
             assert_close(name, reference, load_file(tmp_path / file)["latents"], rel=1e-4)
 
 
-def test_wandb_offline_keeps_one_run_id_over_a_resume(tmp_path):
+def test_wandb_offline_keeps_one_run_id_over_a_resume_and_has_the_videos(tmp_path):
     config, folder = write_tiny_run(tmp_path), tmp_path / "run"
-    start(config, folder, 1, "logging.wandb_mode=offline", "trainer.stop_after=2")
+    options = ["logging.wandb_mode=offline", "trainer.sample_every=2"]
+    start(config, folder, 1, *options, "trainer.stop_after=2")
     identity = (folder / "wandb_run_id").read_text()
-    assert len(start(config, folder, 1, "logging.wandb_mode=offline")) == 4
+    assert len(start(config, folder, 1, *options)) == 4
     assert (folder / "wandb_run_id").read_text() == identity
-    assert len(list((folder / "wandb").glob(f"offline-run-*-{identity.strip()}"))) == 2
+    sessions = list((folder / "wandb").glob(f"offline-run-*-{identity.strip()}"))
+    assert len(sessions) == 2
+    for session in sessions:
+        videos = session / "files" / "media" / "videos" / "previews"
+        assert sorted(path.name for path in videos.iterdir()) == sorted(NAMES)
+        for name in NAMES:
+            found = list((videos / name).glob("*.mp4"))
+            assert len(found) == 2 and all(frames_of(path) == (4, 128, 128) for path in found)

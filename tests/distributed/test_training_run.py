@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.distributed.faults import RCM_ITERATION, SCM_ITERATION
+from tests.distributed.harness import RankError
 from tests.distributed.run_checks import LOSS_BOUND, Runs, assert_same_change, assert_same_curves
 from tests.distributed.tiny_run import STEPS, initial_weights, records
 
@@ -20,6 +21,7 @@ LAYOUTS = {
     "dp2": (2, []),
     "tp2_ring2": (4, ["parallel.tp=2", "parallel.ring=2"]),
     "pp2": (2, ["parallel.pp=2"]),
+    "pp2_dp2": (4, ["parallel.pp=2"]),
 }
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +47,7 @@ def test_the_reference_run_trains_both_networks_on_all_objectives(runs):
         assert not unmoved, f"{network}: {unmoved} did not move"
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize("layout", ["tp2", "ring2", "dp2", "tp2_ring2", "pp2"])
 def test_layout_gives_the_same_run(runs, layout):
     expected, lines = runs.undisturbed("one")
     got, their_lines = runs.undisturbed(layout)
@@ -76,6 +78,68 @@ def test_resume_on_another_layout_gives_the_same_run(runs, before, after):
     got, their_lines = runs.start(after, name)
     assert_same_curves(lines, their_lines, rel=LOSS_BOUND)
     assert_same_change(runs.initial, expected, got)
+
+
+def data_by_iteration(results):
+    """{iteration: {global sample index: row}} of all ranks; ranks of one replica must agree."""
+    merged = {}
+    for _, _, noted in results:
+        for iteration, pairs in noted["data"].items():
+            for index, row in pairs:
+                assert merged.setdefault(iteration, {}).setdefault(index, row) == row, (iteration, index)
+    return merged
+
+
+@pytest.fixture(scope="module")
+def data_of_one(runs):
+    results, _ = runs.start("one", "data_of_one", "trainer.stop_after=7", fault="data_of_each_update")
+    return data_by_iteration(results)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("tp2_ring2", []), ("pp2_dp2", [])),
+        (("dp2", ["trainer.micro_batch_size=1"]), ("one", ["trainer.micro_batch_size=4"])),
+    ],
+)
+def test_a_change_of_layout_reads_the_data_on_in_the_same_order(runs, data_of_one, before, after):
+    """Over both halves each update takes the samples that one rank without a break takes: none twice in an epoch, none left out."""
+    name, found = f"data_{before[0]}", {}
+    for (layout, changes), end in ((before, 3), (after, 7)):
+        results, _ = runs.start(layout, name, *changes, f"trainer.stop_after={end}", fault="data_of_each_update")
+        half = data_by_iteration(results)
+        assert not found.keys() & half.keys(), "the second half begins where the first ended"
+        found |= half
+    assert found == data_of_one and sorted(found) == list(range(7))
+    order = [row for iteration in range(7) for _, row in sorted(found[iteration].items())]
+    assert [index for i in range(7) for index in sorted(found[i])] == list(range(28))
+    assert sorted(order[:13]) == sorted(order[13:26]) == list(range(13)), "two epochs of 13 samples, each of them once"
+
+
+def test_ranks_of_a_replica_that_read_other_rows_are_an_error_that_names_them(runs):
+    with pytest.raises(RankError, match=r"on other ranks of one model replica: rank 0: \[\d+, .*; rank 1: \[\d+, "):
+        runs.start("tp2", "rows", "data.on_error=skip", fault="other_rows_on_the_last_rank")
+    runs.start("tp2", "rows_again", "data.on_error=skip", "trainer.stop_after=2")
+
+
+def test_a_save_that_fails_is_made_up_for_by_the_next(runs):
+    ending = ["trainer.checkpoint_every=3", "trainer.stop_after=6"]
+    _, lines = runs.start("dp2", "full_at_3", *ending, fault="disk_full_at_3")
+    assert len(lines) == 6
+    assert sorted(path.name for path in (runs.folder / "full_at_3" / "checkpoints").iterdir()) == [
+        "iter_0000006",
+        "latest",
+    ]
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_last_save_that_fails_fails_the_run(runs, background):
+    ending = ["trainer.checkpoint_every=3", "trainer.stop_after=6", f"trainer.async_checkpoint={background}"]
+    name = f"full_at_6_{background}"
+    with pytest.raises(RankError, match=r"iter_0000006 WAS NOT SAVED: rank 1: OSError\(28"):
+        runs.start("dp2", name, *ending, fault="disk_full_at_the_end")
+    assert sorted(path.name for path in (runs.folder / name / "checkpoints").iterdir()) == ["iter_0000003", "latest"]
 
 
 def test_a_killed_rank_and_a_restart_leave_the_curve_as_it_was(runs):

@@ -125,7 +125,15 @@ def whole_weights(trainer):
 def records(folder):
     """The metrics of a run, one dict an iteration, without what depends on the machine."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    measured = ("seconds/", "samples_per_second", "tokens_per_second", "peak_memory_gib")
+    measured = (
+        "seconds/",
+        "samples_per_second",
+        "tokens_per_second",
+        "tflops_per_device",
+        "mfu",
+        "peak_memory_gib",
+        "restarts",
+    )
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(measured)} for line in lines]
 
 

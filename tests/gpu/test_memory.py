@@ -21,7 +21,15 @@ CASES = {
     "selective": ["memory.recompute=selective"],
     "none": ["memory.recompute=none"],
 }
-MEASURED = ("seconds/", "samples_per_second", "tokens_per_second", "peak_memory_gib")
+MEASURED = (
+    "seconds/",
+    "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_device",
+    "mfu",
+    "peak_memory_gib",
+    "restarts",
+)
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,11 @@ def test_legacy_pt_and_several_networks(tiny, tmp_path):
     both = weights | {name.replace("net.", "net_ema.", 1): tensor * 2 for name, tensor in weights.items()}
     torch.save(both, tmp_path / "both.pt")
     assert len(dict(to_internal(open_checkpoint(tmp_path / "legacy.pth"), CONFIG))) == len(internal_shapes(CONFIG))
-    fails(tmp_path / "both.pt", "several networks: net., net_ema.; choose one with prefix=")
-    ema = dict(to_internal(open_checkpoint(tmp_path / "both.pt", prefix="net_ema."), CONFIG))
+    fails(tmp_path / "both.pt", "several networks: student, ema; choose one with --weights")
+    fails(tmp_path / "both.pt", "does not hold 'fake_score', but student, ema", weights="fake_score")
+    fails(tmp_path / "rcm.pt", "does not hold 'ema', but student", weights="ema")
+    fails(tiny[0], "does not hold 'ema', but one network without a name", weights="ema", target=tmp_path / "target")
+    ema = dict(to_internal(open_checkpoint(tmp_path / "both.pt", weights="ema"), CONFIG))
     assert torch.equal(ema["head.linear.bias"], 2 * weights["net.head.head.bias"])
     fails(tmp_path / "legacy.pth", "hidden_size=24: the number of heads shows in no weight; pass num_heads")
     fails(tmp_path / "legacy.pth", "unknown model field 'num_head' .nearest: 'num_heads'", model_fields={"num_head": 4})
@@ -142,15 +145,19 @@ def test_configurations_that_are_not_this_network(broken, tiny):
     with_config(qk_norm="rms_norm")
     fails(broken, "qk_norm='rms_norm'; need 'rms_norm_across_heads'")
     with_config(image_dim=1280, added_kv_proj_dim=24)
-    fails(broken, "image_dim=1280; need None: no image conditioning; image-to-video is not supported yet")
+    fails(broken, r"missing .*'blocks.0.attn2.add_k_proj.bias'")
+    with_config(image_dim=1280)
+    fails(broken, "added_kv_proj_dim=None; need 24: keys of images see the hidden size")
     with_config(in_channels=36)
-    fails(broken, "in_channels=36, out_channels=3: channels concatenated")
+    fails(broken, r"'patch_embedding.weight': got shape \[24, 3, 1, 2, 2\], need \[24, 36, 1, 2, 2\]")
+    with_config(in_channels=2)
+    fails(broken, "in_channels=2 must be at least out_channels=3")
     with_config(_class_name="WanVACETransformer3DModel")
     fails(broken, "WanVACETransformer3DModel")
     with_config(cross_attn_norm=False)
     fails(broken, r"unknown \(4\): 'blocks.0.norm2.bias'")
     tensors = {**tiny[1], "blocks.0.attn2.add_k_proj.weight": torch.zeros(24, 24)}
-    with pytest.raises(CheckpointError, match="'blocks.0.attn2.add_k_proj.weight' conditions on images"):
+    with pytest.raises(CheckpointError, match=r"unknown \(1\): 'blocks.0.attn2.add_k_proj.weight'"):
         to_internal(source_from_tensors(tensors), CONFIG)
 
 
@@ -226,4 +233,4 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     fails(tmp_path / "a.bin", "need a folder, or a file that ends in")
     save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    fails(tmp_path / "other.safetensors", "not a Wan2.1 text-to-video or Cosmos-Predict2 network")
+    fails(tmp_path / "other.safetensors", "not a Wan or Cosmos-Predict2 network")

@@ -55,18 +55,23 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """(folder, state dict) of a saved CosmosTransformer3DModel of which no two elements are equal."""
-    folder = tmp_path_factory.mktemp("cosmos") / "diffusers"
-    model, start = CosmosTransformer3DModel(**TINY), 0
+def save_tiny(folder, **changes):
+    """Save a CosmosTransformer3DModel of which no two elements are equal; returns its state dict."""
+    model, start = CosmosTransformer3DModel(**{**TINY, **changes}), 0
     with torch.no_grad():
         for parameter in model.parameters():
             values = torch.arange(start, start + parameter.numel(), dtype=torch.float32)
             parameter.copy_(values.view(parameter.shape).sub_(60_000).mul_(1e-5))
             start += parameter.numel()
     model.save_pretrained(folder)
-    return folder, model.state_dict()
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder, state dict) of a saved network."""
+    folder = tmp_path_factory.mktemp("cosmos") / "diffusers"
+    return folder, save_tiny(folder)
 
 
 def run(source, target, target_format, **options):

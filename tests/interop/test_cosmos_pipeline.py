@@ -1,7 +1,7 @@
-"""diffusers' Cosmos2 pipelines around an exported network give what our teacher sampler gives: time, guidance, given frames.
+"""diffusers' Cosmos2 pipelines around an exported network give what our samplers give: time, guidance, given frames, few steps.
 
 An Euler step in EDM's x0 + sigma noise is an Euler step in rectified flow, so the two can be compared at the pipeline's own noise levels.
-The pipelines' guidance is cond + g (cond - uncond), ours uncond + w (cond - uncond): w = g + 1.
+The pipelines' guidance is cond + g (cond - uncond), ours uncond + w (cond - uncond): w = g + 1. A student's steps go through RCMScheduler.
 """
 
 from itertools import pairwise
@@ -20,8 +20,10 @@ from diffusers import (
 from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import export_diffusers
 from rcm_megatron.config import ParallelConfig
+from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
 from rcm_megatron.parallel.pipeline import Condition
 from tests.helpers import assert_close
+from tests.interop.pipelines import SamplersNoise
 from tests.unit.test_cosmos_model import VIDEO, Case, network_config, without_torchvision
 
 STEPS, GUIDANCE, SIZE = 5, 3.0, (64, 48)
@@ -96,16 +98,33 @@ def ours(chunks, case, sigmas, condition=None):
     return layout.unpatchify(x) / (1 - times[-1])
 
 
-def call(pipeline_class, case, transformer, vae, **given):
-    """The pipeline's latents, and the noise levels that it went through."""
+def our_student(chunks, case, *, steps, sigma_max, condition=None):
+    """Our sampler's few steps."""
+    from rcm_megatron.training.sampling import Sampler
+
+    text_LBD = inputs(case)[1].transpose(0, 1).contiguous()
+    sampler = Sampler(chunks, chunks[0].layout, text_LBD, None, 0, range(case.batch), condition)
+    return sampler.student(steps=steps, mid_times=(1.5, 1.4, 1.0), sigma_max=sigma_max)
+
+
+def their_student(case, *, steps, sigma_max):
+    """Options of `call` for the same with diffusers' pipelines."""
+    scheduler, noise = RCMScheduler(space="edm", sigma_max=sigma_max), SamplersNoise(case.latent.shape_CTHW, samples=2)
+    options = {"student": scheduler, "latents": noise.first, "callback_on_step_end": noise.into(scheduler)}
+    return options | {"num_inference_steps": steps, "guidance_scale": 1.0}
+
+
+def call(pipeline_class, case, transformer, vae, *, student=None, **given):
+    """The pipeline's latents, and the noise levels that it went through; `student`: an RCMScheduler in place of its own."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     parts = {"text_encoder": None, "tokenizer": None, "vae": vae, "safety_checker": NoChecker()}
     pipeline = pipeline_class(transformer=transformer, scheduler=scheduler, **parts)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = pipeline.scheduler if student is None else student
     noise, text, null = inputs(case)
-    given |= {"latents": noise, "prompt_embeds": text, "negative_prompt_embeds": null, "output_type": "latent"}
-    given |= {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    (latents,) = pipeline(return_dict=False, **given)
+    options = {"latents": noise, "prompt_embeds": text, "negative_prompt_embeds": null, "output_type": "latent"}
+    options |= {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    (latents,) = pipeline(return_dict=False, **(options | given))
     return latents, pipeline.scheduler.sigmas
 
 
@@ -116,14 +135,37 @@ def test_text2image(groups, tmp_path):
     assert_close("latents", theirs[:, :, None] if theirs.ndim == 4 else theirs, ours(chunks, IMAGE, sigmas), rel=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "sigma_max"), [(1, 80.0), (4, 200.0)])
+def test_text2image_of_a_student(groups, tmp_path, steps, sigma_max):
+    chunks, transformer = exported(IMAGE, groups, tmp_path / "net")
+    options = their_student(IMAGE, steps=steps, sigma_max=sigma_max)
+    theirs, _ = call(Cosmos2TextToImagePipeline, IMAGE, transformer, None, **options)
+    assert_close("latents", our_student(chunks, IMAGE, steps=steps, sigma_max=sigma_max)[:, :, 0], theirs, rel=1e-5)
+
+
+def known_video(chunks):
+    """A clean latent, the condition that gives its first frame, and the same as the pipeline's arguments."""
+    known = torch.randn(VIDEO2WORLD.latent.shape_CTHW, generator=torch.Generator().manual_seed(9))
+    x0_SBP = chunks[0].layout.shard(known.expand(VIDEO2WORLD.batch, -1, -1, -1, -1))
+    picture = torch.rand(VIDEO2WORLD.batch, 3, *SIZE)
+    condition = Condition(x0_SBP, torch.tensor(VIDEO2WORLD.given))
+    return known, condition, {"image": picture, "num_frames": 9, "fps": 16}
+
+
+def test_video2world_of_a_student(groups, tmp_path):
+    chunks, transformer = exported(VIDEO2WORLD, groups, tmp_path / "net")
+    known, condition, given = known_video(chunks)
+    given |= their_student(VIDEO2WORLD, steps=3, sigma_max=80.0)
+    theirs, _ = call(Cosmos2VideoToWorldPipeline, VIDEO2WORLD, transformer, KnownVideo(known), **given)
+    expected = our_student(chunks, VIDEO2WORLD, steps=3, sigma_max=80.0, condition=condition)
+    assert_close("latents", expected, theirs, rel=1e-5)
+
+
 def test_video2world(groups, tmp_path):
     chunks, transformer = exported(VIDEO2WORLD, groups, tmp_path / "net")
-    known = torch.randn(VIDEO2WORLD.latent.shape_CTHW, generator=torch.Generator().manual_seed(9))
-    picture = torch.rand(VIDEO2WORLD.batch, 3, *SIZE)
-    given = {"image": picture, "num_frames": 9, "fps": 16}
+    known, condition, given = known_video(chunks)
     theirs, sigmas = call(Cosmos2VideoToWorldPipeline, VIDEO2WORLD, transformer, KnownVideo(known), **given)
-    x0_SBP = chunks[0].layout.shard(known.expand(VIDEO2WORLD.batch, -1, -1, -1, -1))
-    v = ours(chunks, VIDEO2WORLD, sigmas, Condition(x0_SBP, torch.tensor(VIDEO2WORLD.given)))
+    v = ours(chunks, VIDEO2WORLD, sigmas, condition)
     assert_close("latents", theirs, v, rel=1e-5)
     assert_close(
         "the given frame", known[:, :1].expand(2, -1, -1, -1, -1), v[:, :, :1], rel=1e-2

@@ -7,6 +7,7 @@ import torch
 
 from rcm_kernels.flash_attention_jvp import attention_jvp, merge_blocks, select_backend
 from tests.helpers import assert_close, dense_attention, worst_row_error
+from tools.measuring import PeakBytes
 
 NAMES = ("o", "to", "lse", "mu")
 
@@ -142,8 +143,21 @@ def test_results_in_the_carry_and_in_another_type():
     o, to, lse, _ = attention_jvp(*inputs, carry=first, out_dtype=torch.bfloat16)
     assert (o.dtype, to.dtype, lse.dtype) == (torch.bfloat16, torch.bfloat16, torch.float64)
     updated = attention_jvp(*inputs, carry=first, update_carry=True)
+    assert {x.dtype for x in updated} == {torch.float64}
     assert all(x.data_ptr() == y.data_ptr() for x, y in zip(updated, first, strict=True))
     check(expected, updated, rel=0)
+
+
+def test_updating_the_carry_in_place_saves_memory():
+    """The peak of a step beside its inputs and carry: o and to of the block, not those of the merged result too."""
+    inputs = make_inputs(256, 256, n=8, d=128, dtype=torch.float32)
+    carry = attention_jvp(*inputs)
+    peaks = {}
+    for update in (False, True):
+        with PeakBytes() as tracked:
+            attention_jvp(*inputs, carry=carry, update_carry=update)
+        peaks[update] = tracked.peak
+    assert peaks[True] <= peaks[False] - 1.5 * carry[0].nbytes, (peaks, carry[0].nbytes)
 
 
 def test_linear_in_the_tangents():

@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"data"},
     "parallel": {"config", "dual", "parallel", "rcm_kernels"},
     "models": MODELS,
-    "checkpoint": MODELS | {"platform", "checkpoint"},
+    "checkpoint": MODELS | {"platform", "checkpoint", "__version__"},
     "training": MODELS | {"platform", "checkpoint", "diffusion", "data", "training", "__version__"},
 }
 """Part of the program -> the parts it may import."""

@@ -88,27 +88,17 @@ def diffusers_network(case):
     """WanTransformer3DModel with every parameter random, norms and modulations too."""
     from diffusers import WanTransformer3DModel
 
-    model = case.model
-    network = WanTransformer3DModel(
-        patch_size=model.patch_size,
-        num_attention_heads=model.num_heads,
-        attention_head_dim=model.head_dim,
-        in_channels=model.in_channels,
-        out_channels=model.out_channels,
-        text_dim=model.text_dim,
-        freq_dim=model.freq_dim,
-        ffn_dim=model.ffn_hidden_size,
-        num_layers=model.num_layers,
-        cross_attn_norm=model.cross_attn_norm,
-        eps=model.eps,
-    )
+    from rcm_megatron.checkpoint.configs import diffusers_config
+
+    config = {name: value for name, value in diffusers_config(case.model).items() if not name.startswith("_")}
+    network = WanTransformer3DModel(**config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             value = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 parameter.copy_(0.3 * value + (1.0 if name.endswith("weight") else 0.0))
-            elif parameter.ndim > 1 and "table" not in name:
+            elif parameter.ndim > 1 and not name.endswith(("table", "pos_embed")):
                 parameter.copy_(value / parameter[0].numel() ** 0.5)
             else:
                 parameter.copy_(0.3 * value)

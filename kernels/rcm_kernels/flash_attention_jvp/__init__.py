@@ -13,7 +13,7 @@ import torch
 from rcm_kernels.flash_attention_jvp import reference
 from rcm_kernels.flash_attention_jvp.reference import merge_blocks
 
-__all__ = ["attention_jvp", "available_backends", "merge_blocks", "select_backend"]
+__all__ = ["attention_jvp", "available_backends", "backend_for", "merge_blocks", "select_backend"]
 
 _logger = logging.getLogger(__name__)
 _forced: str | None = None
@@ -73,7 +73,7 @@ def _load(name):
 
 @functools.cache
 def _choose(device, dtype, head_dim):
-    """The implementation for tensors of this kind; chosen and logged once per kind."""
+    """(name, implementation) for tensors of this kind; chosen and logged once per kind."""
     fast = device == "cuda" and head_dim <= 256 and dtype in (torch.bfloat16, torch.float16, torch.float32)
     name = _forced or ("triton" if fast else "reference")
     try:
@@ -84,7 +84,12 @@ def _choose(device, dtype, head_dim):
         _logger.warning("slow attention with tangent: %s", error)
         name, backend = "reference", _load("reference")
     _logger.info("attention_jvp backend on %s, %s, head dim %d: %s", device, dtype, head_dim, name)
-    return backend
+    return name, backend
+
+
+def backend_for(q):
+    """Name of the implementation for q's device, dtype and head dim; chosen and logged once per combination."""
+    return _choose(q.device.type, q.dtype, q.shape[-1])[0]
 
 
 def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None, **options):
@@ -92,5 +97,5 @@ def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None,
 
     Arguments, `options` (masks, output type) and results as in `reference.attention_jvp`: `(o, to, lse, mu)`.
     """
-    backend = _choose(q.device.type, q.dtype, q.shape[-1])
+    _, backend = _choose(q.device.type, q.dtype, q.shape[-1])
     return backend(q, k, v, tq, tk, tv, valid_keys=valid_keys, scale=scale, carry=carry, **options)

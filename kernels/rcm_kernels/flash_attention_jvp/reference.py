@@ -62,9 +62,9 @@ def attention_jvp(
             for r, limit in rows
         ]
         block = tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*blocks, strict=True), (0, 0, 2, 2), strict=True))
-    o, to, lse, mu = block if carry is None else merge_blocks(carry, block)
     if update_carry and carry is not None:
-        return tuple(old.copy_(new) for old, new in zip(carry, (o, to, lse, mu), strict=True))
+        return _update(carry, block)
+    o, to, lse, mu = block if carry is None else merge_blocks(carry, block)
     return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
@@ -128,11 +128,31 @@ def merge_blocks(first, second):
     With w = sigmoid(lse2 - lse1):  to = to1 + w (to2 - to1) + w (1 - w)(mu2 - mu1)(o2 - o1), the others linear in w.
     """
     (o1, to1, lse1, mu1), (o2, to2, lse2, mu2) = first, second
+    lse, w, w_mu = _merge_weights(lse1, lse2, mu2 - mu1)
+    o, to = _interpolate(o1, to1, o2, to2, *_per_row(w, w_mu))
+    return o, to, lse, torch.lerp(mu1, mu2, w)
+
+
+def _update(carry, block):
+    """`merge_blocks`, bit for bit, into the carry's tensors: no third o and to. Uses up the block."""
+    (o1, to1, lse1, mu1), (o2, to2, lse2, mu2) = carry, block
+    lse, w, w_mu = _merge_weights(lse1, lse2, mu2 - mu1)
+    w_SBN1, w_mu_SBN1 = _per_row(w, w_mu)
+    step = o2.sub_(o1)
+    to1.lerp_(to2, w_SBN1).addcmul_(w_mu_SBN1, step)
+    return o1.add_(step.mul_(w_SBN1)), to1, lse1.copy_(lse), mu1.lerp_(mu2, w)
+
+
+def _merge_weights(lse1, lse2, mu_step):
+    """lse of both blocks, w, and w (1 - w) mu_step, all [b, n, s]."""
     lse = torch.logaddexp(lse1, lse2)
     w = torch.where(lse == -torch.inf, 0.0, torch.exp(lse2 - lse))
-    to_BNS1 = [x.permute(2, 0, 1).unsqueeze(-1) for x in (w, w * (1 - w) * (mu2 - mu1))]
-    o, to = _interpolate(o1, to1, o2, to2, *to_BNS1)
-    return o, to, lse, torch.lerp(mu1, mu2, w)
+    return lse, w, w * (1 - w) * mu_step
+
+
+def _per_row(*statistics_BNS):
+    """[b, n, s] -> [s, b, n, 1]."""
+    return [x.permute(2, 0, 1).unsqueeze(-1) for x in statistics_BNS]
 
 
 def _interpolate(o1, to1, o2, to2, w, w_mu):

@@ -1,0 +1,39 @@
+"""The README.md of a folder of weights: what it is, where it comes from, how it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rcm_megatron.config import ModelConfig
+
+DIFFUSERS_CLASSES = {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransformer3DModel"}
+"""Family -> its class in diffusers."""
+_FAMILIES = {"wan": "Wan", "cosmos": "Cosmos-Predict2"}
+
+
+def model_card(
+    model_config: ModelConfig,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    target_format: str,
+    path: str,
+    usage: str = "",
+    run_yaml: str | None = None,
+) -> str:
+    """Markdown. `facts`: the table of provenance; `usage`: how to sample; `run_yaml`: the run that trained the weights."""
+    table = "\n".join(f"| {name} | `{value}` |" for name, value in facts.items())
+    load = f"open_checkpoint({path!r})  # rcm_megatron.checkpoint.sources"
+    if target_format == "diffusers":
+        load = f"{DIFFUSERS_CLASSES[model_config.family]}.from_pretrained({path!r})"
+    size = f"{model_config.num_layers} layers, hidden size {model_config.hidden_size}, {model_config.num_heads} heads"
+    parts = [
+        f"# {title}",
+        f"{_FAMILIES[model_config.family]} diffusion transformer ({size}) in the format `{target_format}`, written by rcm_megatron.",
+        "Predicts the rectified-flow velocity noise - x0." + (f" {usage}" if usage else ""),
+        f"| | |\n| --- | --- |\n{table}",
+        f"```python\n{load}\n```",
+    ]
+    if run_yaml:
+        parts.append(f"## Configuration of the run\n\n```yaml\n{run_yaml}```")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,246 @@
+"""Megatron torch_dist folders without process groups: read slice by slice, written tensor by tensor.
+
+Two kinds are read: a run's checkpoint (`checkpoint/dist.py`: `NAME.main.*`, `NAME.model.*`, `NAME.ema.*`), and weights alone,
+`network.model.*` with a config.json, which `write_torch_dist` writes. Names and shapes are internal ones, whole, so both fit
+any tp, pp and vpp. `.metadata` is a pickle: it is read by an unpickler that knows tensor metadata and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from rcm_megatron.checkpoint.errors import CheckpointError, nearest
+from rcm_megatron.checkpoint.folders import sync_to_disk
+
+METADATA_FILE, CONFIG_FILE, COMMON_FILE = ".metadata", "metadata.json", "common.pt"
+_WEIGHTS = {
+    "student": ("student.main.", "student.model."),
+    "ema": ("student.ema.",),
+    "fake_score": ("fake_score.main.", "fake_score.model."),
+    "network": ("network.model.",),
+}
+"""What may be asked of a folder -> the prefixes of its keys, the better one first: fp32 main parameters."""
+_MEGATRON_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def is_torch_dist(folder: Path) -> bool:
+    """Whether a folder is a complete torch_dist checkpoint."""
+    return all((folder / name).is_file() for name in (METADATA_FILE, CONFIG_FILE))
+
+
+class TorchDistFolder:
+    """An open torch_dist folder: its tensors by key, any slice of which can be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metadata = read_metadata(folder)
+        with _damaged(folder / METADATA_FILE):
+            tensors = self._metadata.state_dict_metadata.items()
+            self.shapes = {key: tuple(t.size) for key, t in tensors if isinstance(t, TensorStorageMetadata)}
+            self._check_files()
+        self._reader = FileSystemReader(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def choose(self, weights: str | None) -> tuple[str, str]:
+        """(what is read, prefix of its keys): the one network that is there, or the one of them that `weights` names."""
+        found = {
+            name: prefix
+            for name, prefixes in _WEIGHTS.items()
+            for prefix in reversed(prefixes)
+            if any(key.startswith(prefix) for key in self.shapes)
+        }
+        if not found:
+            raise CheckpointError(f"{self.folder}: no network in it; keys look like {sorted(self.shapes)[:3]}")
+        if weights is None and len(found) > 1:
+            raise CheckpointError(
+                f"{self.folder} holds several networks: {', '.join(found)}; choose one with --weights"
+            )
+        if weights is not None and weights not in found:
+            raise CheckpointError(
+                f"{self.folder} holds no weights {weights!r}{nearest(weights, found)}; need one of {', '.join(found)}"
+            )
+        name = weights or next(iter(found))
+        return name, found[name]
+
+    def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        """`tensor[index]` of a key, for slices of step 1, reading the chunks that it touches one after the other."""
+        with _damaged(self.folder):
+            stored = self._metadata.state_dict_metadata[key]
+            bounds = [part.indices(size)[:2] for part, size in zip(index, stored.size, strict=True)]
+            starts, sizes = [start for start, _ in bounds], [stop - start for start, stop in bounds]
+            target = torch.empty(sizes, dtype=stored.properties.dtype)
+            chunk = ChunkStorageMetadata(offsets=torch.Size(starts), sizes=torch.Size(sizes))
+            items = create_read_items_for_chunk_list(key, stored, [chunk])
+            covered = sum(math.prod(item.lengths) for item in items)
+            if covered != target.numel():
+                raise ValueError(f"its chunks hold {covered} of {target.numel()} elements of {key!r}")
+            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+        return target
+
+    def _check_files(self) -> None:
+        """Every chunk of every tensor lies inside a file of this folder."""
+        for key, tensor in self._metadata.state_dict_metadata.items():
+            for chunk in getattr(tensor, "chunks", ()):
+                info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                path = self.folder / info.relative_path
+                if Path(info.relative_path).name != info.relative_path or not path.is_file():
+                    raise CheckpointError(
+                        f"{self.folder}: {key!r} is said to be in the file {info.relative_path!r}, which is not there"
+                    )
+                size = path.stat().st_size
+                if not 0 <= info.offset <= info.offset + info.length <= size:
+                    raise CheckpointError(
+                        f"{path}: truncated: it has {size} bytes, and {key!r} ends at {info.offset + info.length}; copy it again"
+                    )
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Places what is read in one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = (
+            slice(start, start + size) for start, size in zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        )
+        return self._target[tuple(place)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+def write_torch_dist(
+    folder: Path,
+    named_tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str],
+) -> None:
+    """Fill an empty folder with `network.model.*` of internal full tensors, holding one at a time; `metadata` goes into common.pt."""
+    tensors, places = {}, {}
+    file, name = None, ""
+    try:
+        for internal, tensor in named_tensors:
+            tensor = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
+            if file is None or (file.tell() and file.tell() + tensor.nbytes > max_shard_bytes):
+                file = _next_file(
+                    file, folder / (name := f"__0_{len({info.relative_path for info in places.values()})}.distcp")
+                )
+            key, start, origin = f"network.model.{internal}", file.tell(), torch.Size([0] * tensor.ndim)
+            save_with_torch(tensor, file)
+            places[MetadataIndex(key, origin)] = _StorageInfo(name, start, file.tell() - start)
+            properties = TensorProperties.create_from_tensor(tensor)
+            tensors[key] = TensorStorageMetadata(properties, tensor.shape, [ChunkStorageMetadata(origin, tensor.shape)])
+    finally:
+        _next_file(file, None)
+    _write(folder / METADATA_FILE, pickle.dumps(Metadata(tensors, storage_data=places)))
+    save_with_torch(dict(metadata), folder / COMMON_FILE)
+    sync_to_disk(folder / COMMON_FILE)
+    _write(folder / CONFIG_FILE, json.dumps(_MEGATRON_CONFIG).encode())
+
+
+def save_with_torch(value: Any, file: Path | BinaryIO) -> None:
+    """torch.save, of which a full disk makes a RuntimeError about positions: here it is an OSError."""
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+
+
+def _next_file(file, path: Path | None):
+    """Close a file when it is on disk; open the next one."""
+    if file is not None:
+        with file:
+            file.flush()
+            sync_to_disk(Path(file.name))
+    return None if path is None else open(path, "wb")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    sync_to_disk(path)
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Whatever bad bytes make PyTorch raise, as a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes make unpickling raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path}: refused, it is damaged or not a torch_dist checkpoint of rcm_megatron ({type(error).__name__}: {reason})"
+        ) from error
+
+
+# ---- trust
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """`.metadata`, a pickle that PyTorch would load without asking, by the restricted reader."""
+    path = folder / METADATA_FILE
+    with _damaged(path), open(path, "rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise ValueError(f"it holds a {type(metadata).__name__}")
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the types that a torch_dist `.metadata` consists of and refuses every other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        # A name with a dot would reach through a module's imports: `metadata` has imported os.
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA_TYPES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
+        )
+
+
+_TYPES_MODULE = "torch.distributed.checkpoint.metadata"
+_METADATA_TYPES = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    (_TYPES_MODULE, "BytesStorageMetadata"),
+    (_TYPES_MODULE, "ChunkStorageMetadata"),
+    (_TYPES_MODULE, "Metadata"),
+    (_TYPES_MODULE, "MetadataIndex"),
+    (_TYPES_MODULE, "StorageMeta"),
+    (_TYPES_MODULE, "TensorProperties"),
+    (_TYPES_MODULE, "TensorStorageMetadata"),
+    (_TYPES_MODULE, "_MEM_FORMAT_ENCODING"),
+}

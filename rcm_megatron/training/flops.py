@@ -1,0 +1,175 @@
+"""FLOPs that a step needs, and what share of the hardware's peak it reaches (MFU).
+
+Counted are matrix products, two FLOPs a multiply-add, of the tokens that exist. What is computed a second time is no use and does not
+count: recomputation, DMD's second forward of a rollout's last step, the scores that a fused attention's backward makes again, padding.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from rcm_megatron.checkpoint.formats import internal_shapes
+from rcm_megatron.config import DistillationConfig, LatentConfig, ModelConfig, RunConfig, StageConfig
+from rcm_megatron.diffusion import trigflow
+from rcm_megatron.training.step import Step, objectives_of
+
+log = logging.getLogger(__name__)
+
+PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+}
+"""Dense bf16 peaks of NVIDIA's data sheets, TFLOP/s; the first that is part of CUDA's name of the device counts."""
+
+ROWS = {
+    "patch_embedding": "tokens",
+    "self_attn": "tokens",
+    "cross_attn.linear_q": "tokens",
+    "cross_attn.linear_proj": "tokens",
+    "mlp": "tokens",
+    "head.linear": "tokens",
+    "text_embedding": "text",
+    "cross_attn.linear_kv": "text",
+    "image_embedding": "image",
+    "cross_attn.image_linear_kv": "image",
+    "time_embedding": "times",
+    "time_projection": "times",
+    "self_attn_modulation": "times",
+    "cross_attn_modulation": "times",
+    "mlp_modulation": "times",
+    "head.modulation": "times",
+}
+"""Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, features
+of an image, or the times, of which a sample has one, or one a latent frame."""
+IMAGE_TOKENS = 257
+"""CLIP features of one image."""
+
+
+@dataclass(frozen=True)
+class NetworkFlops:
+    """FLOPs of one sample's plain forward through a whole network, by what a tangent makes of them."""
+
+    linears: int
+    """Of tokens and times: primal and tangent."""
+    context_linears: int
+    """Of text and images, which have no tangent."""
+    self_attention: int
+    """Two products; with tangents six."""
+    cross_attention: int
+    """Two products; four, because keys and values have no tangent."""
+
+    @property
+    def forward(self) -> int:
+        return self.linears + self.context_linears + self.self_attention + self.cross_attention
+
+    @property
+    def dual(self) -> int:
+        """Output and tangent."""
+        return 2 * self.linears + self.context_linears + 3 * self.self_attention + 2 * self.cross_attention
+
+    @property
+    def backward(self) -> int:
+        """Of the primal: gradients of both factors of each product (the few of given inputs, which nobody needs, included)."""
+        return 2 * self.forward
+
+
+def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
+    """Raises KeyError for a linear of unknown rows."""
+    tokens, frames = latent.num_tokens(model.patch_size), latent.frames // model.patch_size[0]
+    image = 0
+    if model.wan is not None and model.wan.image_dim is not None:
+        image = model.wan.image_positions or IMAGE_TOKENS
+    rows = {"tokens": tokens, "text": model.text_len, "image": image, "times": frames if model.condition_frames else 1}
+    linears = dict.fromkeys(rows, 0)
+    for name, shape in internal_shapes(model).items():
+        if name.endswith(".weight") and len(shape) == 2:
+            kind = _rows_of(name)
+            linears[kind] += 2 * rows[kind] * math.prod(shape)
+    attention = 4 * tokens * model.hidden_size * model.num_layers
+    return NetworkFlops(
+        linears=linears["tokens"] + linears["times"],
+        context_linears=linears["text"] + linears["image"],
+        self_attention=attention * tokens,
+        cross_attention=attention * (model.text_len + image),
+    )
+
+
+def _rows_of(name: str) -> str:
+    local = name.split(".", 2)[2] if name.startswith("blocks.") else name
+    found = next((rows for start, rows in ROWS.items() if local.startswith(start + ".")), None)
+    if found is None:
+        raise KeyError(f"got a linear {name}; need one of {', '.join(ROWS)}; fix: add it to training.flops.ROWS")
+    return found
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often an objective runs a network on each sample; guidance is two passes."""
+
+    forward: int
+    dual: int = 0
+    backward: int = 1
+
+
+def passes_of(objective: str, step: Step, settings: DistillationConfig) -> Passes:
+    """The passes of ``objective`` that are of use."""
+    teacher = 2 if trigflow.needs_guidance(settings.teacher_guidance) else 1
+    scm = {
+        "exact": Passes(forward=teacher, dual=1),
+        "semicontinuous": Passes(forward=teacher + 1, dual=1),
+        "finite_difference": Passes(forward=teacher + 2),
+    }
+    return {
+        "flow": Passes(forward=1),
+        "dcm": Passes(forward=settings.dcm.skip * teacher + 2),
+        "scm": scm[settings.jvp_kind],
+        "dmd": Passes(forward=step.rollout_steps + 1 + teacher),
+        "critic": Passes(forward=step.rollout_steps + 1),
+    }[objective]
+
+
+def step_flops(network: NetworkFlops, step: Step, stage: StageConfig, settings: DistillationConfig) -> int:
+    """FLOPs of one sample in ``step``, all objectives together."""
+    passes = [passes_of(name, step, settings) for name in objectives_of(step, stage)]
+    return sum(p.forward * network.forward + p.dual * network.dual + p.backward * network.backward for p in passes)
+
+
+def peak_tflops(run: RunConfig) -> float | None:
+    """Peak of one device, TFLOP/s: as configured, or of a known GPU for a bf16 run; else None."""
+    if run.logging.peak_tflops is not None:
+        return run.logging.peak_tflops
+    if not torch.cuda.is_available() or run.precision.params_dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name()
+    known = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    if known is None:
+        log.info("no MFU: got a %s, need a peak of it; fix: logging.peak_tflops", name)
+    return known
+
+
+class Throughput:
+    """Rates of the steps of ``run`` on ``devices`` devices."""
+
+    def __init__(self, run: RunConfig, *, devices: int) -> None:
+        self._run, self._devices, self._peak = run, devices, peak_tflops(run)
+        self._tokens = run.latent.num_tokens(run.model.patch_size)
+        self._network = network_flops(run.model, run.latent)
+
+    def rates(self, step: Step, stage: StageConfig, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Metrics from what `timers.step_seconds` gave; sample videos are not part of the step."""
+        step_seconds = seconds["seconds/step"] - seconds.get("seconds/preview", 0.0)
+        samples = self._run.trainer.global_batch_size / step_seconds
+        flops = step_flops(self._network, step, stage, self._run.distillation)
+        tflops = samples * flops / self._devices / 1e12
+        rates = {"samples_per_second": samples, "tokens_per_second": samples * self._tokens}
+        rates |= {"tflops_per_device": tflops}
+        return rates if self._peak is None else rates | {"mfu": tflops / self._peak}

@@ -1,0 +1,165 @@
+"""What a run reports: records that only rise over kills and resumes, and Weights & Biases, which may fail without ending the run."""
+
+import dataclasses
+import json
+
+import pytest
+import wandb
+
+from rcm_megatron.config import RunConfig, build
+from rcm_megatron.training import metrics
+from rcm_megatron.training.metrics import MetricLogger, read_records
+from tests.distributed.tiny_run import tiny_config
+
+RECORD = {"stage": "rcm", "trained": "student", "scm/loss": 1.5}
+
+
+class FakeRun:
+    """What wandb.init returns."""
+
+    def __init__(self):
+        self.logged, self.error, self.finished = [], None, False
+
+    def log(self, record, step):
+        if self.error is not None:
+            raise self.error
+        self.logged.append((step, record))
+
+    def finish(self):
+        self.finished = True
+
+
+class FakeWandb:
+    """Notes how it was started; refuses the modes in `refused`."""
+
+    def __init__(self):
+        self.starts, self.refused, self.run = [], (), FakeRun()
+
+    def init(self, **options):
+        self.starts.append(options)
+        if options["mode"] in self.refused:
+            raise wandb.errors.CommError("no network")
+        return self.run
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setattr(metrics.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(wandb, "init", fake.init)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    return fake
+
+
+def logger(folder, *, start=0, mode="disabled"):
+    run = build(RunConfig, tiny_config(folder))
+    run = dataclasses.replace(run, logging=dataclasses.replace(run.logging, wandb_mode=mode))
+    return MetricLogger(run, start=start, total=20)
+
+
+def write(folder, iterations, *, start=0):
+    log = logger(folder, start=start)
+    for iteration in iterations:
+        log.log(iteration, RECORD)
+    log.close()
+
+
+def test_a_killed_run_that_resumes_leaves_each_iteration_once(tmp_path):
+    """Killed at 7 in the middle of a line, with its checkpoint at 4; killed again before a record; resumed."""
+    path = tmp_path / "out" / "metrics.jsonl"
+    write(tmp_path, range(7))
+    with path.open("a") as file:
+        file.write('{"iteration": 7, "stage": "rc')
+    assert [record["iteration"] for record in read_records(path)] == list(range(7)), "a torn line is no record"
+    write(tmp_path, [], start=4)
+    write(tmp_path, range(4, 9), start=4)
+    assert [(r["iteration"], r["restarts"]) for r in read_records(path)] == [
+        *((i, 0) for i in range(4)),
+        *((i, 1) for i in range(4, 9)),
+    ]
+    write(tmp_path, [9], start=9)
+    assert read_records(path)[-1] == {"iteration": 9, "restarts": 2, **RECORD}
+
+
+def test_a_run_from_the_start_forgets_the_records_of_the_one_before(tmp_path):
+    write(tmp_path, range(3))
+    write(tmp_path, range(2))
+    assert [(r["iteration"], r["restarts"]) for r in read_records(tmp_path / "out" / "metrics.jsonl")] == [
+        (0, 0),
+        (1, 0),
+    ]
+
+
+def test_wandb_gets_the_record_of_the_file(tmp_path, fake):
+    log = logger(tmp_path, mode="offline")
+    log.log(0, RECORD)
+    log.close()
+    (record,) = read_records(tmp_path / "out" / "metrics.jsonl")
+    ((step, logged),) = fake.run.logged
+    assert {"iteration": step, **logged} == record and fake.run.finished
+    (start,) = fake.starts
+    assert (
+        start["mode"] == "offline"
+        and start["resume"] == "allow"
+        and start["config"]["trainer"]["global_batch_size"] == 4
+    )
+    json.dumps(start["config"])
+
+
+@pytest.mark.parametrize("found", [None, "", "\n"])
+def test_the_run_id_is_on_disk_before_wandb_starts_and_stays(tmp_path, fake, found):
+    """An empty file is what a machine that lost its power leaves."""
+    identity = tmp_path / "out" / "wandb_run_id"
+    if found is not None:
+        identity.parent.mkdir()
+        identity.write_text(found)
+    fake.refused = ("online",)
+    with pytest.raises(wandb.Error):
+        logger(tmp_path, mode="online")
+    assert len(identity.read_text().strip()) == 8
+    fake.refused = ()
+    for _ in range(2):
+        logger(tmp_path, mode="online").close()
+    assert {start["id"] for start in fake.starts} == {identity.read_text().strip()}
+
+
+def test_without_a_network_auto_works_offline_and_says_so(tmp_path, fake, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    fake.refused = ("online",)
+    logger(tmp_path, mode="auto").close()
+    assert [start["mode"] for start in fake.starts] == ["online", "offline"]
+    assert "works offline: no network" in caplog.text and "wandb sync" in caplog.text
+
+
+def test_auto_is_offline_without_a_key(tmp_path, fake):
+    logger(tmp_path, mode="auto").close()
+    assert [start["mode"] for start in fake.starts] == ["offline"]
+
+
+def test_an_error_of_wandb_does_not_end_the_run(tmp_path, fake, capsys):
+    log = logger(tmp_path, mode="offline")
+    fake.run.error = BrokenPipeError("service ended")
+    for iteration in range(2):
+        log.log(iteration, RECORD)
+    log.close()
+    assert len(read_records(tmp_path / "out" / "metrics.jsonl")) == 2 and not fake.run.finished
+    assert capsys.readouterr().out.count("Weights & Biases stopped (BrokenPipeError: service ended)") == 1
+
+
+def test_videos_carry_their_captions(tmp_path, fake):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    log = logger(tmp_path, mode="offline")
+    log.log_videos(3, {"previews/ema_4_steps/0": (tmp_path / "a.mp4", "seven moving left")})
+    log.log_videos(4, {})
+    log.close()
+    ((step, shown),) = fake.run.logged
+    assert step == 3 and shown["previews/ema_4_steps/0"]._caption == "seven moving left"
+
+
+def test_other_ranks_write_nothing(tmp_path, monkeypatch, fake):
+    monkeypatch.setattr(metrics.dist, "get_rank", lambda: 1)
+    log = logger(tmp_path, mode="offline")
+    log.log(0, RECORD)
+    log.log_videos(0, {"previews/student_1_steps/0": (tmp_path / "a.mp4", "a")})
+    log.close()
+    assert not (tmp_path / "out").exists() and not fake.starts
