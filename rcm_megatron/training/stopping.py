@@ -40,7 +40,8 @@ class StopRequest:
     def on_signals(self) -> Iterator[None]:
         """Note SIGNALS instead of dying of them. Main thread only.
 
-        They stay ignored afterwards: a launcher sends SIGTERM to all ranks when the first has left, and the others' status is to be their own.
+        They stay ignored afterwards: a launcher sends SIGTERM to all ranks when the first has left, and the others are to keep their
+        own exit status.
         """
         for number in SIGNALS:
             signal.signal(number, self._note)

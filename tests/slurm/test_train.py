@@ -128,7 +128,7 @@ def test_a_node_with_another_version_is_refused_by_name(jobs, tmp_path):
     fields, output = jobs.slurm.finish(job), jobs.output(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "3:0", "0"), output
     assert "node1: megatron-core 0.16.0, need 0.16.1" in output
-    assert "node0: " not in output and not (jobs.folder / "refused" / "metrics.jsonl").exists()
+    assert "\nnode0: " not in output and not (jobs.folder / "refused" / "metrics.jsonl").exists()
 
 
 def test_a_job_that_makes_no_progress_is_given_up(jobs):
