@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import operator
 import os
 import re
 import sys
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_export(commands)
     _add_check(commands)
+    _add_preflight(commands)
     _add_convert(commands)
     return parser
 
@@ -191,14 +193,42 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "check", _check, "Print a configuration, complete, or every reason why it cannot run.")
     _add_config(parser)
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes it is to run on")
+    parser.add_argument("--field", metavar="KEY", help="print the value of this field alone, e.g. output_dir")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.world_size < 1:
         raise ConfigError(f"--world-size {arguments.world_size} must be at least 1")
     config = _load(arguments, arguments.world_size)
+    if arguments.field is not None:
+        print(_field(config, arguments.field))
+        return
     print(f"# {config.layout_summary(arguments.world_size)}")
     print(to_yaml(config), end="")
+
+
+def _field(config: RunConfig, key: str) -> object:
+    try:
+        return operator.attrgetter(key)(config)
+    except AttributeError:
+        raise ConfigError(f"--field {key}: the configuration has no such field") from None
+
+
+def _add_preflight(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "preflight", _preflight, "Look at every node before a run and name the bad ones; one process a rank."
+    )
+    _add_config(parser)
+    parser.add_argument("--timeout", type=float, default=50.0, metavar="S", help="seconds for all of it; default: 50")
+    parser.add_argument("--nodes", default="", metavar="A,B", help="the job's nodes in the order of ranks")
+
+
+def _preflight(arguments: argparse.Namespace) -> None:
+    config = _load(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    from rcm_megatron.cluster.preflight import preflight
+
+    listed = [name for name in arguments.nodes.split(",") if name]
+    raise SystemExit(preflight(config, timeout=arguments.timeout, listed=listed))
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
