@@ -86,3 +86,17 @@ def write_tokenizer(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "extra_ids": 0}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", **names}))
+
+
+def write_image_encoder(folder, *, image_dim=24):
+    """Random CLIPVisionModel in `image_encoder/`, with 257 tokens as ViT-H/14 has them, and its `image_processor/`."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(3)
+    fields = {"hidden_size": image_dim, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
+    model = CLIPVisionModel(CLIPVisionConfig(**fields, image_size=32, patch_size=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(Path(folder) / "image_encoder")
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessorPil(**sizes).save_pretrained(Path(folder) / "image_processor")

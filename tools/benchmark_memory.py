@@ -55,7 +55,7 @@ from rcm_megatron.training.networks import build_chunks, build_networks, load_we
 from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
 from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
 from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
-from tools.measuring import ROOT, PeakBytes, provenance, wan_model  # noqa: E402
+from tools.measuring import ROOT, TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model  # noqa: E402
 
 POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
 """(memory.recompute, memory.teacher_weights)."""
@@ -71,7 +71,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
         name="benchmark_memory",
         output_dir="",
         model=model,
-        latent=LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32),
+        latent=LatentConfig(channels=16, frames=args.tokens // TOKENS_OF_FRAME, height=32, width=32),
         parallel=parallel,
         precision=PrecisionConfig(params_dtype=args.dtype, linear_layers="local"),
         init=InitConfig(),
@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "memory", help="without suffix: .json and .md")
     args = parser.parse_args()
+    check_sizes(hidden=args.hidden, head_dim=args.head_dim, tokens=args.tokens)
     if "RANK" not in os.environ:
         sys.exit(start_ranks(args.ranks))
     torch.set_num_threads(1)

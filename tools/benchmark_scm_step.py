@@ -33,7 +33,7 @@ from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights, seeded_weights
-from tools.measuring import PeakBytes, provenance, wan_model
+from tools.measuring import TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model
 
 
 class Bench:
@@ -41,7 +41,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         model = wan_model(layers=args.layers, hidden=args.hidden, head_dim=args.head_dim)
-        latent = LatentConfig(channels=16, frames=args.tokens // 256, height=32, width=32)
+        latent = LatentConfig(channels=16, frames=args.tokens // TOKENS_OF_FRAME, height=32, width=32)
         groups = initialize_parallel(ParallelConfig())
         chunks = build_chunks(model, latent, ParallelConfig(), groups=groups, params_dtype=DTYPES[args.dtype])
         load_weights(chunks, seeded_weights(model, seed=0))
@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--fused", default="auto", help="fused ops: auto, none, all, or names joined by commas")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args(argv)
+    check_sizes(hidden=args.hidden, head_dim=args.head_dim, tokens=args.tokens)
     select_ops(args.fused)
     platform.install()
     platform.init_distributed()

@@ -78,6 +78,21 @@ class PeakBytes(TorchDispatchMode):
         del self._before[key]
 
 
+TOKENS_OF_FRAME = 256
+"""Of a latent of 32 x 32 in patches of 2 x 2."""
+
+
+def check_sizes(*, hidden: int, head_dim: int, tokens: int) -> None:
+    """End the command, before it starts anything, for sizes that make no network."""
+    for name, value, unit, what in (
+        ("--hidden", hidden, head_dim, "a multiple of --head-dim"),
+        ("--tokens", tokens, TOKENS_OF_FRAME, "whole latent frames of"),
+    ):
+        if value < unit or value % unit:
+            nearest = max(1, round(value / unit)) * unit
+            raise SystemExit(f"got {name} {value}; need {what} {unit}; fix: {name} {nearest}")
+
+
 def wan_model(*, layers: int, hidden: int, head_dim: int) -> ModelConfig:
     """Wan2.1 in another size, with a short text."""
     return ModelConfig(

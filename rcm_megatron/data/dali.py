@@ -24,7 +24,8 @@ from rcm_megatron.data.samples import LoadedSample, OnError, SampleError, Sample
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
-Arrays = tuple[list[np.ndarray], list[np.ndarray]]
+Arrays = list[list[np.ndarray]]
+"""Of each output of the pipeline, one array a sample."""
 _STATE_KEYS = ("next_sample", "seed", "fingerprint")
 
 
@@ -43,6 +44,10 @@ class Batch:
     """int64 [b] on the CPU: rows of the manifest. Equal on all ranks of a model replica, unless their disks disagree."""
     num_skipped: int
     """How many of them stand in for unusable samples."""
+    image_latent_BCTHW: Tensor | None = None
+    """fp32, on the loader's device, for networks that are given it: the latent of the image alone."""
+    image_LBD: Tensor | None = None
+    """fp32 CLIP features [257, b, 1280], on the loader's device, for networks that are given them."""
 
 
 def micro_batch_indices(*, first: int, micro_batch: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> range:
@@ -74,6 +79,8 @@ class LatentLoader:
         latent_shape: Sequence[int],
         text_len: int,
         text_dim: int,
+        image_latent_shape: Sequence[int] | None = None,
+        image_embed_shape: Sequence[int] | None = None,
         start_sample: int = 0,
         num_threads: int = 2,
         prefetch: int = 2,
@@ -95,13 +102,18 @@ class LatentLoader:
             text_len=text_len,
             text_dim=text_dim,
             on_error=on_error,
+            image_latent_shape=image_latent_shape,
+            image_embed_shape=image_embed_shape,
         )
+        shapes = {"latent_CTHW": tuple(latent_shape), "embed_LD": (text_len, text_dim)}
+        shapes |= {"image_latent_CTHW": image_latent_shape, "image_embed_LD": image_embed_shape}
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items() if shape is not None}
+        """Fields of a sample that DALI takes, with their shapes."""
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._global_batch_size = global_batch_size
         self._seed = seed
-        self._text_shape_LD = (text_len, text_dim)
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._device = torch.device(device)
@@ -123,10 +135,15 @@ class LatentLoader:
         self._consumed += 1
         num_skipped = sum(sample.replaced for sample in loaded)
         self.num_skipped += num_skipped
-        latent_BCTHW, text_BLD = (torch.from_dlpack(output.as_tensor()) for output in outputs)
+        tensors = {
+            name: torch.from_dlpack(output.as_tensor()) for name, output in zip(self._shapes, outputs, strict=True)
+        }
+        image_BLD = tensors.get("image_embed_LD")
         return Batch(
-            latent_BCTHW=latent_BCTHW,
-            text_LBD=text_BLD.transpose(0, 1).contiguous(),
+            latent_BCTHW=tensors["latent_CTHW"],
+            text_LBD=tensors["embed_LD"].transpose(0, 1).contiguous(),
+            image_latent_BCTHW=tensors.get("image_latent_CTHW"),
+            image_LBD=None if image_BLD is None else image_BLD.transpose(0, 1).contiguous(),
             prompts=tuple(sample.prompt for sample in loaded),
             sample_indices=torch.tensor([sample.index for sample in loaded]),
             dataset_rows=torch.tensor([sample.row for sample in loaded]),
@@ -187,8 +204,8 @@ class LatentLoader:
         self._submitted = self._consumed
         self._pipeline = _build_pipeline(
             self._next_arrays,
+            shapes=self._shapes,
             batch_size=self._micro_batch_size,
-            text_len=self._text_shape_LD[0],
             prefetch=self._prefetch,
             device=self._device,
         )
@@ -217,11 +234,9 @@ class LatentLoader:
             loaded = [future.result() for future in futures]
         except SampleError as error:
             self._handed_over.append(error)
-            latent = np.zeros(self._source.latent_shape, np.float32)
-            embed = np.zeros(self._text_shape_LD, np.float32)
-            return [latent] * self._micro_batch_size, [embed] * self._micro_batch_size
+            return [[np.zeros(shape, np.float32)] * self._micro_batch_size for shape in self._shapes.values()]
         self._handed_over.append(loaded)
-        return [sample.latent_CTHW for sample in loaded], [sample.embed_LD for sample in loaded]
+        return [[getattr(sample, name) for sample in loaded] for name in self._shapes]
 
 
 def _check_sizes(micro_batch_size: int, dp_rank: int, dp_size: int, global_batch_size: int, start_sample: int) -> None:
@@ -238,9 +253,14 @@ def _check_sizes(micro_batch_size: int, dp_rank: int, dp_size: int, global_batch
 
 
 def _build_pipeline(
-    source: Callable[[], Arrays], *, batch_size: int, text_len: int, prefetch: int, device: torch.device
+    source: Callable[[], Arrays],
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    batch_size: int,
+    prefetch: int,
+    device: torch.device,
 ) -> Pipeline:
-    """The DALI pipeline (latents, texts filled up to text_len) around `source() -> (latents, texts)`."""
+    """The DALI pipeline around `source`, which gives the arrays named in `shapes`; texts are filled up to text_len."""
     try:
         from nvidia.dali import Pipeline, fn, types
     except ImportError as error:
@@ -259,10 +279,12 @@ def _build_pipeline(
         exec_dynamic=True,
     )
     with pipeline:
-        latent, text = fn.external_source(
-            source=source, num_outputs=2, batch=True, dtype=[types.FLOAT, types.FLOAT], ndim=[4, 2]
+        dims = [len(shape) for shape in shapes.values()]
+        outputs = fn.external_source(
+            source=source, num_outputs=len(dims), batch=True, dtype=[types.FLOAT] * len(dims), ndim=dims
         )
-        text = fn.pad(text, axes=[0], shape=[text_len], fill_value=0)
-        pipeline.set_outputs(*((latent.gpu(), text.gpu()) if on_gpu else (latent, text)))
+        arrays = dict(zip(shapes, outputs, strict=True))
+        arrays["embed_LD"] = fn.pad(arrays["embed_LD"], axes=[0], shape=[shapes["embed_LD"][0]], fill_value=0)
+        pipeline.set_outputs(*(array.gpu() if on_gpu else array for array in arrays.values()))
     pipeline.build()
     return pipeline

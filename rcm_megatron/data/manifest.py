@@ -27,11 +27,15 @@ from rcm_megatron.data.shards import PROMPT_SUFFIX, TENSOR_FORMATS, file_sha256
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
-LATENT, EMBED, PROMPT = range(3)
-_VERSION = 1
-_KINDS = ("latent", "embed", "prompt")
+LATENT, EMBED, PROMPT, IMAGE_LATENT, IMAGE_EMBED = range(5)
+KINDS = ("latent", "embed", "prompt", "image_latent", "image_embed")
+_NEEDED = (LATENT, EMBED, PROMPT)
+"""What every sample has. Only networks that are given an image ask for the other two."""
+_VERSIONS = {len(_NEEDED): 1, len(KINDS): 2}
+"""Of the manifest, by the kinds of members in its index: datasets without images have manifests as they always had."""
 _FORMATS = (*TENSOR_FORMATS, "txt")
-_SUFFIXES = {f"{_KINDS[kind]}.{name}": (kind, name) for kind in (LATENT, EMBED) for name in TENSOR_FORMATS}
+_TENSORS = (LATENT, EMBED, IMAGE_LATENT, IMAGE_EMBED)
+_SUFFIXES = {f"{KINDS[kind]}.{name}": (kind, name) for kind in _TENSORS for name in TENSOR_FORMATS}
 _SUFFIXES[PROMPT_SUFFIX] = (PROMPT, "txt")
 _TAR_BLOCK = 512
 _SCAN_THREADS = 8  # a scan waits for the file system, not for the processor
@@ -50,14 +54,17 @@ class Member(NamedTuple):
     size: int
 
 
+_ABSENT = Member("", TENSOR_FORMATS[0], 0, -1)
+
+
 class Record(NamedTuple):
     """Where one sample lies."""
 
     shard: str
     shard_size: int
     key: str
-    members: tuple[Member, Member, Member]
-    """Indexed by LATENT, EMBED, PROMPT."""
+    members: tuple[Member | None, ...]
+    """Indexed by LATENT, EMBED, PROMPT, IMAGE_LATENT, IMAGE_EMBED; None for an image member that the shard lacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,7 @@ class Manifest:
     folder: Path
     shards: tuple[Shard, ...]
     index: np.ndarray
-    """[N] rows of (key, shard, offset[3], size[3], format[3])."""
+    """[N] rows of (key, shard, offset[K], size[K], format[K]); K is 5 if any sample has image members, else 3. Size -1: no such member."""
     problems: tuple[str, ...] = ()
     """What the scan left out, one line each, naming shard and key."""
     description: Mapping[str, object] = field(default_factory=dict)
@@ -100,12 +107,20 @@ class Manifest:
         entry = self.index[row]
         shard = self.shards[int(entry["shard"])]
         key = entry["key"].decode("utf-8")
-        members = []
-        for kind, kind_name in enumerate(_KINDS):
+        members: list[Member | None] = [None] * len(KINDS)
+        for kind in np.flatnonzero(entry["size"] >= 0):
             member_format = _FORMATS[int(entry["format"][kind])]
-            name = f"{key}.{kind_name}.{member_format}"
-            members.append(Member(name, member_format, int(entry["offset"][kind]), int(entry["size"][kind])))
+            name = f"{key}.{KINDS[kind]}.{member_format}"
+            members[kind] = Member(name, member_format, int(entry["offset"][kind]), int(entry["size"][kind]))
         return Record(shard.name, shard.size, key, tuple(members))
+
+    def check_has(self, kind: int) -> None:
+        """DatasetError if no sample has members of that kind, as in a dataset that was built for another network."""
+        if kind >= self.index["size"].shape[1] or (self.index["size"][:, kind] < 0).all():
+            raise DatasetError(
+                f"{self.folder} holds no {KINDS[kind]} members, which this network is given; build it with them, from the first frame of "
+                "each video"
+            )
 
     def order(self, *, epoch: int, seed: int) -> np.ndarray:
         """The permutation of the rows, int64 [N], in which epoch `epoch` reads them; depends on (seed, epoch, N) alone."""
@@ -117,7 +132,7 @@ class Manifest:
         """Write `manifest.json` and its index into the folder, each atomically; returns the path of the former."""
         index_file = f"manifest-{self.fingerprint[:12]}.npy"
         header = {
-            "version": _VERSION,
+            "version": _VERSIONS[self.index["size"].shape[1]],
             "num_samples": len(self),
             "index_file": index_file,
             "fingerprint": self.fingerprint,
@@ -156,8 +171,10 @@ def load_manifest(folder: str | os.PathLike[str], *, on_error: Literal["skip", "
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; build it with build_manifest({str(folder)!r}).save()")
     header = json.loads(path.read_text(encoding="utf-8"))
-    if header.get("version") != _VERSION:
-        raise DatasetError(f"{path} has version {header.get('version')}, need {_VERSION}; build it again")
+    if header.get("version") not in _VERSIONS.values():
+        raise DatasetError(
+            f"{path} has version {header.get('version')}, need {max(_VERSIONS.values())}; build it again"
+        )
     index = np.load(folder / header["index_file"], mmap_mode="r", allow_pickle=False)
     if len(index) != header["num_samples"]:
         raise DatasetError(f"{path} says {header['num_samples']} samples, its index has {len(index)}; build it again")
@@ -237,12 +254,15 @@ def _report(problems: list[str] | tuple[str, ...], *, on_error: Literal["skip", 
 
 def _index_of(scans: list[dict[str, dict[int, Member]]]) -> np.ndarray:
     key_bytes = max((len(key.encode("utf-8")) for samples in scans for key in samples), default=1)
-    fields = [("key", f"S{key_bytes}"), ("shard", "<i4"), ("offset", "<i8", 3), ("size", "<i8", 3), ("format", "u1", 3)]
+    has_images = any(len(members) > len(_NEEDED) for samples in scans for members in samples.values())
+    kinds = len(KINDS) if has_images else len(_NEEDED)
+    fields = [("key", f"S{key_bytes}"), ("shard", "<i4")]
+    fields += [("offset", "<i8", kinds), ("size", "<i8", kinds), ("format", "u1", kinds)]
     index = np.zeros(sum(map(len, scans)), dtype=fields)
     row = 0
     for shard, samples in enumerate(scans):
         for key, members in samples.items():
-            ordered = [members[kind] for kind in (LATENT, EMBED, PROMPT)]
+            ordered = [members.get(kind, _ABSENT) for kind in range(kinds)]
             formats = [_FORMATS.index(member.format) for member in ordered]
             offsets, sizes = [member.offset for member in ordered], [member.size for member in ordered]
             index[row] = (key.encode("utf-8"), shard, offsets, sizes, formats)
@@ -265,10 +285,10 @@ def scan_shard(path: Path) -> tuple[dict[str, dict[int, Member]], list[str]]:
                     samples.setdefault(key, {})[kind] = Member(name, member_format, offset, size)
     except (tarfile.TarError, OSError, EOFError) as error:
         problems.append(f"shard {path.name}: {error}")
-    whole = {key: members for key, members in samples.items() if len(members) == len(_KINDS)}
+    whole = {key: members for key, members in samples.items() if members.keys() >= set(_NEEDED)}
     for key, members in samples.items():
-        for kind in sorted(set(range(len(_KINDS))) - set(members)):
-            problems.append(f"shard {path.name}, key {key}: no member {key}.{_KINDS[kind]}.* in the shard")
+        for kind in sorted(set(_NEEDED) - members.keys()):
+            problems.append(f"shard {path.name}, key {key}: no member {key}.{KINDS[kind]}.* in the shard")
     return whole, problems
 
 

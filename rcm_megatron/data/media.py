@@ -5,6 +5,8 @@ Shapes: C channels, T frames, H, W pixels; the last C of THWC and HWC is RGB.
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,11 @@ VIEWABLE_SIDE = 128
 _CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
 _DPI = 100
 _BACKGROUND = 255
+_TITLE_HEIGHT, _LINE_HEIGHT, _FONT_POINTS = 40, 20, 10
+_CHARACTER_WIDTH = 8.5
+"""Pixels of the mean character of a caption at that size."""
+_FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei"]
+"""The first that is installed and has a character draws it."""
 
 
 def to_frames(video_CTHW: Tensor, *, scale: int | None = None) -> np.ndarray:
@@ -140,3 +147,40 @@ def write_png(path: str | Path, picture_HWC: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture_HWC).save(path)
     return path
+
+
+def contact_sheet(
+    strips: Sequence[np.ndarray], *, captions: Sequence[str], title: str, gap: int = 8, least_width: int = 640
+) -> np.ndarray:
+    """One picture [H, W, 3]: the frames [T, H, W, 3] of each video side by side, its caption in one line or two above them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [frame_strip(strip, gap=4) for strip in strips]
+    width = max(least_width, max(row.shape[1] for row in rows) + 2 * gap)
+    texts = [_shortened(caption, width - 2 * gap) for caption in captions]
+    tops, height = [], _TITLE_HEIGHT
+    for row, text in zip(rows, texts, strict=True):
+        tops.append(height + _LINE_HEIGHT * len(text) + gap)
+        height = tops[-1] + row.shape[0] + gap
+    picture = np.full((height, width, 3), _BACKGROUND, dtype=np.uint8)
+    for row, top in zip(rows, tops, strict=True):
+        picture[top : top + row.shape[0], gap : gap + row.shape[1]] = row
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+    canvas = FigureCanvasAgg(figure)
+    figure.figimage(picture, origin="upper")
+    fonts = {"va": "top", "parse_math": False}
+    figure.text(gap / width, 1 - gap / height, title, fontsize=14, weight="bold", **fonts)
+    for text, top in zip(texts, tops, strict=True):
+        for line, words in enumerate(text):
+            y = top - _LINE_HEIGHT * (len(text) - line) - gap / 2
+            figure.text(gap / width, 1 - y / height, words, fontsize=_FONT_POINTS, family=_FONTS, **fonts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # without a font for a script, boxes stand for it
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _shortened(caption: str, width: int) -> list[str]:
+    """At most two lines of about `width` pixels."""
+    return textwrap.wrap(" ".join(caption.split()), width=int(width / _CHARACTER_WIDTH), max_lines=2, placeholder=" …")

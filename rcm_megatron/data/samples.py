@@ -1,5 +1,14 @@
 """From the bytes of a shard's members to a checked sample, and from a global sample index to that sample.
 
+Members of a sample: `<key>.latent`, `<key>.embed` and `<key>.prompt`, as rcm_megatron.data.shards says, and for image-to-video networks
+two more, made of the video's first frame (`.pt`, `.npy` or `.safetensors`, any floating-point type):
+
+- `<key>.image_latent`: [C, T, H, W], the VAE's normalised latent of a video of the sample's length that begins with the frame and goes
+  on grey, zeros of pixels in [-1, 1] (`rcm_megatron.models.encoders.image_latent`). Without the mask, which follows from its shape.
+- `<key>.image_embed`: [L, D], CLIP's features of the frame (`CLIPImageEncoder`; [257, 1280]), where the network has an image_dim.
+
+Wan2.2 TI2V and Cosmos Video2World need neither: what they are given is the first frames of `<key>.latent`.
+
 Shapes: C channels, T latent frames, H, W, L text positions (always the model's text_len), D text width.
 """
 
@@ -19,13 +28,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rcm_megatron.data.manifest import EMBED, LATENT, PROMPT, Manifest, Record
+from rcm_megatron.data.manifest import EMBED, IMAGE_EMBED, IMAGE_LATENT, KINDS, LATENT, PROMPT, Manifest, Record
 from rcm_megatron.data.shards import ShardReader, TensorFormat
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["skip", "raise"]
 _MOST_REPLACEMENTS = 1000
+_IMAGE_FIELDS = {IMAGE_LATENT: "image_latent_CTHW", IMAGE_EMBED: "image_embed_LD"}
 
 
 class SampleError(RuntimeError):
@@ -40,6 +50,8 @@ class LoadedSample:
     embed_LD: np.ndarray
     """As stored, without the zeros that fill it up to text_len."""
     prompt: str
+    image_latent_CTHW: np.ndarray | None = None
+    image_embed_LD: np.ndarray | None = None
     index: int
     """Global sample index: counts up over the whole run, epochs included."""
     row: int
@@ -127,6 +139,16 @@ def fit_embedding(embed: np.ndarray, *, text_len: int, text_dim: int) -> np.ndar
     return _check_finite(np.ascontiguousarray(embed[:text_len]))
 
 
+def fit_image_embedding(embed: np.ndarray, shape_LD: Sequence[int]) -> np.ndarray:
+    """Features of an image as [L, D]. ValueError for any other shape, or for a value that is not finite."""
+    got = embed.shape
+    if embed.ndim == 3 and got[0] == 1:
+        embed = embed[0]
+    if embed.shape != tuple(shape_LD):
+        raise ValueError(f"got shape {tuple(got)}, need {tuple(shape_LD)} in [L, D]")
+    return _check_finite(np.ascontiguousarray(embed))
+
+
 def load_negative_embedding(path: str | os.PathLike[str], *, text_len: int, text_dim: int) -> Tensor:
     """Embedding [L, D], fp32, of the unconditional branch of classifier-free guidance, filled up with zeros to text_len.
 
@@ -161,11 +183,18 @@ class SampleSource:
         text_len: int,
         text_dim: int,
         on_error: OnError,
+        image_latent_shape: Sequence[int] | None = None,
+        image_embed_shape: Sequence[int] | None = None,
     ) -> None:
+        """`image_latent_shape`, `image_embed_shape`: for networks that are given them; DatasetError if the dataset has none."""
         if on_error not in ("skip", "raise"):
             raise ValueError(f"on_error={on_error!r} is unknown; use 'skip' or 'raise'")
         if len(latent_shape) != 4:
             raise ValueError(f"latent_shape={tuple(latent_shape)} must be [C, T, H, W]")
+        images = {IMAGE_LATENT: (image_latent_shape, fit_latent), IMAGE_EMBED: (image_embed_shape, fit_image_embedding)}
+        self._images = {kind: (tuple(shape), fit) for kind, (shape, fit) in images.items() if shape is not None}
+        for kind in self._images:
+            manifest.check_has(kind)
         self.manifest = manifest
         self.latent_shape = tuple(latent_shape)
         self._seed = seed
@@ -187,16 +216,14 @@ class SampleSource:
             if row in self._unusable:
                 continue
             try:
-                latent_CTHW, embed_LD, prompt = self._load(self.manifest.record(row))
+                fields = self._load(self.manifest.record(row))
             except SampleError as error:
                 if self._on_error == "raise":
                     raise
                 self._unusable.add(row)
                 logger.warning("skipped a sample: %s", error)
                 continue
-            return LoadedSample(
-                latent_CTHW=latent_CTHW, embed_LD=embed_LD, prompt=prompt, index=index, row=row, replaced=skipped > 0
-            )
+            return LoadedSample(**fields, index=index, row=row, replaced=skipped > 0)
         raise SampleError(
             f"none of the {tries} samples from global index {index} on can be used (dataset {self.manifest.folder}); "
             "the warnings above name them"
@@ -210,20 +237,29 @@ class SampleSource:
                 self._orders[epoch] = self.manifest.order(epoch=epoch, seed=self._seed)
             return self._orders[epoch]
 
-    def _load(self, record: Record) -> tuple[np.ndarray, np.ndarray, str]:
-        member = record.members[LATENT].name
+    def _load(self, record: Record) -> dict[str, np.ndarray | str]:
+        """The fields of a LoadedSample that are read."""
+        kind, fields = LATENT, {}
         try:
-            latent = fit_latent(self._tensor(record, LATENT), self.latent_shape)
-            member = record.members[EMBED].name
-            embed = fit_embedding(self._tensor(record, EMBED), text_len=self._text_len, text_dim=self._text_dim)
-            member = record.members[PROMPT].name
-            return latent, embed, self._bytes(record, PROMPT).decode("utf-8")
+            fields["latent_CTHW"] = fit_latent(self._tensor(record, LATENT), self.latent_shape)
+            kind = EMBED
+            embed = self._tensor(record, EMBED)
+            fields["embed_LD"] = fit_embedding(embed, text_len=self._text_len, text_dim=self._text_dim)
+            kind = PROMPT
+            fields["prompt"] = self._bytes(record, PROMPT).decode("utf-8")
+            for kind, (shape, fit) in self._images.items():
+                fields[_IMAGE_FIELDS[kind]] = fit(self._tensor(record, kind), shape)
         except (OSError, ValueError) as error:
-            raise SampleError(f"shard {record.shard}, key {record.key}, member {member}: {error}") from error
+            member = record.members[kind]
+            name = f"{record.key}.{KINDS[kind]}.*" if member is None else member.name
+            raise SampleError(f"shard {record.shard}, key {record.key}, member {name}: {error}") from error
+        return fields
 
-    def _bytes(self, record: Record, which: int) -> bytes:
-        member = record.members[which]
+    def _bytes(self, record: Record, kind: int) -> bytes:
+        member = record.members[kind]
+        if member is None:
+            raise ValueError("it is not in the shard, and this network is given it; build the sample again with it")
         return self._reader.read(record.shard, offset=member.offset, size=member.size, shard_size=record.shard_size)
 
-    def _tensor(self, record: Record, which: int) -> np.ndarray:
-        return decode_tensor(self._bytes(record, which), record.members[which].format)
+    def _tensor(self, record: Record, kind: int) -> np.ndarray:
+        return decode_tensor(self._bytes(record, kind), record.members[kind].format)

@@ -2,7 +2,7 @@
 
 The format is that of the dataset published with NVlabs' rCM: per sample `<key>.latent.pt` (a [C, T, H, W] tensor),
 `<key>.embed.pt` (a [L, D] text embedding, zeros after the prompt) and `<key>.prompt.txt` (UTF-8). In place of `.pt` a member
-may be `.npy`, or `.safetensors` with one tensor.
+may be `.npy`, or `.safetensors` with one tensor. What image members are is said in rcm_megatron.data.samples.
 
 Shapes: C channels, T latent frames, H, W, L text positions, D text width.
 """
@@ -81,15 +81,27 @@ class ShardWriter:
         self._target: Path | None = None
         self._keys: set[str] = set()
 
-    def add(self, key: str, *, latent_CTHW: Tensor, embed_LD: Tensor, prompt: str) -> None:
+    def add(
+        self,
+        key: str,
+        *,
+        latent_CTHW: Tensor,
+        embed_LD: Tensor,
+        prompt: str,
+        image_latent_CTHW: Tensor | None = None,
+        image_embed_LD: Tensor | None = None,
+    ) -> None:
         """Append one sample. `key` must be new, without "." (it ends a WebDataset key) or "/", and at most 80 characters."""
         if not key or "." in key or "/" in key or len(key) > 80 or key in self._keys:
             raise ValueError(f"key {key!r} must be new, without '.' or '/', and 1 to 80 characters long")
+        tensors = {"latent": latent_CTHW, "embed": embed_LD}
+        tensors |= {"image_latent": image_latent_CTHW, "image_embed": image_embed_LD}
         members = {
-            f"{key}.latent.{self.member_format}": encode_tensor(latent_CTHW, self.member_format),
-            f"{key}.embed.{self.member_format}": encode_tensor(embed_LD, self.member_format),
-            f"{key}.{PROMPT_SUFFIX}": prompt.encode("utf-8"),
+            f"{key}.{kind}.{self.member_format}": encode_tensor(tensor, self.member_format)
+            for kind, tensor in tensors.items()
+            if tensor is not None
         }
+        members[f"{key}.{PROMPT_SUFFIX}"] = prompt.encode("utf-8")
         tar = self._tar or self._open_shard()
         for name, data in members.items():
             header = tarfile.TarInfo(

@@ -39,6 +39,8 @@ ROWS = {
     "head.linear": "tokens",
     "text_embedding": "text",
     "cross_attn.linear_kv": "text",
+    "image_embedding": "image",
+    "cross_attn.image_linear_kv": "image",
     "time_embedding": "times",
     "time_projection": "times",
     "self_attn_modulation": "times",
@@ -46,8 +48,8 @@ ROWS = {
     "mlp_modulation": "times",
     "head.modulation": "times",
 }
-"""Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, or the
-times, of which a sample has one, or one a latent frame."""
+"""Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, features
+of an image, or the times, of which a sample has one, or one a latent frame."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class NetworkFlops:
 
     linears: int
     """Of tokens and times: primal and tangent."""
-    text_linears: int
-    """Text has no tangent."""
+    context_linears: int
+    """Of text and images, which have no tangent."""
     self_attention: int
     """Two products; with tangents six."""
     cross_attention: int
@@ -65,12 +67,12 @@ class NetworkFlops:
 
     @property
     def forward(self) -> int:
-        return self.linears + self.text_linears + self.self_attention + self.cross_attention
+        return self.linears + self.context_linears + self.self_attention + self.cross_attention
 
     @property
     def dual(self) -> int:
         """Output and tangent."""
-        return 2 * self.linears + self.text_linears + 3 * self.self_attention + 2 * self.cross_attention
+        return 2 * self.linears + self.context_linears + 3 * self.self_attention + 2 * self.cross_attention
 
     @property
     def backward(self) -> int:
@@ -81,8 +83,8 @@ class NetworkFlops:
 def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     """Raises KeyError for a linear of unknown rows."""
     tokens, frames = latent.num_tokens(model.patch_size), latent.frames // model.patch_size[0]
-    each_frame = model.cosmos is not None and model.cosmos.condition_frames
-    rows = {"tokens": tokens, "text": model.text_len, "times": frames if each_frame else 1}
+    image = 0 if model.wan is None else model.wan.image_tokens
+    rows = {"tokens": tokens, "text": model.text_len, "image": image, "times": frames if model.condition_frames else 1}
     linears = dict.fromkeys(rows, 0)
     for name, shape in internal_shapes(model).items():
         if name.endswith(".weight") and len(shape) == 2:
@@ -90,7 +92,10 @@ def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
             linears[kind] += 2 * rows[kind] * math.prod(shape)
     attention = 4 * tokens * model.hidden_size * model.num_layers
     return NetworkFlops(
-        linears["tokens"] + linears["times"], linears["text"], attention * tokens, attention * model.text_len
+        linears=linears["tokens"] + linears["times"],
+        context_linears=linears["text"] + linears["image"],
+        self_attention=attention * tokens,
+        cross_attention=attention * (model.text_len + image),
     )
 
 

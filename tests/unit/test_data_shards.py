@@ -112,7 +112,7 @@ def test_scan_reads_tars_of_other_writers(tmp_path):
                 tar.addfile(header, io.BytesIO(b"z" * 700))
     manifest = build_manifest(tmp_path, on_error="raise")
     assert keys(manifest) == ["s/a", "s/" + "b" * 120]
-    latent_member, embed_member, prompt_member = manifest.record(0).members
+    latent_member, embed_member, prompt_member = manifest.record(0).members[:3]
     assert (latent_member.format, embed_member.format, prompt_member.format) == ("pt", "npy", "txt")
     assert prompt_member.offset > manifest.record(1).members[2].offset
 

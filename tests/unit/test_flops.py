@@ -13,7 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from rcm_kernels.flash_attention.backends import select_backend
 from rcm_megatron import platform
 from rcm_megatron.checkpoint.formats import internal_shapes
-from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, RunConfig, build, load_config
+from rcm_megatron.config import (
+    CosmosConfig,
+    LatentConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    WanConfig,
+    build,
+    load_config,
+)
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
 from rcm_megatron.parallel.groups import initialize_parallel
@@ -40,6 +49,9 @@ SIZES = {
 COSMOS = CosmosConfig(adaln_lora_dim=6, rope_scale=(1.0, 2.0, 2.0), condition_frames=True)
 MODELS = {
     "wan": ModelConfig(**SIZES, freq_dim=34),
+    "wan_image2video": ModelConfig(wan=WanConfig(condition_channels=3, image_dim=22), **SIZES, freq_dim=34),
+    "wan_first_and_last": ModelConfig(wan=WanConfig(image_dim=22, image_positions=514), **SIZES, freq_dim=34),
+    "wan_frames": ModelConfig(wan=WanConfig(condition_frames=True), **SIZES, freq_dim=34),
     "cosmos_video2world": ModelConfig(family="cosmos", cosmos=COSMOS, freq_dim=48, cross_attn_norm=False, **SIZES),
 }
 LATENT = LatentConfig(channels=5, frames=3, height=6, width=10)
@@ -82,7 +94,12 @@ def inputs_of(chunk):
     """(x, timestep, text, condition) of a batch, from nowhere in particular."""
     layout, model = chunk.layout, chunk.model
     x = torch.randn(layout.local_tokens, BATCH, layout.patch_features)
-    condition = Condition(torch.zeros_like(x), torch.tensor([1] * BATCH)) if model.cosmos else None
+    given = {"x0_SBP": torch.zeros_like(x), "frames_B": torch.tensor([1] * BATCH)} if model.condition_frames else {}
+    if model.wan and model.wan.condition_channels:
+        given["channels_SBE"] = torch.randn(*x.shape[:2], model.wan.condition_channels * model.patch_volume)
+    if model.wan and model.wan.image_dim:
+        given["image_LBD"] = torch.randn(model.wan.image_positions or 257, BATCH, model.wan.image_dim)
+    condition = Condition(**given) if given else None
     return x, torch.full((1, BATCH), 500.0), torch.randn(model.text_len, BATCH, model.text_dim), condition
 
 
@@ -103,7 +120,7 @@ def test_backward_is_what_pytorch_counts_less_what_is_computed_again(name, group
     """Again: attention's scores, and what is recomputed under every policy. Of given inputs PyTorch computes no gradient."""
     model = MODELS[name]
     chunk, expected = network(model, groups), network_flops(model, LATENT)
-    tokens, times = chunk.layout.num_tokens, LATENT.frames if model.cosmos else 1
+    tokens, times = chunk.layout.num_tokens, LATENT.frames if model.condition_frames else 1
     given = {"patch_embedding": tokens, "time_embedding.linear_1": times}
     again = {"patch_embedding": tokens, "time_embedding": times, "time_projection": times, "head.linear": tokens}
     again |= {"head.modulation": times}

@@ -1,7 +1,14 @@
 """What turns videos and captions into the transformer's inputs and back. transformers and diffusers are imported on use."""
 
 from rcm_megatron.models.encoders.base import EncoderError, TextEncoder, VideoEncoder
-from rcm_megatron.models.encoders.build import build_text_encoder, build_video_encoder, check_encoder_files
+from rcm_megatron.models.encoders.build import (
+    build_image_encoder,
+    build_text_encoder,
+    build_video_encoder,
+    check_encoder_files,
+)
+from rcm_megatron.models.encoders.clip import CLIPImageEncoder
+from rcm_megatron.models.encoders.images import image_latent, image_pixels, load_image
 from rcm_megatron.models.encoders.quickstart import (
     EMPTY_WORD,
     QUICKSTART_VOCABULARY,
@@ -22,6 +29,7 @@ __all__ = [
     "EMPTY_WORD",
     "QUICKSTART_VOCABULARY",
     "WAN_NEGATIVE_PROMPT",
+    "CLIPImageEncoder",
     "EncoderError",
     "PixelVideoEncoder",
     "T5TextEncoder",
@@ -30,8 +38,12 @@ __all__ = [
     "VideoEncoder",
     "WanVideoEncoder",
     "WordTextEncoder",
+    "build_image_encoder",
     "build_text_encoder",
     "build_video_encoder",
     "check_encoder_files",
     "clean_prompt",
+    "image_latent",
+    "image_pixels",
+    "load_image",
 ]

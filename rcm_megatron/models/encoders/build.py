@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rcm_megatron.config import ConfigError, EncodersConfig
+from rcm_megatron.config import ConfigError, EncodersConfig, WanConfig
 from rcm_megatron.models.encoders.base import EncoderError, TextEncoder, VideoEncoder
+from rcm_megatron.models.encoders.clip import CLIPImageEncoder
 from rcm_megatron.models.encoders.pretrained import folder_problems
 from rcm_megatron.models.encoders.quickstart import PixelVideoEncoder, WordTextEncoder
 from rcm_megatron.models.encoders.t5 import T5TextEncoder, UMT5TextEncoder
@@ -59,15 +60,40 @@ def build_text_encoder(
     return encoder
 
 
-def check_encoder_files(config: EncodersConfig, *, latent_channels: int, text_dim: int) -> None:
+def build_image_encoder(config: EncodersConfig, wan: WanConfig, *, device: torch.device = _CPU) -> CLIPImageEncoder:
+    """The image encoder of `config.image`; EncoderError where there is none, or none that fits the network `wan`."""
+    if config.image == "none":
+        raise EncoderError("got encoders.image=none, need an image encoder here; set it to clip")
+    encoder = CLIPImageEncoder(config.folder, device=device)
+    got, need = (encoder.image_len, encoder.image_dim), (wan.image_tokens, wan.image_dim)
+    if got != need:
+        raise EncoderError(
+            f"{config.folder}/image_encoder makes features {got} of an image in [L, D], need {need} (model.wan); use its sibling"
+        )
+    return encoder
+
+
+def check_encoder_files(
+    config: EncodersConfig, *, latent_channels: int, text_dim: int, image_dim: int | None = None
+) -> None:
     """ConfigError with everything that will keep the run's encoders from loading; reads no weights, imports no library."""
-    problems = list(_file_problems(config, latent_channels=latent_channels, text_dim=text_dim))
+    problems = list(_file_problems(config, latent_channels=latent_channels, text_dim=text_dim, image_dim=image_dim))
     if problems:
-        need = "need a diffusers checkpoint with vae/, text_encoder/ and tokenizer/, weights as safetensors"
+        parts = "vae/, text_encoder/ and tokenizer/" + (
+            ", image_encoder/ and image_processor/" * (config.image == "clip")
+        )
+        need = f"need a diffusers checkpoint with {parts}, weights as safetensors"
         raise ConfigError("\n".join(f"encoders.folder={config.folder}: {problem}; {need}" for problem in problems))
 
 
-def _file_problems(config: EncodersConfig, *, latent_channels: int, text_dim: int) -> Iterator[str]:
+def _file_problems(
+    config: EncodersConfig, *, latent_channels: int, text_dim: int, image_dim: int | None
+) -> Iterator[str]:
+    if config.image == "clip":
+        expected = {"model_type": "clip_vision_model", "hidden_size": image_dim}
+        yield from folder_problems(Path(config.folder) / "image_encoder", stem="model", expected=expected)
+        if not (Path(config.folder) / "image_processor" / "preprocessor_config.json").is_file():
+            yield f"{config.folder}/image_processor/preprocessor_config.json is missing"
     if config.video == "wan_vae":
         expected = {"_class_name": "AutoencoderKLWan", "z_dim": latent_channels}
         yield from folder_problems(Path(config.folder) / "vae", stem="diffusion_pytorch_model", expected=expected)

@@ -45,17 +45,8 @@ class WanVideoEncoder:
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of a video of that size; EncoderError for a size that the VAE would cut."""
-        time, space = self.temporal_factor, self.spatial_factor
-        if frames < 1 or (frames - 1) % time:
-            low = max(0, frames - 1) // time * time + 1
-            raise EncoderError(f"got {frames} frames, need {time}k+1; cut to {low} or give {low + time}")
-        for axis, size in (("height", height), ("width", width)):
-            if size < space or size % space:
-                low = size // space * space
-                raise EncoderError(
-                    f"got {axis} {size}, need a multiple of {space}; resize or crop to {low or space} or {low + space}"
-                )
-        return self.latent_channels, (frames - 1) // time + 1, height // space, width // space
+        factors = {"time": self.temporal_factor, "space": self.spatial_factor}
+        return self.latent_channels, *latent_size(frames, height, width, **factors)
 
     @torch.no_grad()
     def encode(self, video_BCTHW: Tensor) -> Tensor:
@@ -99,3 +90,17 @@ class WanVideoEncoder:
             raise EncoderError(
                 f"got {name} shape {tuple(x_BCTHW.shape)}, need [B, {channels}, T, H, W] with B >= 1; reshape"
             )
+
+
+def latent_size(frames: int, height: int, width: int, *, time: int, space: int) -> tuple[int, int, int]:
+    """(T, H, W) of the latents of a VAE with those factors; EncoderError for a size that it would cut."""
+    if frames < 1 or (frames - 1) % time:
+        low = max(0, frames - 1) // time * time + 1
+        raise EncoderError(f"got {frames} frames, need {time}k+1; cut to {low} or give {low + time}")
+    for axis, size in (("height", height), ("width", width)):
+        if size < space or size % space:
+            low = size // space * space
+            raise EncoderError(
+                f"got {axis} {size}, need a multiple of {space}; resize or crop to {low or space} or {low + space}"
+            )
+    return (frames - 1) // time + 1, height // space, width // space

@@ -1,0 +1,341 @@
+"""`tools/build_dataset.py` on ranks that are killed: the same bytes as without, on any number of data-parallel ranks."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLWan  # noqa: F401 - here, and ranks are forked with it
+from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
+
+from rcm_megatron.data.manifest import load_manifest
+from rcm_megatron.data.samples import SampleSource
+from tests.distributed.harness import RankError, run_ranks
+from tests.distributed.tiny_run import tiny_config, write_tiny_run
+from tests.helpers import assert_close
+from tests.videos import smooth_frames, write_video
+from tests.wan_encoders import write_encoders, write_image_encoder
+from tools.build_dataset import main
+
+INTERRUPTIONS = 5
+NUM_VIDEOS = 24
+PROMPTS = ("seven moving left", "two moving right", "nine moving left", "two moving right", "one moving left")
+SHAPE = {"latent_shape": (1, 4, 16, 16), "text_len": 6, "text_dim": 32}
+COPIES = 8
+SIZES = ["--samples-per-prompt", str(COPIES), "--samples-per-shard", "6", "--batch-size", "2"]
+
+
+def build(argv, victim=None, operation=None, seconds=0.0):
+    """The command on this rank: (exit status, stderr, number of file operations).
+
+    The rank `victim` kills itself with SIGKILL so many seconds (0: at once) after it comes to its so-manieth rename or deletion.
+    """
+    import torch.distributed as dist
+
+    operations, stderr = [0], io.StringIO()
+    limit = operation if dist.get_rank() == victim else None
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        for name in ("rename", "unlink"):
+            patch.setattr(Path, name, _counted(getattr(Path, name), operations, limit, seconds))
+        status = main(argv)
+    return status, stderr.getvalue(), operations[0]
+
+
+def _counted(function, operations, limit, seconds):
+    def counted(*args, **kwargs):
+        operations[0] += 1
+        if operations[0] == limit and not seconds:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif operations[0] == limit:
+            threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def run(ranks, argv):
+    results = run_ranks(build, ranks, argv)
+    assert all(status == 0 for status, *_ in results), results
+    return results
+
+
+def interrupted(argv, *, seed, operations):
+    """Build on two ranks, killed `INTERRUPTIONS` times: every other time before a file operation, else within the work after it."""
+    generator = random.Random(seed)
+    for kill in range(INTERRUPTIONS):
+        moment = generator.randint(1, max(1, operations // 20))
+        seconds = generator.uniform(0.001, 0.03) if kill % 2 else 0.0
+        with pytest.raises(RankError, match=f"exit code {-signal.SIGKILL}"):
+            run_ranks(build, 2, argv, generator.randrange(2), moment, seconds)
+    assert not (Path(argv[-1])).exists()
+    run(2, argv)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def assert_same(reference, folder):
+    assert sorted(contents(reference)) == sorted(contents(folder))
+    for name, data in contents(reference).items():
+        assert contents(folder)[name] == data, f"{name} differs"
+    assert not folder.with_name(f"{folder.name}.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(arguments of a build, folder of it undisturbed on one rank, its file operations)."""
+    folder = tmp_path_factory.mktemp("build")
+    config = write_tiny_run(folder)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    argv = ["teacher", str(config), "--prompts", str(folder / "prompts.txt"), "--steps", "12", "--seed", "7", *SIZES]
+    ((_, _, operations),) = run(1, [*argv, "--output", str(folder / "one")])
+    return argv, folder / "one", operations
+
+
+def test_a_teachers_samples_are_those_of_sample(tiny, tmp_path):
+    """The dataset holds what `sample` draws with the same recipe, in bf16, under the prompts."""
+    argv, folder, *_ = tiny
+    manifest = load_manifest(folder, on_error="raise")
+    assert [shard.num_samples for shard in manifest.shards] == [6, 6, 6, 6, 6, 6, 4]
+    assert all(shard.sha256 for shard in manifest.shards)
+    build_facts = manifest.description["build"]
+    assert build_facts["recipe"]["prompts"]["count"] == 40 and build_facts["recipe"]["prompts"]["distinct"] == 4
+    assert (build_facts["recipe"]["shift"], build_facts["recipe"]["guidance"]) == (3.0, 5.0)
+    (samples,) = run_ranks(sampled, 1, argv[1])
+    source = SampleSource(manifest, seed=0, on_error="raise", **SHAPE)
+    loaded = {source[index].row: source[index] for index in range(len(manifest))}
+    for row, latent_CTHW in enumerate(samples):
+        assert loaded[row].prompt == PROMPTS[row // COPIES]
+        assert len(loaded[row].embed_LD) == 3, "zeros after the prompt are not stored"
+        assert_close(f"sample {row}", latent_CTHW, torch.from_numpy(loaded[row].latent_CTHW), rel=3e-3)
+    mean = torch.stack(list(samples)).double().mean()
+    assert manifest.description["statistics"]["latent_mean"][0] == pytest.approx(float(mean), abs=2e-3)
+
+
+def sampled(config):
+    """The same by the program's own sampling of batches."""
+    from rcm_megatron.config import load_config
+    from rcm_megatron.training.encoding import encode_captions, load_null_text
+    from rcm_megatron.training.inference import SampleBatches, join, load_network, teacher_draw
+
+    overrides = ["sampling.teacher_sampler=euler", "sampling.teacher_shift=3.0", "sampling.guidance=5.0"]
+    run_config = load_config(config, overrides)
+    groups = join(run_config)
+    text_LBD = encode_captions(run_config, PROMPTS).repeat_interleave(COPIES, dim=1)
+    batches = SampleBatches(text_LBD, load_null_text(run_config), 7, 5)
+    network = load_network(run_config, groups, weights="teacher")
+    with torch.no_grad():
+        return batches.all(network, teacher_draw(run_config, steps=12))
+
+
+def test_a_teachers_build_killed_five_times_gives_the_same_bytes(tiny, tmp_path):
+    argv, reference, operations = tiny
+    argv = [*argv, "--output", str(tmp_path / "killed")]
+    interrupted(argv, seed=1, operations=operations)
+    assert_same(reference, tmp_path / "killed")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").iterdir()}
+    run(1, argv)
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").iterdir()}
+
+
+def test_more_ranks_than_work_and_other_layouts(tiny, tmp_path):
+    argv, reference, *_ = tiny
+    few = [*argv, "--samples-per-prompt", "1", "--batch-size", "3"]
+    run(1, [*few, "--output", str(tmp_path / "one")])
+    run(3, [*few, "--output", str(tmp_path / "three")])
+    assert_same(tmp_path / "one", tmp_path / "three")
+    run(2, [*few, "--output", str(tmp_path / "ring"), "parallel.ring=2"])
+    ring, one = (
+        SampleSource(load_manifest(tmp_path / name, on_error="raise"), seed=0, on_error="raise", **SHAPE)
+        for name in ("ring", "one")
+    )
+    for index in range(5):
+        reference, other = (torch.from_numpy(source[index].latent_CTHW) for source in (one, ring))
+        assert_close(f"sample {index}", reference, other, rel=5e-3)
+
+
+def test_another_recipe_does_not_go_on_in_the_folder(tiny, tmp_path):
+    argv, reference, *_ = tiny
+    for changed, message in ((["--seed", "8"], "got {'seed': 7}, need {'seed': 8}"), (["--dtype", "fp32"], "dtype")):
+        ((status, stderr, *_),) = run_ranks(build, 1, [*argv, "--output", str(reference), *changed])
+        assert status == 1 and "is another build" in stderr and message in stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    results = run_ranks(build, 2, [*argv, "--output", str(tmp_path / "full")])
+    assert all(status == 1 and "holds files, but no manifest.json" in stderr for status, stderr, *_ in results)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["encoders.text=none", "data.negative_embedding=x.pt"], "got encoders.text=none"),
+        (["--steps", "0"], "got --steps 0"),
+        (["--prompts", "/nowhere.txt"], "cannot be read"),
+        (["--samples-per-shard", "0"], "got samples_per_shard=0"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(tiny, tmp_path, changes, message):
+    argv, *_ = tiny
+    ((status, stderr, *_),) = run_ranks(build, 1, [*argv, "--output", str(tmp_path / "new"), *changes])
+    assert status == 1 and message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """(arguments of a build from videos with Wan's miniature encoders, folder of it undisturbed, its file operations)."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_encoders(folder / "wan", text_dim=16)
+    config = tiny_config(folder)
+    model = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": 16, "text_len": 12}
+    config |= {"model": config["model"] | model, "latent": {"channels": 16, "frames": 2, "height": 4, "width": 6}}
+    config["encoders"] = {"video": "wan_vae", "text": "umt5", "folder": str(folder / "wan")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    for number in range(NUM_VIDEOS):
+        path = write_video(folder / "clips" / f"{number:02d}.mp4", smooth_frames(16, seed=number))
+        if number % 2:
+            path.with_suffix(".txt").write_text(f"a cat and {'a dog ' * (number % 3)}")
+        else:
+            path.with_suffix(".json").write_text(json.dumps({"caption": "baking cake"}))
+    (folder / "clips" / "02.mp4").write_bytes((folder / "clips" / "03.mp4").read_bytes()[:500])
+    write_video(folder / "clips" / "09.mp4", smooth_frames(4))
+    write_video(folder / "clips" / "10.mp4", smooth_frames(16), codec="libx264")
+    (folder / "clips" / "13.txt").unlink()
+    argv = ["videos", str(folder / "run.yaml"), "--videos", str(folder / "clips"), "--samples-per-shard", "6"]
+    ((_, _, operations),) = run(1, [*argv, "--output", str(folder / "one")])
+    return argv, folder / "one", operations
+
+
+def test_videos_become_the_vaes_latents(filmed):
+    from rcm_megatron.data.video import ClipReader
+    from rcm_megatron.models.encoders import UMT5TextEncoder, WanVideoEncoder
+
+    argv, folder, _ = filmed
+    manifest = load_manifest(folder, on_error="raise")
+    assert [shard.num_samples for shard in manifest.shards] == [5, 4, 5, 6]
+    assert manifest.description["num_skipped"] == 4
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    expected = {
+        2: "02.mp4: cannot be read",
+        9: "09.mp4: got 0.17 s, need 0.25 s",
+        10: "got codec h264",
+        13: "no caption",
+    }
+    assert [int(entry["key"]) for entry in skipped] == list(expected)
+    assert all(reason in entry["reason"] for reason, entry in zip(expected.values(), skipped, strict=True)), skipped
+    clips, wan = Path(argv[3]), Path(argv[1]).parent / "wan"
+    assert (folder / "videos.txt").read_text().splitlines()[11] == "11.mp4"
+    shape = {"latent_shape": (16, 2, 4, 6), "text_len": 12, "text_dim": 16}
+    source = SampleSource(manifest, seed=0, on_error="raise", **shape)
+    loaded = {manifest.record(source[index].row).key: source[index] for index in range(len(manifest))}
+    reader = ClipReader(frames=5, height=32, width=48, fps=16.0, device=torch.device("cpu"))
+    vae, text_encoder = WanVideoEncoder(wan / "vae"), UMT5TextEncoder(wan, text_len=12, dtype=torch.float32)
+    for number, caption in ((0, "baking cake"), (11, "a cat and a dog a dog")):
+        sample = loaded[f"{number:09d}"]
+        assert sample.prompt == caption
+        latent_CTHW = vae.encode(reader.read(clips / f"{number:02d}.mp4")[None])[0]
+        assert_close(f"latent {number}", latent_CTHW, torch.from_numpy(sample.latent_CTHW), rel=3e-3)
+        embed_LD = text_encoder.encode([caption])[0]
+        assert bool((embed_LD[len(sample.embed_LD) :] == 0).all())
+        assert_close(f"text {number}", embed_LD[: len(sample.embed_LD)], torch.from_numpy(sample.embed_LD), rel=3e-3)
+
+
+def test_a_build_from_videos_killed_five_times_gives_the_same_bytes(filmed, tmp_path):
+    argv, reference, operations = filmed
+    argv = [*argv, "--output", str(tmp_path / "killed")]
+    interrupted(argv, seed=2, operations=operations)
+    assert_same(reference, tmp_path / "killed")
+
+
+def test_image_to_video_networks_get_members_of_the_first_frame(filmed, tmp_path):
+    """What the VAE and CLIP make of the first frame of the clip, by the encoders themselves."""
+    from PIL import Image
+
+    from rcm_megatron.data.manifest import IMAGE_EMBED, IMAGE_LATENT
+    from rcm_megatron.data.media import to_frames
+    from rcm_megatron.data.video import ClipReader
+    from rcm_megatron.models.encoders import CLIPImageEncoder, WanVideoEncoder
+
+    argv, *_ = filmed
+    folder = Path(argv[1]).parent
+    write_image_encoder(folder / "wan", image_dim=24)
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    config["model"]["wan"] = {"condition_channels": 20, "image_dim": 24}
+    config["encoders"]["image"] = "clip"
+    (folder / "i2v.yaml").write_text(yaml.safe_dump(config))
+    run(
+        1,
+        [
+            "videos",
+            str(folder / "i2v.yaml"),
+            *argv[2:],
+            "--output",
+            str(tmp_path / "i2v"),
+            "--dtype",
+            "fp32",
+            "--full-text",
+        ],
+    )
+    manifest = load_manifest(tmp_path / "i2v", on_error="raise")
+    manifest.check_has(IMAGE_LATENT)
+    manifest.check_has(IMAGE_EMBED)
+    shape = {"latent_shape": (16, 2, 4, 6), "text_len": 12, "text_dim": 16}
+    images = {"image_latent_shape": (16, 2, 4, 6), "image_embed_shape": (257, 24)}
+    source = SampleSource(manifest, seed=0, on_error="raise", **shape, **images)
+    sample = next(sample for sample in map(source.__getitem__, range(len(manifest))) if sample.row == 0)
+    assert sample.embed_LD.shape == (12, 16), "--full-text keeps all positions"
+    reader = ClipReader(frames=5, height=32, width=48, fps=16.0, device=torch.device("cpu"))
+    video_CTHW = reader.read(folder / "clips" / "00.mp4")
+    video_CTHW[:, 1:] = 0
+    picture = Image.fromarray(to_frames(video_CTHW, scale=1)[0])
+    latent_CTHW = WanVideoEncoder(folder / "wan" / "vae").encode(video_CTHW[None])[0]
+    assert_close("image latent", latent_CTHW, torch.from_numpy(sample.image_latent_CTHW), rel=1e-5)
+    embed_LD = CLIPImageEncoder(folder / "wan").encode([picture])[0]
+    assert_close("image embedding", embed_LD, torch.from_numpy(sample.image_embed_LD), rel=1e-5)
+    for command, changes, message in (
+        (argv, ["encoders.image=none"], "got encoders.image=none"),
+        (["teacher", "", "--prompts", str(folder / "prompts.txt")], [], "this teacher is given an image or frames"),
+    ):
+        (folder / "prompts.txt").write_text("a cat")
+        command = [command[0], str(folder / "i2v.yaml"), *command[2:], "--output", str(tmp_path / "no"), *changes]
+        ((status, stderr, *_),) = run_ranks(build, 1, command)
+        assert status == 1 and message in stderr, stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--frames", "6"], "got 6 frames, need 4k+1; cut to 5 or give 9"),
+        (["--size", "30x48"], "got height 30, need a multiple of 8; resize or crop to 24 or 32"),
+        (["--frames", "9"], "got latents of (3, 4, 6) frames, rows and columns, need (2, 4, 6)"),
+        (["--fps", "0"], "got --fps 0"),
+        (["--on-error", "raise"], "02.mp4: cannot be read"),
+        (["encoders.video=none"], "got encoders.video=none"),
+        (["encoders.video=pixels"], "need 3 for videos in colour"),
+        (["encoders.text=none", "data.negative_embedding=x.pt"], "got encoders.text=none"),
+    ],
+)
+def test_bad_requests_for_videos_are_refused(filmed, tmp_path, changes, message):
+    argv, *_ = filmed
+    ((status, stderr, *_),) = run_ranks(build, 1, [*argv, "--output", str(tmp_path / "new"), *changes])
+    assert status == 1 and message in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_usable_video_is_refused_before_encoders_load(filmed, tmp_path):
+    argv, *_ = filmed
+    (tmp_path / "clips").mkdir()
+    for content, message in ((None, "without a video"), ("no video", "none of the first 1 videos")):
+        if content:
+            (tmp_path / "clips" / "a.mp4").write_text(content)
+        changed = [*argv[:3], str(tmp_path / "clips"), *argv[4:], "--output", str(tmp_path / "new")]
+        ((status, stderr, *_),) = run_ranks(build, 1, changed)
+        assert status == 1 and message in stderr
