@@ -188,6 +188,11 @@ def test_a_node_that_cannot_read_its_data_or_teacher_is_named(config):
     assert "all ranks: not measured" in table
 
 
+def test_an_output_folder_that_cannot_be_made_is_named(config):
+    (status, table, _), _ = ranks(config, "output_dir=/dev/null/out")
+    assert status == 3 and "a: output_dir: cannot write to /dev/null/out" in table
+
+
 def test_a_layout_that_does_not_fit_is_a_configuration_error(config):
     statuses = [status for status, _, _ in ranks(config, "parallel.tp=3")]
     assert statuses == [2, 2]
