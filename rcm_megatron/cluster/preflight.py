@@ -87,6 +87,8 @@ def _lead(store: dist.Store, run: RunConfig, findings: Findings, *, timeout: flo
         findings.bandwidths |= {rank: json.loads(text) for rank, text in answers.items()}
         done = {rank: values for rank, values in findings.bandwidths.items() if values or world_size == 1}
         _note_missing(findings, done, "the all-reduce did not end well", "see its message")
+    else:
+        _collect(store, "left", list(answers), until=time.monotonic() + 3.0)  # the store ends with this process
     return _conclude(findings)
 
 
@@ -96,6 +98,7 @@ def _follow(store: dist.Store, run: RunConfig, rank: int, *, timeout: float) -> 
     store.wait(["nodes"], timedelta(seconds=timeout))
     nodes = json.loads(store.get("nodes"))
     if not nodes:
+        store.set(f"left/{rank}", "")
         return 0  # rank 0 says why
     if rank == nodes.index(nodes[rank]):
         store.wait([f"ask/{rank}"], timedelta(seconds=timeout))
