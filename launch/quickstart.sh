@@ -29,10 +29,7 @@ settings=("$config" "${layout[@]}" "$@")
 step() { printf '\n[%s/6] %s   (%d min %02d s so far)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 setting() { # the value of one key of the run, overrides applied
-    python -c '
-import operator, sys
-from rcm_megatron.config import load_config
-print(operator.attrgetter(sys.argv[1])(load_config(sys.argv[2], sys.argv[3:])))' "$1" "${settings[@]}"
+    python -m rcm_megatron check --world-size "$processes" --field "$1" "${settings[@]}"
 }
 
 # Rank 0 writes to the terminal, the others to files, of which the first with a traceback is shown when something fails.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import operator
 import os
 import re
 import sys
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_export(commands)
     _add_check(commands)
+    _add_preflight(commands)
     _add_convert(commands)
     return parser
 
@@ -123,7 +125,12 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--embedding", action="append", default=[], type=Path, metavar="FILE", help="an encoded caption [L, D]"
     )
-    parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World: latent [C, T, H, W] to continue")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="PNG, JPEG or WebP that videos begin with")
+    parser.add_argument(
+        "--image-latent", type=Path, metavar="FILE", help="in place of --image: its latent [C, T, H, W]"
+    )
+    parser.add_argument("--image-embed", type=Path, metavar="FILE", help="beside --image-latent: CLIP features [L, D]")
+    parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World, TI2V: latent [C, T, H, W] to continue")
     parser.add_argument("--given-frames", type=int, default=1, help="how many of its latent frames; default: 1")
     parser.add_argument("--copies", type=int, default=1, help="videos of each caption; default: 1")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for MP4s and latents")
@@ -131,6 +138,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 
 def _sample(arguments: argparse.Namespace) -> None:
     config = _load_for_inference(arguments)
+    from rcm_megatron.training.given import GivenFiles
     from rcm_megatron.training.sample import SampleRequest, sample
 
     default = config.sampling.teacher_steps if arguments.weights == "teacher" else max(config.sampling.student_steps)
@@ -143,8 +151,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
         embeddings=arguments.embedding,
         copies=arguments.copies,
-        given=arguments.given,
-        given_frames=arguments.given_frames,
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(GivenFiles)},
     )
     with _named_errors(arguments):
         sample(config, request)
@@ -186,21 +193,42 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "check", _check, "Print a configuration, complete, or every reason why it cannot run.")
     _add_config(parser)
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes it is to run on")
+    parser.add_argument("--field", metavar="KEY", help="print the value of this field alone, e.g. output_dir")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.world_size < 1:
         raise ConfigError(f"--world-size {arguments.world_size} must be at least 1")
     config = _load(arguments, arguments.world_size)
-    dp = config.parallel.dp(arguments.world_size)
-    micro_batches = config.trainer.global_batch_size // (config.trainer.micro_batch_size * dp)
-    print(
-        f"# {arguments.world_size} processes: tp={config.parallel.tp} cp={config.parallel.cp} "
-        f"pp={config.parallel.pp} vpp={config.parallel.vpp} dp={dp}, ",
-        end="",
-    )
-    print(f"{config.latent.num_tokens(config.model.patch_size)} tokens, {micro_batches} micro-batches per update")
+    if arguments.field is not None:
+        print(_field(config, arguments.field))
+        return
+    print(f"# {config.layout_summary(arguments.world_size)}")
     print(to_yaml(config), end="")
+
+
+def _field(config: RunConfig, key: str) -> object:
+    try:
+        return operator.attrgetter(key)(config)
+    except AttributeError:
+        raise ConfigError(f"--field {key}: the configuration has no such field") from None
+
+
+def _add_preflight(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "preflight", _preflight, "Look at every node before a run and name the bad ones; one process a rank."
+    )
+    _add_config(parser)
+    parser.add_argument("--timeout", type=float, default=50.0, metavar="S", help="seconds for all of it; default: 50")
+    parser.add_argument("--nodes", default="", metavar="A,B", help="the job's nodes in the order of ranks")
+
+
+def _preflight(arguments: argparse.Namespace) -> None:
+    config = _load(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    from rcm_megatron.cluster.preflight import preflight
+
+    listed = [name for name in arguments.nodes.split(",") if name]
+    raise SystemExit(preflight(config, timeout=arguments.timeout, listed=listed))
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

@@ -38,15 +38,19 @@ class StopRequest:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Note SIGNALS instead of dying of them. Main thread only."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Note SIGNALS instead of dying of them. Main thread only.
+
+        They stay ignored afterwards: a launcher sends SIGTERM to all ranks when the first has left, and the others are to keep their
+        own exit status.
+        """
         for number in SIGNALS:
+            signal.signal(number, self._note)
             signal.siginterrupt(number, False)  # system calls of other threads (NCCL, DALI) go on
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number, frame) -> None:
         self.noted = True

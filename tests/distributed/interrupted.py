@@ -1,7 +1,7 @@
 """`python -m rcm_megatron train` with an interruption: `RCM_TEST_FAULT=KIND:ITERATION python -m tests.distributed.interrupted train …`.
 
 Before that iteration of the first attempt (later ones run undisturbed):
-    wait     every rank waits until a signal reaches it, two minutes at most
+    wait     every rank waits until a signal reaches it, five minutes at most
     signal   rank 1 sends itself two SIGUSR1
     hang     rank 1 sleeps for ever
 """
@@ -15,7 +15,7 @@ ATTEMPTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 def wait(trainer):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not trainer.stop.noted and time.monotonic() < end:
         time.sleep(0.05)
 

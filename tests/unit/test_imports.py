@@ -16,6 +16,7 @@ ALLOWED = {
     "config": {"config"},
     "dual": set(),
     "platform": {"config"},
+    "cluster": {"config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "data": {"data"},
     "parallel": {"config", "dual", "parallel", "rcm_kernels"},
