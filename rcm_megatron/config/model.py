@@ -40,6 +40,7 @@ class CosmosConfig:
 WAN_MASK_CHANNELS = 4
 """Of a Wan network's condition_channels, the first: one for each frame of pixels in a latent frame."""
 CLIP_TOKENS = 257
+"""Of one image: ViT-H/14 at 224 x 224, 16 * 16 patches and the class token."""
 
 
 @dataclass(frozen=True, kw_only=True)
