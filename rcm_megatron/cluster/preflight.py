@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,13 +41,13 @@ def preflight(run: RunConfig, *, timeout: float, listed: Sequence[str]) -> int:
     with _deadline(timeout, rank, findings):
         try:
             store = _store(rank, world_size, 0.5 * timeout)
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:
             return _unreachable(rank, error)
         try:
             if rank == 0:
                 return _lead(store, run, findings, timeout=timeout, listed=listed)
             return _follow(store, run, rank, timeout=timeout)
-        except (dist.DistError, RuntimeError) as error:
+        except RuntimeError as error:
             return _unreachable(rank, error)
 
 
@@ -70,7 +70,7 @@ def _unreachable(rank: int, error: Exception) -> int:
 
 def _lead(store: dist.Store, run: RunConfig, findings: Findings, *, timeout: float, listed: Sequence[str]) -> int:
     begin, world_size = time.monotonic(), len(findings.nodes)
-    with _token(Path(run.output_dir)) as token:
+    with _token(run, findings) as token:
         store.set("token", token)
         own = _look(run, rank=0, token=token)
         findings.reports[0] = own
@@ -87,6 +87,8 @@ def _lead(store: dist.Store, run: RunConfig, findings: Findings, *, timeout: flo
         findings.bandwidths |= {rank: json.loads(text) for rank, text in answers.items()}
         done = {rank: values for rank, values in findings.bandwidths.items() if values or world_size == 1}
         _note_missing(findings, done, "the all-reduce did not end well", "see its message")
+    else:
+        _collect(store, "left", list(answers), until=time.monotonic() + 3.0)  # the store ends with this process
     return _conclude(findings)
 
 
@@ -96,6 +98,7 @@ def _follow(store: dist.Store, run: RunConfig, rank: int, *, timeout: float) -> 
     store.wait(["nodes"], timedelta(seconds=timeout))
     nodes = json.loads(store.get("nodes"))
     if not nodes:
+        store.set(f"left/{rank}", "")
         return 0  # rank 0 says why
     if rank == nodes.index(nodes[rank]):
         store.wait([f"ask/{rank}"], timedelta(seconds=timeout))
@@ -109,15 +112,19 @@ def _look(run: RunConfig, *, rank: int, token: str) -> Report:
 
 
 @contextlib.contextmanager
-def _token(folder: Path):
-    """The name of a file in `folder` that exists as long as the ranks look for it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".preflight_{uuid.uuid4().hex}"
-    path.touch()
+def _token(run: RunConfig, findings: Findings) -> Iterator[str]:
+    """The name of a file in output_dir that exists as long as the ranks look for it."""
+    path = Path(run.output_dir) / f".preflight_{uuid.uuid4().hex}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        findings.problems.append((node_name(), f"output_dir: cannot write to {run.output_dir}: {error.strerror}"))
     try:
         yield path.name
     finally:
-        path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _collect(store: dist.Store, what: str, ranks: Sequence[int], *, until: float) -> dict[int, bytes]:
@@ -125,13 +132,13 @@ def _collect(store: dist.Store, what: str, ranks: Sequence[int], *, until: float
     found = {}
     for rank in ranks:
         key = f"{what}/{rank}"
-        with contextlib.suppress(dist.DistStoreError, RuntimeError):
+        with contextlib.suppress(RuntimeError):
             store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.1)))
             found[rank] = store.get(key)
     return found
 
 
-def _note_missing(findings: Findings, have, what: str, fix: str) -> None:
+def _note_missing(findings: Findings, have: Container[int], what: str, fix: str) -> None:
     for node in dict.fromkeys(findings.nodes):
         silent = [rank for rank, name in enumerate(findings.nodes) if name == node and rank not in have]
         if silent:
@@ -147,7 +154,7 @@ def _read_clocks(store: dist.Store, nodes: Sequence[str]) -> dict[str, tuple[flo
             continue
         asked = time.time()
         store.set(f"ask/{rank}", "")
-        with contextlib.suppress(dist.DistStoreError, RuntimeError):
+        with contextlib.suppress(RuntimeError):
             store.wait([f"clock/{rank}"], timedelta(seconds=5))
             answered = time.time()
             clocks[node] = (float(store.get(f"clock/{rank}")) - (asked + answered) / 2, (answered - asked) / 2)
@@ -168,7 +175,7 @@ def _measure(store: dist.Store, nodes: Sequence[str], rank: int, *, timeout: flo
             timeout=timedelta(seconds=timeout),
         )
         return measure(nodes)
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         print(f"preflight: {nodes[rank]}: rank {rank}: all-reduce: {error}", file=sys.stderr, flush=True)
         return {}
 
@@ -180,7 +187,7 @@ def _conclude(findings: Findings) -> int:
 
 
 @contextlib.contextmanager
-def _deadline(seconds: float, rank: int, findings: Findings):
+def _deadline(seconds: float, rank: int, findings: Findings) -> Iterator[None]:
     """End the process when that much time has passed, wherever it stands; rank 0 first says what it knows."""
 
     def late() -> None:

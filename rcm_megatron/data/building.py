@@ -100,7 +100,7 @@ class DatasetBuild:
             self._open[unit.shard].append(unit)
 
     def prepare(self) -> list[Unit]:
-        """The units that are left, none if the dataset is complete. DatasetError if the folder holds anything else."""
+        """The units that are left; none if the dataset is complete, now or before. DatasetError if the folder holds anything else."""
         if (self.folder / MANIFEST_NAME).exists():
             self._check(load_manifest(self.folder, on_error="raise").description, self.folder)
             return []
@@ -120,7 +120,10 @@ class DatasetBuild:
             leftover.unlink()
         self.join_shards()
         done = self._done()
-        return [unit for units in self._open.values() for unit in units if unit.number not in done]
+        left = [unit for units in self._open.values() for unit in units if unit.number not in done]
+        if not left:  # killed between the last unit and the manifest
+            self.finish()
+        return left
 
     @property
     def negative(self) -> Path:

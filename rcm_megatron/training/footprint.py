@@ -29,9 +29,9 @@ def standing_bytes(run: RunConfig, chunks: Sequence[nn.Module], *, shards: int) 
     state = (MOMENTS * elements + MAIN * narrow) // shards
     found = {}
     if run.needs_teacher:
-        found["teacher"] = {"resident": weights, "sharded": weights // shards, "offloaded": 0}[
-            run.memory.teacher_weights
-        ]
+        networks = 1 if run.init.teacher_low_noise is None else 2
+        held = {"resident": weights, "sharded": weights // shards, "offloaded": 0}[run.memory.teacher_weights]
+        found["teacher"] = networks * held
     trained = ["student", *(["fake_score"] if run.needs_fake_score else [])]
     for name in trained:
         found[f"{name} weights"] = weights

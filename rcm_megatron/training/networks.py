@@ -102,6 +102,7 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
     choose_kernels(run.model, run.precision, dtype=dtype)
     # All of them before any weight is read, because a machine without Transformer Engine may refuse.
     specs = {name: choose_layer_spec(run.precision, network=name) for name in ("student", "teacher", "fake_score")}
+    specs["teacher_low_noise"] = specs["teacher"]
 
     def build(name: str, path: str | None, *, trained: bool) -> list[nn.Module]:
         chunks = build_chunks(
@@ -119,17 +120,16 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
         load_weights(chunks, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
         return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
-    def build_teacher(path: str) -> list[nn.Module]:
-        chunks = build("teacher", path, trained=False)
+    def build_teacher(name: str) -> list[nn.Module]:
+        chunks = build(name, getattr(run.init, name), trained=False)
         if run.memory.teacher_weights != "resident":
             shard_weights(chunks, group=groups.dp_cp, offload=run.memory.teacher_weights == "offloaded")
         return chunks
 
     init, teachers = run.init, {}
     if run.needs_teacher:  # first: what is whole for a moment before it is sharded finds the device empty
-        teachers["teacher"] = build_teacher(init.teacher)
-        if init.teacher_low_noise is not None:
-            teachers["teacher_low_noise"] = build_teacher(init.teacher_low_noise)
+        names = ["teacher", *(["teacher_low_noise"] if init.teacher_low_noise is not None else [])]
+        teachers = {name: build_teacher(name) for name in names}
     student = build("student", init.student or init.teacher, trained=True)
     return Networks(
         layout=student[0].module.layout,

@@ -71,3 +71,5 @@ def test_policies_leave_out_what_they_free():
     less = standing_bytes(replace(run, memory=replace(run.memory, **freed)), chunks, shards=2)
     assert less["teacher"] == less["fake_score optimizer"] == 0 and less["student optimizer"] == 600
     assert "fake_score gradients" not in less and less["student gradients"] == 400
+    two = standing_bytes(replace(run, init=replace(run.init, teacher_low_noise="another")), chunks, shards=2)
+    assert two == found | {"teacher": 400}

@@ -131,6 +131,15 @@ def test_a_node_with_another_version_is_refused_by_name(jobs, tmp_path):
     assert "\nnode0: " not in output and not (jobs.folder / "refused" / "metrics.jsonl").exists()
 
 
+def test_a_node_on_which_python_does_not_start_is_refused_by_name(jobs, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(3600)\n")
+    settings = {"PREFLIGHT_OPTIONS": "--timeout 8", "PREFLIGHT_WAIT": "3", "NODE1_PYTHONPATH": str(tmp_path)}
+    job = jobs.submit("silent", PREFLIGHT="1", **settings)
+    fields, output = jobs.slurm.finish(job), jobs.output(job)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "3:0", "0"), output
+    assert "\nnode1: ranks 1: no report within 4 s" in output and "\nnode0: " not in output, output
+
+
 def test_a_job_that_makes_no_progress_is_given_up(jobs):
     job = jobs.submit("broken", f"data.folder={jobs.folder}", MAX_IDLE_STARTS="2")
     fields, output = jobs.slurm.finish(job), jobs.output(job)

@@ -22,7 +22,7 @@ def run(name, *overrides):
     return load_config(f"model_configs/{name}.yaml", [*SMALL, *overrides])
 
 
-I2V, I2V_22, TI2V, T2V = "wan2.1_i2v_14b_480p", "wan2.2_i2v_a14b_480p", "wan2.2_ti2v_5b", "wan2.1_t2v_1.3b_480p"
+I2V, I2V_22, TI2V, T2V = "wan2.1_i2v_14b_480p", "wan2.2_i2v_a14b", "wan2.2_ti2v_5b", "wan2.1_t2v_1.3b_480p"
 
 
 def file(folder, name, *shape):

@@ -179,13 +179,18 @@ def test_a_rank_without_rank_0_names_itself_and_ends(config):
 
 
 def test_a_node_that_cannot_read_its_data_or_teacher_is_named(config):
-    (status, table, _), _ = ranks(config, "init.teacher=/nowhere", "data.folder=/empty")
+    (status, table, _), (_, _, errors) = ranks(config, "init.teacher=/nowhere", "data.folder=/empty")
     assert (
         status == 3
         and "b: init.teacher: cannot read /nowhere" in table
         and "b: data.folder: no *.tar in /empty" in table
     )
-    assert "all ranks: not measured" in table
+    assert "all ranks: not measured" in table and "lost rank 0" not in errors
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(config):
+    (status, table, _), _ = ranks(config, "output_dir=/dev/null/out")
+    assert status == 3 and "a: output_dir: cannot write to /dev/null/out" in table
 
 
 def test_a_layout_that_does_not_fit_is_a_configuration_error(config):
