@@ -125,7 +125,12 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--embedding", action="append", default=[], type=Path, metavar="FILE", help="an encoded caption [L, D]"
     )
-    parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World: latent [C, T, H, W] to continue")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="PNG, JPEG or WebP that videos begin with")
+    parser.add_argument(
+        "--image-latent", type=Path, metavar="FILE", help="in place of --image: its latent [C, T, H, W]"
+    )
+    parser.add_argument("--image-embed", type=Path, metavar="FILE", help="beside --image-latent: CLIP features [L, D]")
+    parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World, TI2V: latent [C, T, H, W] to continue")
     parser.add_argument("--given-frames", type=int, default=1, help="how many of its latent frames; default: 1")
     parser.add_argument("--copies", type=int, default=1, help="videos of each caption; default: 1")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for MP4s and latents")
@@ -133,6 +138,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 
 def _sample(arguments: argparse.Namespace) -> None:
     config = _load_for_inference(arguments)
+    from rcm_megatron.training.given import GivenFiles
     from rcm_megatron.training.sample import SampleRequest, sample
 
     default = config.sampling.teacher_steps if arguments.weights == "teacher" else max(config.sampling.student_steps)
@@ -145,8 +151,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
         embeddings=arguments.embedding,
         copies=arguments.copies,
-        given=arguments.given,
-        given_frames=arguments.given_frames,
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(GivenFiles)},
     )
     with _named_errors(arguments):
         sample(config, request)
@@ -198,14 +203,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.field is not None:
         print(_field(config, arguments.field))
         return
-    dp = config.parallel.dp(arguments.world_size)
-    micro_batches = config.trainer.global_batch_size // (config.trainer.micro_batch_size * dp)
-    print(
-        f"# {arguments.world_size} processes: tp={config.parallel.tp} cp={config.parallel.cp} "
-        f"pp={config.parallel.pp} vpp={config.parallel.vpp} dp={dp}, ",
-        end="",
-    )
-    print(f"{config.latent.num_tokens(config.model.patch_size)} tokens, {micro_batches} micro-batches per update")
+    print(f"# {config.layout_summary(arguments.world_size)}")
     print(to_yaml(config), end="")
 
 

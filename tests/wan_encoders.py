@@ -89,18 +89,14 @@ def write_tokenizer(folder):
 
 
 def write_image_encoder(folder, *, image_dim=24):
-    """Random CLIPVisionModel in `image_encoder/`, whose pictures of 28 pixels make 5 tokens, and its `image_processor/`."""
+    """Random CLIPVisionModel in `image_encoder/`, with 257 tokens as ViT-H/14 has them, and its `image_processor/`."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(3)
     fields = {"hidden_size": image_dim, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model = CLIPVisionModel(CLIPVisionConfig(**fields, image_size=28, patch_size=14))
+    model = CLIPVisionModel(CLIPVisionConfig(**fields, image_size=32, patch_size=2))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(Path(folder) / "image_encoder")
-    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPImageProcessorPil(**sizes).save_pretrained(Path(folder) / "image_processor")
-
-
-IMAGE_LEN = 5
-"""Tokens of that encoder's pictures."""

@@ -46,12 +46,11 @@ def tiled(
     """`to` as the kernel computes it, with or without its two measures."""
     peak, total, mu = torch.full((QUERIES, 1), -torch.inf), torch.zeros(QUERIES, 1), torch.zeros(QUERIES, 1)
     acc_o, acc_to = torch.zeros(2, QUERIES, DIM)
-    centre = torch.zeros(QUERIES, 1)
+    sample = slice(None, None, KEYS // TILE)
+    centre = DIM**-0.5 * (tq @ k[sample].T + q @ tk[sample].T).mean(-1, keepdim=True) * centring
     for start in range(0, KEYS, TILE):
         k_tile, v_tile, tk_tile, tv_tile = (x[start : start + TILE] for x in (k, v, tk, tv))
         S, tS = (x * DIM**-0.5 for x in (q @ k_tile.T, tq @ k_tile.T + q @ tk_tile.T))
-        if centring and start == 0:
-            centre = tS.mean(-1, keepdim=True)
         new_peak = torch.maximum(peak, S.amax(-1, keepdim=True))
         P, decay = torch.exp(S - new_peak), torch.exp(peak - new_peak)
         PtS = P * (tS - centre)

@@ -29,13 +29,16 @@ BEGIN, END = "<!-- compile_report: begin -->", "<!-- compile_report: end -->"
 MATMUL = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SERIALISED = "wgmma.mma_async instructions are serialized"
 
+JVP_OF_TRAINING = ("first step", "one rank", "cross")
+"""Without a carry, with results in bf16 too, and without tk and tv."""
+
 VARIANTS = {
-    "jvp": ("main", "no tk, tv", "no carry", "chunked", "other strides", "odd head dim", "fp16"),
+    "jvp": ("main", *JVP_OF_TRAINING, "chunked", "other strides", "odd head dim", "fp16"),
     "forward": ("main", "odd head dim", "fp16"),
     "dq": ("main", "odd head dim", "fp16"),
     "dkdv": ("main", "odd head dim", "fp16"),
 }
-"""Per kernel, what is compiled; "main" is what training runs (a ring step in bf16 with tangents of keys, fp32 sum of dq)."""
+"""Per kernel, what is compiled; "main" is a ring step in bf16 with tangents of keys, or with an fp32 sum of dq."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,13 @@ def _call(kernel, variant, dtype):
     if kernel == "jvp":
         pointers = dict.fromkeys(("q", "k", "v", "tq", "tk", "tv"), dtype)
         pointers |= dict.fromkeys(("o", "to", "lse", "mu", "carry_o", "carry_to", "carry_lse", "carry_mu"), "fp32")
-        constants = {"HAS_TK": variant != "no tk, tv", "SAME_STRIDES": variant != "other strides"}
-        constants |= {"HAS_CARRY": variant != "no carry", "CHUNKED": variant == "chunked"}
-        absent = ("tk", "tv") if variant == "no tk, tv" else ()
-        absent += tuple(x for x in pointers if x.startswith("carry")) if variant == "no carry" else ()
+        if variant in ("one rank", "cross"):
+            pointers |= dict.fromkeys(("o", "to"), dtype)
+        no_carry = variant in ("first step", "one rank", "cross")
+        constants = {"HAS_TK": variant != "cross", "SAME_STRIDES": variant != "other strides"}
+        constants |= {"HAS_CARRY": not no_carry, "CHUNKED": variant == "chunked"}
+        absent = ("tk", "tv") if variant == "cross" else ()
+        absent += tuple(x for x in pointers if x.startswith("carry")) if no_carry else ()
         return jvp.forward_kernel, pointers, constants | dict.fromkeys(absent)
     if kernel == "forward":
         return plain.forward_kernel, dict.fromkeys(("q", "k", "v", "o"), dtype) | {"lse": "fp32"}, {}

@@ -1,6 +1,6 @@
 """External formats <-> internal parameters, in both directions, with every key used exactly once.
 
-All functions stream: one internal parameter (three external tensors at most) is in memory at a time. No dtype changes.
+All functions stream: one internal parameter and one external tensor of it are in memory at a time. No dtype changes.
 Keys, shapes and the file's configuration are checked before the first tensor is read.
 """
 
@@ -89,12 +89,12 @@ def read_internal(
 ) -> Tensor:
     """One internal parameter, or part `rank` of `size` along `partition_dim`, reading no more than that of the file."""
     if partition_dim is None or size == 1:
-        return entry.join([source.read(name) for name in entry.external])
+        return entry.join(source.read(name) for name in entry.external)
     check_divides(entry, partition_dim, size)
     rows = entry.external_shape[partition_dim]
     start, stop = rank * rows // size, (rank + 1) * rows // size
-    parts = [source.read(name, dim=partition_dim, start=start, stop=stop) for name in entry.external]
-    return entry.join(parts) if entry.fused else parts[0]
+    parts = (source.read(name, dim=partition_dim, start=start, stop=stop) for name in entry.external)
+    return entry.join(parts) if entry.fused else next(parts)
 
 
 def check_divides(entry: Entry, partition_dim: int, size: int) -> None:

@@ -13,6 +13,7 @@ that have a position.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,19 +116,29 @@ class Entry:
     def fused(self) -> bool:
         return len(self.external) > 1
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """External -> internal. Parts may hold only some heads: rows `[n_local * d, ...]` each."""
+    def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """External -> internal, one part in memory at a time. Parts may hold only some heads: rows `[n_local * d, ...]` each."""
         if not self.fused:
-            return parts[0].reshape(self.internal_shape)
-        per_head = [part.unflatten(0, (-1, self.head_dim)) for part in parts]
-        return torch.stack(per_head, dim=1).flatten(0, 2)
+            (part,) = parts
+            return part.reshape(self.internal_shape)
+        joined = None
+        for index, part in enumerate(parts):
+            per_head = part.unflatten(0, (-1, self.head_dim))
+            if joined is None:
+                joined = per_head.new_empty(per_head.shape[0], len(self.external), *per_head.shape[1:])
+            if joined.dtype != part.dtype:
+                joined = joined.to(torch.promote_types(joined.dtype, part.dtype))
+            joined[:, index] = per_head
+        return joined.flatten(0, 2)
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
+    def split(self, tensor: Tensor) -> Iterator[Tensor]:
         """Internal -> external, the inverse of `join`; each result owns its memory where it was interleaved."""
         if not self.fused:
-            return [tensor.reshape(self.external_shape)]
+            yield tensor.reshape(self.external_shape)
+            return
         per_head = tensor.unflatten(0, (-1, len(self.external), self.head_dim))
-        return [part.flatten(0, 1).contiguous() for part in per_head.unbind(1)]
+        for index in range(len(self.external)):
+            yield per_head[:, index].flatten(0, 1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm_megatron.checkpoint import folders
 from rcm_megatron.checkpoint.dist import NetworkState, state_to_save
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.integrity import ChecksummedFiles, Entry, entry_of, write_manifest
+from rcm_megatron.checkpoint.torch_dist import save_with_torch
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +124,8 @@ class CheckpointSaver:
             dist.all_gather_object(entries, writer.fs.entries, group=self._group)
             self._on_first_rank(lambda: self._finish(final, entries))
         except (CheckpointError, CheckpointException):  # those that all ranks raise
-            self._on_first_rank(
-                lambda: shutil.rmtree(partial, ignore_errors=True)
-            )  # a disk that is full needs the room
+            # A disk that is full needs the room.
+            self._on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise
 
     def _finish(self, final: Path, entries: list[dict[str, Entry]]) -> None:
@@ -154,7 +154,8 @@ class CheckpointSaver:
 
 
 def _begin(final: Path, common: dict[str, Any]) -> None:
-    TorchCommonSaveStrategy("torch", 1).save_common(common, folders.prepare(final))
+    with open(folders.prepare(final) / COMMON_STATE_FNAME, "wb") as file:
+        save_with_torch(common, file)
 
 
 def _copied_to_host(by_key: Mapping[str, list[ShardedTensor]]) -> dict[str, list[ShardedTensor]]:

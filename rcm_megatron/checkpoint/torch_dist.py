@@ -149,7 +149,11 @@ def write_torch_dist(
     file, name = None, ""
     try:
         for internal, tensor in named_tensors:
-            tensor = torch.empty(tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor.detach())
+            tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            if (
+                tensor.untyped_storage().nbytes() != tensor.nbytes
+            ):  # torch.save would write the rest of its memory as well
+                tensor = tensor.clone()
             if file is None or (file.tell() and file.tell() + tensor.nbytes > max_shard_bytes):
                 file = _next_file(
                     file, folder / (name := f"__0_{len({info.relative_path for info in places.values()})}.distcp")

@@ -167,8 +167,14 @@ def _name_shards(folder: Path, stem: str, shards: list[dict[str, int]]) -> None:
 
 
 def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A contiguous CPU copy that shares memory with nothing: safetensors asks for it, and a live model needs it."""
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor.detach())
+    """The tensor, contiguous, on the CPU and alone in its memory, as safetensors asks for; a copy where it is not."""
+    tensor = tensor.detach()
+    alone = (
+        tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    )
+    if alone and dtype in (None, tensor.dtype):
+        return tensor
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor)
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:

@@ -37,6 +37,12 @@ class CosmosConfig:
         return self.condition_frames + self.padding_mask
 
 
+WAN_MASK_CHANNELS = 4
+"""Of a Wan network's condition_channels, the first: one for each frame of pixels in a latent frame."""
+CLIP_TOKENS = 257
+"""Of one image: ViT-H/14 at 224 x 224, 16 * 16 patches and the class token."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """How a Wan transformer is given images (its other fields are ModelConfig's). null, like all defaults, is plain text-to-video."""
@@ -49,6 +55,11 @@ class WanConfig:
     """CLIP tokens that have a learned position (diffusers' pos_embed_seq_len; first and last frame: 2 * 257). null: no positions."""
     condition_frames: bool = False
     """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
+
+    @property
+    def image_tokens(self) -> int:
+        """CLIP tokens that blocks attend to: 257 of one image (ViT-H/14 at 224 x 224), or as many as have a position."""
+        return 0 if self.image_dim is None else self.image_positions or CLIP_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ class InitConfig:
 
     teacher: str | None = None
     """Required unless every stage is flow matching, which needs no teacher."""
+    teacher_low_noise: str | None = None
+    """Of a teacher that is two networks (Wan2.2 A14B) the one of RF times below `distillation.expert_boundary`; `teacher` has the others.
+    The student is one network, of all times. null: the teacher is one."""
     student: str | None = None
     """null: the teacher's weights; without a teacher (flow matching), random weights from the run's seed."""
     fake_score: str | None = None
@@ -72,6 +75,8 @@ class DistillationConfig:
     """Step in TrigFlow time of the two difference variants; not used by `exact`."""
     scale_jvp_by_warmup: bool = False
     """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
+    expert_boundary: float | None = None
+    """RF time at which `init.teacher` takes over from `init.teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
     given_frames: tuple[int, ...] | None = None
     """Video2World (model.cosmos.condition_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
@@ -294,3 +299,12 @@ class RunConfig:
     def needs_fake_score(self) -> bool:
         """Whether a stage has a DMD weight, and so a critic."""
         return any(stage.losses.dmd for stage in self.stages)
+
+    def layout_summary(self, world_size: int) -> str:
+        """How ``world_size`` ranks share the work, in one line; for a configuration that is valid on them."""
+        parallel, dp = self.parallel, self.parallel.dp(world_size)
+        micro_batches = self.trainer.global_batch_size // (self.trainer.micro_batch_size * dp)
+        return (
+            f"{world_size} processes: tp={parallel.tp} cp={parallel.cp} pp={parallel.pp} vpp={parallel.vpp} dp={dp}, "
+            f"{self.latent.num_tokens(self.model.patch_size)} tokens, {micro_batches} micro-batches per update"
+        )

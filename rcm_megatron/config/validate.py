@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rcm_megatron.config.errors import ConfigError
-from rcm_megatron.config.model import FP8_ALIGNMENT, LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config.model import FP8_ALIGNMENT, WAN_MASK_CHANNELS, LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.config.run import OptimizerConfig, RunConfig, StageConfig, TimeDistribution
 
 
@@ -19,6 +19,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     problems = [
         *_model(config.model),
         *_latent(config.latent, config.model),
+        *_image_channels(config),
         *_layout(config.parallel, config.model),
         *_world(config, world_size),
         *_precision(config),
@@ -107,6 +108,15 @@ def _family(model: ModelConfig) -> Iterator[str]:
         yield f"model.cosmos.rope_fps={cosmos.rope_fps} must be greater than 0, or null for images"
     if cosmos.condition_frames and model.patch_size[0] != 1:
         yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
+
+
+def _image_channels(config: RunConfig) -> Iterator[str]:
+    wan, need = config.model.wan, WAN_MASK_CHANNELS + config.latent.channels
+    if wan is not None and wan.condition_channels not in (0, need):
+        yield (
+            f"model.wan.condition_channels={wan.condition_channels} must be {need}: a mask of {WAN_MASK_CHANNELS} channels and an "
+            f"image's latent of latent.channels={config.latent.channels}; or 0 for none"
+        )
 
 
 def _wan(model: ModelConfig) -> Iterator[str]:
@@ -278,6 +288,16 @@ def _networks(config: RunConfig) -> Iterator[str]:
         yield "init.teacher=null, but a stage distils; name a diffusers folder with config.json and safetensors"
     if config.needs_fake_score and config.fake_score_optimizer is None:
         yield "fake_score_optimizer=null, but a stage has a DMD weight; give it at least lr"
+    low_noise, boundary = config.init.teacher_low_noise, config.distillation.expert_boundary
+    if (low_noise is None) != (boundary is None):
+        yield (
+            f"init.teacher_low_noise={low_noise or 'null'} with distillation.expert_boundary={boundary or 'null'}; give both for a teacher "
+            "of two networks, or none"
+        )
+    if low_noise is not None and config.init.teacher is None:
+        yield "init.teacher=null with init.teacher_low_noise given; name the network of high noise as init.teacher"
+    if boundary is not None and not 0 < boundary < 1:
+        yield f"distillation.expert_boundary={boundary} must be between 0 and 1, an RF time; Wan2.2 A14B has 0.875 or 0.9"
 
 
 def _distillation(config: RunConfig) -> Iterator[str]:

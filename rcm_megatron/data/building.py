@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError, Manifest, build_manifest, load_manifest
 from rcm_megatron.data.shards import SHARD_NAME, ShardWriter, TensorFormat, encode_tensor
@@ -99,7 +100,7 @@ class DatasetBuild:
             self._open[unit.shard].append(unit)
 
     def prepare(self) -> list[Unit]:
-        """The units that are left, none if the dataset is complete. DatasetError if the folder holds anything else."""
+        """The units that are left; none if the dataset is complete, now or before. DatasetError if the folder holds anything else."""
         if (self.folder / MANIFEST_NAME).exists():
             self._check(load_manifest(self.folder, on_error="raise").description, self.folder)
             return []
@@ -119,7 +120,10 @@ class DatasetBuild:
             leftover.unlink()
         self.join_shards()
         done = self._done()
-        return [unit for units in self._open.values() for unit in units if unit.number not in done]
+        left = [unit for units in self._open.values() for unit in units if unit.number not in done]
+        if not left:  # killed between the last unit and the manifest
+            self.finish()
+        return left
 
     @property
     def negative(self) -> Path:
@@ -249,10 +253,10 @@ def wait_for(path: Path) -> Path:
     return path
 
 
-def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor as a sample holds it: an embedding [L, D] ends with its last position that is not zero."""
-    tensor = tensor.detach().cpu().to(dtype)
-    return _trimmed(tensor[None])[0] if tensor.ndim == 2 else tensor
+def stored(embed_LD: Tensor, dtype: torch.dtype, *, length: int | None = None) -> Tensor:
+    """An embedding as a sample holds it: up to its last position that is not zero, or with zeros up to `length`."""
+    embed_LD = _trimmed(embed_LD.detach().cpu().to(dtype)[None])[0]
+    return embed_LD if length is None else functional.pad(embed_LD, (0, 0, 0, length - len(embed_LD)))
 
 
 def _trimmed(embed_BLD: Tensor) -> Tensor:

@@ -67,15 +67,19 @@ def probe(path: Path) -> VideoFacts:
             stamps = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
             container.seek(0)
             frame = next(container.decode(stream))
+            # of the stream itself only while it is open
+            codec, time_base = stream.codec_context.codec.canonical_name, float(stream.time_base)
     except (av.FFmpegError, StopIteration) as error:
         raise VideoError(f"cannot be read ({type(error).__name__}: {error}); restore or delete it") from error
     if frame.rotation:
         raise VideoError(f"is to be shown rotated by {frame.rotation} degrees; re-encode it upright with ffmpeg -i")
     if frame.colorspace not in (_BT709, *_BT601_LIKE):
         raise VideoError(f"got colour space {frame.colorspace}, need BT.601 or BT.709; convert it")
-    times = (np.array(stamps) - stamps[0]) * float(stream.time_base)
+    if not stamps:
+        raise VideoError("got packets without time stamps; put it into an MP4 file with ffmpeg -i, which adds them")
+    times = (np.array(stamps) - stamps[0]) * time_base
     return VideoFacts(
-        codec=stream.codec_context.codec.canonical_name,
+        codec=codec,
         height=frame.height,
         width=frame.width,
         is_bt709=frame.colorspace == _BT709,

@@ -60,15 +60,15 @@ class TokenLayout:
         index = torch.arange(self.start, self.start + self.local_tokens).clamp(max=self.num_tokens - 1)
         return index // (rows * columns), index // columns % rows, index % columns
 
-    def patchify(self, x_BCTHW: Tensor) -> Tensor:
-        """All tokens ``[T'H'W', B, P]`` of whole latents."""
-        if tuple(x_BCTHW.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"latents of {tuple(x_BCTHW.shape[1:])} do not have the layout's shape {self.latent_shape}"
-            )
+    def patchify(self, x_BCTHW: Tensor, *, channels: int | None = None) -> Tensor:
+        """All tokens ``[T'H'W', B, P]`` of whole latents, or of ``channels`` other channels of their size."""
+        channels = channels or self.latent_shape[0]
+        shape = (channels, *self.latent_shape[1:])
+        if tuple(x_BCTHW.shape[1:]) != shape:
+            raise ValueError(f"latents of {tuple(x_BCTHW.shape[1:])} do not have the layout's shape {shape}")
         (t, h, w), (pt, ph, pw) = self.grid, self.patch
-        x = x_BCTHW.reshape(-1, self.latent_shape[0], t, pt, h, ph, w, pw)
-        return x.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(self.num_tokens, -1, self.patch_features)
+        x = x_BCTHW.reshape(-1, channels, t, pt, h, ph, w, pw)
+        return x.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(self.num_tokens, -1, channels * pt * ph * pw)
 
     def unpatchify(self, x_SBP: Tensor) -> Tensor:
         """Whole latents from all tokens; the inverse of :meth:`patchify`."""
@@ -76,9 +76,9 @@ class TokenLayout:
         x = x_SBP.reshape(t, h, w, -1, channels, pt, ph, pw).permute(3, 4, 0, 5, 1, 6, 2, 7)
         return x.reshape(-1, *self.latent_shape)
 
-    def shard(self, x_BCTHW: Tensor) -> Tensor:
-        """This rank's tokens ``[S, B, P]``; padding is exactly zero."""
-        tokens = self.patchify(x_BCTHW)[self.start : self.start + self.valid_local]
+    def shard(self, x_BCTHW: Tensor, *, channels: int | None = None) -> Tensor:
+        """This rank's tokens ``[S, B, P]``; padding is exactly zero. ``channels`` as in :meth:`patchify`."""
+        tokens = self.patchify(x_BCTHW, channels=channels)[self.start : self.start + self.valid_local]
         shard = tokens.new_zeros((self.local_tokens, *tokens.shape[1:]))
         shard[: self.valid_local] = tokens
         return shard

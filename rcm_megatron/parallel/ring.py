@@ -116,12 +116,10 @@ def ring_attention_jvp(
     """(o, to) in q's dtype: dual attention over all blocks. The kernel merges a block into the fp32 carry, in place: one launch a hop."""
     carry = None
     for owner, block in ring.rotate(torch.stack((k, v, tk, tv))):
-        is_last = owner == (ring.rank + 1) % ring.size
-        results = {"out_dtype": q.dtype} if is_last else {"update_carry": True}
         valid_keys = _valid_in_block(owner, k, valid_tokens)
         keys = {"tk": block[2], "tv": block[3], "valid_keys": valid_keys}
-        carry = attention_jvp(q, block[0], block[1], tq, **keys, carry=carry, **results)
-    return carry[0], carry[1]
+        carry = attention_jvp(q, block[0], block[1], tq, **keys, carry=carry, update_carry=True)
+    return carry[0].to(q.dtype), carry[1].to(q.dtype)
 
 
 def _merge(o: Tensor, lse: Tensor, o_block: Tensor, lse_block: Tensor) -> tuple[Tensor, Tensor]:

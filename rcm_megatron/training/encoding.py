@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,8 +13,25 @@ from torch.distributed import ProcessGroup
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.samples import load_negative_embedding
-from rcm_megatron.models.encoders import VideoEncoder, build_text_encoder, build_video_encoder, check_encoder_files
+from rcm_megatron.models.encoders import (
+    VideoEncoder,
+    build_image_encoder,
+    build_text_encoder,
+    build_video_encoder,
+    check_encoder_files,
+    image_latent,
+    image_pixels,
+)
 from rcm_megatron.parallel.broadcast import computed_once
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+log = logging.getLogger(__name__)
+
+_STRETCH = 1.05
+"""Change of a picture's proportions that is worth a word."""
 
 
 class InputError(ValueError):
@@ -21,7 +40,9 @@ class InputError(ValueError):
 
 def check_encoders(run: RunConfig) -> None:
     """ConfigError if files of the run's encoders are missing or do not fit its model. Takes milliseconds."""
-    check_encoder_files(run.encoders, latent_channels=run.latent.channels, text_dim=run.model.text_dim)
+    model = run.model
+    image_dim = None if model.wan is None else model.wan.image_dim
+    check_encoder_files(run.encoders, latent_channels=run.latent.channels, text_dim=model.text_dim, image_dim=image_dim)
 
 
 def encode_captions(run: RunConfig, captions: Sequence[str | None], *, group: ProcessGroup | None = None) -> Tensor:
@@ -41,6 +62,41 @@ def encode_captions(run: RunConfig, captions: Sequence[str | None], *, group: Pr
         return computed_once(encode, device=platform.device(), group=group).float().transpose(0, 1)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def encode_image(run: RunConfig, image: Image, *, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor | None]:
+    """What the network is given of an RGB picture, float32 on the CPU: its latent [C, T, H, W], and CLIP features [L, D] if it takes them.
+
+    T is the run's, with grey after the picture; or 1 for a network that is given frames. Call on all ranks of `group` (default: all
+    ranks): its first one loads the run's encoders one after the other and frees them. InputError on all of them where that fails.
+    """
+    model, device = run.model, platform.device()
+
+    def latent() -> Tensor:
+        _, frames, height, width = run.latent.shape_CTHW
+        with closing(build_video_encoder(run.encoders, channels=run.latent.channels, device=device)) as encoder:
+            factor = encoder.spatial_factor
+            _warn_if_stretched(image, height=factor * height, width=factor * width)
+            pixels_CHW = image_pixels(image, height=factor * height, width=factor * width)
+            return image_latent(encoder, pixels_CHW, frames=1 if model.condition_frames else frames)
+
+    def features() -> Tensor:
+        with closing(build_image_encoder(run.encoders, model.wan, device=device)) as encoder:
+            return encoder.encode([image])[0]
+
+    try:
+        latent_CTHW = computed_once(latent, device=device, group=group)
+        if model.wan is None or model.wan.image_dim is None:
+            return latent_CTHW, None
+        return latent_CTHW, computed_once(features, device=device, group=group)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _warn_if_stretched(image: Image, *, height: int, width: int) -> None:
+    ratio = (image.width / image.height) / (width / height)
+    if not 1 / _STRETCH < ratio < _STRETCH:
+        log.warning("a picture of %d x %d is stretched to %d x %d; crop it first", *image.size, width, height)
 
 
 def load_null_text(run: RunConfig) -> Tensor:

@@ -50,8 +50,6 @@ ROWS = {
 }
 """Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, features
 of an image, or the times, of which a sample has one, or one a latent frame."""
-IMAGE_TOKENS = 257
-"""CLIP features of one image."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,7 @@ class NetworkFlops:
 def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     """Raises KeyError for a linear of unknown rows."""
     tokens, frames = latent.num_tokens(model.patch_size), latent.frames // model.patch_size[0]
-    image = 0
-    if model.wan is not None and model.wan.image_dim is not None:
-        image = model.wan.image_positions or IMAGE_TOKENS
+    image = 0 if model.wan is None else model.wan.image_tokens
     rows = {"tokens": tokens, "text": model.text_len, "image": image, "times": frames if model.condition_frames else 1}
     linears = dict.fromkeys(rows, 0)
     for name, shape in internal_shapes(model).items():

@@ -22,9 +22,10 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.training.given import Given
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.sampling import GivenFrames, Sampler
+from rcm_megatron.training.sampling import LowNoiseExpert, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
@@ -57,14 +58,14 @@ def load_network(
     run: RunConfig,
     groups: ParallelGroups,
     *,
-    weights: Weights,
+    weights: Weights | Literal["teacher_low_noise"],
     checkpoint: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[DiffusionTransformer]:
     """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
-    Its passes run in that dtype, never in FP8. The teacher comes from ``init.teacher``; the others from `checkpoint` (of
-    `resolve_checkpoint`), whose fp32 values are rounded.
+    Its passes run in that dtype, never in FP8. Teachers come from ``init``; the others from `checkpoint` (of `resolve_checkpoint`),
+    whose fp32 values are rounded.
     """
     spec = choose_layer_spec(replace(run.precision, fp8=())) if dtype is None else None
     dtype = dtype or DTYPES[run.precision.params_dtype]
@@ -74,12 +75,13 @@ def load_network(
     )
     for chunk in chunks:
         chunk.requires_grad_(False)
-    if weights == "teacher":
-        if run.init.teacher is None:
+    if weights in ("teacher", "teacher_low_noise"):
+        path = getattr(run.init, weights)
+        if path is None:
             raise CheckpointError(
-                "init.teacher=null: this run has no teacher; choose other --weights or set init.teacher"
+                f"init.{weights}=null: this run has no teacher; choose other --weights or set init.{weights}"
             )
-        return load_weights(chunks, open_checkpoint(run.init.teacher))
+        return load_weights(chunks, open_checkpoint(path))
     name, kind = _STORED[weights]
     try:
         run_checkpoints.load_weights(checkpoint, chunks, network=name, kind=kind)
@@ -102,8 +104,8 @@ class SampleBatches:
     """Of guidance's unconditional branch; None will do without guidance."""
     seed: int
     batch_size: int
-    given: GivenFrames | None = None
-    """Video2World: what all samples begin with."""
+    given: Given = Given()
+    """What the network is given of a video or image, for all samples."""
 
     def __call__(
         self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
@@ -117,7 +119,7 @@ class SampleBatches:
             null_LBD = self.null_text_L1D
             if null_LBD is not None:
                 null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
-            condition = None if self.given is None else self.given.condition(layout, len(indices), device)
+            condition = self.given.condition(layout, len(indices), device)
             yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition))
 
     def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
@@ -131,13 +133,27 @@ class SampleBatches:
         return torch.cat([latents for _, latents in pairs])[order.argsort()]
 
 
-def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -> Callable[[Sampler], Tensor]:
+def teacher_draw(
+    run: RunConfig, *, steps: int, guidance: float | None = None, low_noise: LowNoiseExpert | None = None
+) -> Callable[[Sampler], Tensor]:
     """Sampling of the teacher as ``run.sampling`` says."""
     settings = run.sampling
     guidance = settings.guidance if guidance is None else guidance
     return lambda sampler: sampler.teacher(
-        steps=steps, guidance=guidance, shift=settings.teacher_shift, method=settings.teacher_sampler
+        steps=steps,
+        guidance=guidance,
+        shift=settings.teacher_shift,
+        method=settings.teacher_sampler,
+        low_noise=low_noise,
     )
+
+
+def low_noise_expert(run: RunConfig, groups: ParallelGroups) -> LowNoiseExpert | None:
+    """The second network of the teacher, where it is two."""
+    if run.init.teacher_low_noise is None:
+        return None
+    chunks = load_network(run, groups, weights="teacher_low_noise")
+    return LowNoiseExpert(chunks, run.distillation.expert_boundary)
 
 
 def student_draw(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:

@@ -175,6 +175,7 @@ def _start_wandb(run: RunConfig, folder: Path):
         log.warning(
             "Weights & Biases works offline: %s; `wandb sync %s/wandb/offline-run-*` sends it later", error, folder
         )
+        wandb.teardown()  # its service still holds the id
         return start(mode="offline")
 
 

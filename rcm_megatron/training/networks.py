@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rcm_megatron import platform
@@ -21,6 +22,7 @@ from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.stages import stages_of_rank
+from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.memory import check_memory, shard_weights
 from rcm_megatron.training.objectives import Networks
@@ -100,6 +102,7 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
     choose_kernels(run.model, run.precision, dtype=dtype)
     # All of them before any weight is read, because a machine without Transformer Engine may refuse.
     specs = {name: choose_layer_spec(run.precision, network=name) for name in ("student", "teacher", "fake_score")}
+    specs["teacher_low_noise"] = specs["teacher"]
 
     def build(name: str, path: str | None, *, trained: bool) -> list[nn.Module]:
         chunks = build_chunks(
@@ -112,18 +115,25 @@ def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
             spec=specs[name],
             token_multiple=run.precision.token_multiple,
         )
+        if name == ("teacher" if run.needs_teacher else "student"):  # the first
+            log_footprint(run, chunks, world_size=dist.get_world_size(), shards=groups.dp_cp.size())
         load_weights(chunks, seeded_weights(run.model, seed=run.seed) if path is None else open_checkpoint(path))
         return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
 
-    init, teacher = run.init, None
-    if run.needs_teacher:  # first: what is whole for a moment before it is sharded finds the device empty
-        teacher = build("teacher", init.teacher, trained=False)
+    def build_teacher(name: str) -> list[nn.Module]:
+        chunks = build(name, getattr(run.init, name), trained=False)
         if run.memory.teacher_weights != "resident":
-            shard_weights(teacher, group=groups.dp_cp, offload=run.memory.teacher_weights == "offloaded")
+            shard_weights(chunks, group=groups.dp_cp, offload=run.memory.teacher_weights == "offloaded")
+        return chunks
+
+    init, teachers = run.init, {}
+    if run.needs_teacher:  # first: what is whole for a moment before it is sharded finds the device empty
+        names = ["teacher", *(["teacher_low_noise"] if init.teacher_low_noise is not None else [])]
+        teachers = {name: build_teacher(name) for name in names}
     student = build("student", init.student or init.teacher, trained=True)
     return Networks(
         layout=student[0].module.layout,
         student=student,
-        teacher=teacher,
+        **teachers,
         fake_score=build("fake_score", init.fake_score or init.teacher, trained=True) if run.needs_fake_score else None,
     )

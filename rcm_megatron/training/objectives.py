@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from rcm_megatron.config import DistillationConfig, TimeDistribution
 from rcm_megatron.diffusion import losses, samplers, timesteps, trigflow
@@ -29,8 +30,8 @@ from rcm_megatron.parallel.pipeline import (
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Samples of one micro-batch on this rank: x0_SBP tokens, text and null text [L, B, D], their random draws, and which of their
-    frames the networks are given (Video2World)."""
+    """Samples of one micro-batch on this rank: x0_SBP tokens, text and null text [L, B, D], their random draws, and what of the
+    videos the networks are given (Video2World, image-to-video)."""
 
     x0_SBP: Tensor
     text_LBD: Tensor
@@ -41,11 +42,15 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The three networks as lists of pipeline chunks; ``teacher`` and ``fake_score`` may be absent from a run."""
+    """The networks as lists of pipeline chunks; ``teacher`` and ``fake_score`` may be absent from a run.
+
+    ``teacher_low_noise``: of a teacher that is two networks the one below ``DistillationConfig.expert_boundary``.
+    """
 
     layout: TokenLayout
     student: list[nn.Module]
     teacher: list[nn.Module] | None = None
+    teacher_low_noise: list[nn.Module] | None = None
     fake_score: list[nn.Module] | None = None
 
 
@@ -89,10 +94,10 @@ def as_tokens(t_B: Tensor, device: torch.device) -> Tensor:
 
 
 def draw_condition(batch: MicroBatch, *, given_frames: Sequence[int]) -> Condition:
-    """The samples' own first latent frames, of each sample as many as one of ``given_frames``, all equally likely."""
+    """The batch's condition with the samples' own first latent frames, of each as many as one of ``given_frames``, all equally likely."""
     choice = (batch.draws.uniform("given_frames") * len(given_frames)).long()
     frames_B = torch.tensor(given_frames)[choice].to(batch.x0_SBP.device)
-    return Condition(batch.x0_SBP, frames_B)
+    return replace(batch.condition or Condition(), x0_SBP=batch.x0_SBP, frames_B=frames_B)
 
 
 def network_input(xt_SBP: Tensor, t_1B1: Tensor, text_LBD: Tensor, condition: Condition | None = None) -> NetworkInput:
@@ -134,7 +139,7 @@ def guided_outputs(
     *,
     guidance: float,
 ) -> list[Tensor]:
-    """The teacher's v with classifier-free guidance: conditional and unconditional rows in one pass of twice the batch.
+    """A teacher's v with classifier-free guidance: conditional and unconditional rows in one pass of twice the batch.
 
     F and x0 are affine in v, so guiding v guides them alike.
     """
@@ -146,6 +151,32 @@ def guided_outputs(
     both = raw_outputs(chunks, *rows, phase="teacher")
     halves = [v.double().chunk(2, dim=1) for v in both]
     return [trigflow.guided(conditional, unconditional, scale=guidance) for conditional, unconditional in halves]
+
+
+def teacher_outputs(
+    networks: Networks,
+    xt: Sequence[Tensor],
+    t: Sequence[Tensor],
+    batches: Sequence[MicroBatch],
+    settings: DistillationConfig,
+) -> list[Tensor]:
+    """The teacher's guided v; where it is two networks (Wan2.2 A14B), each sample's from the one of its time.
+
+    A network sees the micro-batches in which it has a sample; with sharded weights, which ranks of other samples gather too, all of them.
+    """
+    guidance, low_noise = settings.teacher_guidance, networks.teacher_low_noise
+    if low_noise is None:
+        return guided_outputs(networks.teacher, xt, t, batches, guidance=guidance)
+    is_high = [trigflow.to_rf(s) >= settings.expert_boundary for s in t]
+    outputs: list[Tensor | None] = [None] * len(batches)
+    for chunks, chosen in ((networks.teacher, is_high), (low_noise, [~high for high in is_high])):
+        together = isinstance(chunks[0], FSDPModule)
+        asked = [i for i, rows in enumerate(chosen) if together or bool(rows.any())]
+        inputs = ([values[i] for i in asked] for values in (xt, t, batches))
+        found = guided_outputs(chunks, *inputs, guidance=guidance) if asked else []
+        for i, v in zip(asked, found, strict=True):
+            outputs[i] = v if outputs[i] is None else torch.where(chosen[i], v, outputs[i])
+    return outputs
 
 
 def mean_loss(elements: Tensor, *, weight: float) -> Tensor:
@@ -174,7 +205,7 @@ def scm(
     t = draw_times(batches, "time", settings.p_g)
     noise = draw_noise(layout, batches, "noise")
     xt = [trigflow.add_noise(b.x0_SBP, n, s) for b, n, s in zip(batches, noise, t, strict=True)]
-    v = guided_outputs(networks.teacher, xt, t, batches, guidance=settings.teacher_guidance)
+    v = teacher_outputs(networks, xt, t, batches, settings)
     F_teacher = [trigflow.velocity(*args) for args in zip(xt, v, t, strict=True)]
     passes = [
         ScmPass(layout, settings, warmup_ratio, weight, *args) for args in zip(batches, xt, t, F_teacher, strict=True)
@@ -278,7 +309,7 @@ def dcm(
     x = xt
     for j in range(grid.skip):
         t, after = [s[j] for s in times], [s[j + 1] for s in times]
-        v = guided_outputs(networks.teacher, x, t, batches, guidance=settings.teacher_guidance)
+        v = teacher_outputs(networks, x, t, batches, settings)
         F = [trigflow.velocity(*args) for args in zip(x, v, t, strict=True)]
         x = [trigflow.euler_step(*args) for args in zip(x, F, t, after, strict=True)]
     last = [t[-1] for t in times]
@@ -367,7 +398,7 @@ def dmd(
     simulated = rollout(networks, batches, settings, steps=rollout_steps)
     t, xt = noise_again(networks, batches, simulated.G, settings)
     v_fake = raw_outputs(networks.fake_score, xt, t, *given(batches), phase="fake_score")
-    v_teacher = guided_outputs(networks.teacher, xt, t, batches, guidance=settings.teacher_guidance)
+    v_teacher = teacher_outputs(networks, xt, t, batches, settings)
     x0_fake = [trigflow.denoised(*args) for args in zip(xt, v_fake, t, strict=True)]
     x0_teacher = [trigflow.denoised(*args) for args in zip(xt, v_teacher, t, strict=True)]
 

@@ -15,8 +15,9 @@ from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
 from rcm_megatron.models.encoders import VideoEncoder
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import video_encoder
+from rcm_megatron.training.given import Given
 from rcm_megatron.training.objectives import Networks
-from rcm_megatron.training.sampling import GivenFrames, Sampler, student_videos
+from rcm_megatron.training.sampling import Sampler, student_videos
 
 
 def write_previews(
@@ -24,17 +25,14 @@ def write_previews(
 ) -> dict[str, tuple[Path, str]]:
     """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: (MP4 file, caption)}, others {}.
 
-    Captions (and given frames, as many as the first of ``distillation.given_frames``) are those of the first samples of the micro-batch, so
-    that no text encoder is needed; noise is that of ``sampling.seed``,
-    the same at every iteration. Without a video encoder the latents are written, and no MP4.
+    Captions, images and given frames (as many as the first of ``distillation.given_frames``) are those of the first samples of the
+    micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``, the same at every iteration. Without a video
+    encoder the latents are written, and no MP4.
     """
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(platform.device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    condition, given_frames = None, run.distillation.given_frames
-    if given_frames is not None:
-        given = GivenFrames(batch.latent_BCTHW[:count], given_frames[0])
-        condition = given.condition(networks.layout, count, platform.device())
+    condition = _given(run, batch, count).condition(networks.layout, count, platform.device())
     seed = run.sampling.seed
     sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}
@@ -51,6 +49,17 @@ def write_previews(
             for name, latents_BCTHW in latents.items()
             for video, shown in _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps).items()
         }
+
+
+def _given(run: RunConfig, batch: Batch, count: int) -> Given:
+    """What the first `count` samples of the batch are given."""
+    frames = run.distillation.given_frames
+    return Given(
+        latent_BCTHW=None if frames is None else batch.latent_BCTHW[:count],
+        frames=0 if frames is None else frames[0],
+        image_latent_BCTHW=None if batch.image_latent_BCTHW is None else batch.image_latent_BCTHW[:count],
+        image_LBD=None if batch.image_LBD is None else batch.image_LBD[:, :count],
+    )
 
 
 def _weights(ema: PowerEMA | None) -> Iterator[tuple]:

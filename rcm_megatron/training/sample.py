@@ -15,25 +15,27 @@ from torch import Tensor
 
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.media import to_frames, write_mp4
-from rcm_megatron.data.samples import decode_tensor, fit_latent, load_negative_embedding
+from rcm_megatron.data.samples import load_negative_embedding
 from rcm_megatron.diffusion.trigflow import needs_guidance
 from rcm_megatron.models.encoders import VideoEncoder
 from rcm_megatron.training.encoding import InputError, check_encoders, encode_captions, load_null_text, video_encoder
+from rcm_megatron.training.given import GivenFiles, check_given, load_given
 from rcm_megatron.training.inference import (
     SampleBatches,
     Weights,
     join,
     load_network,
+    low_noise_expert,
     resolve_checkpoint,
     student_draw,
     teacher_draw,
 )
-from rcm_megatron.training.sampling import GivenFrames, teacher_evaluations
+from rcm_megatron.training.sampling import teacher_evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """What to sample. One video for each prompt and each embedding, `copies` times with other noise."""
+class SampleRequest(GivenFiles):
+    """What to sample. One video for each prompt and each embedding, `copies` times with other noise; all are given the same image."""
 
     weights: Weights
     output: Path
@@ -45,25 +47,25 @@ class SampleRequest:
     embeddings: Sequence[Path] = ()
     """Files of encoded captions, [l, D] or [1, l, D]; the way for a run without a text encoder."""
     copies: int = 1
-    given: Path | None = None
-    """Video2World: file of one clean latent [C, t, H, W], with whose first `given_frames` frames every sample begins."""
-    given_frames: int = 1
 
 
 def sample(run: RunConfig, request: SampleRequest) -> None:
     """Write `<number>_<caption>.mp4` (where the run has a video encoder) and `.safetensors` for each sample.
 
     Any layout. Raises InputError for prompts that cannot be encoded, or step counts that the sampler does not have.
-    The text encoder is freed before the network is loaded; ranks that write videos hold a video encoder beside it.
+    Text and image encoders are freed before the network is loaded; ranks that write videos hold a video encoder beside it.
     """
     _check(run, request)
     teacher = request.weights == "teacher"
     groups = join(run)
     checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
     names, text_LBD, null_text_L1D = _conditions(run, request)
+    given = load_given(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
-    draw = (teacher_draw if teacher else student_draw)(run, steps=request.steps)
-    given = _given(run, request)
+    if teacher:
+        draw = teacher_draw(run, steps=request.steps, low_noise=low_noise_expert(run, groups))
+    else:
+        draw = student_draw(run, steps=request.steps)
     batches = SampleBatches(text_LBD, null_text_L1D, run.sampling.seed, run.trainer.micro_batch_size, given)
     request.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -91,7 +93,7 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
         raise InputError(
             "got --prompt with encoders.text=none; set encoders.text to umt5 or t5, or give --embedding files"
         )
-    _given(run, request)
+    check_given(run, request)
     most = len(run.sampling.student_times) + 1
     if request.weights == "teacher":
         most = request.steps
@@ -100,29 +102,6 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
             f"got --steps {request.steps}, need 1 to {most} for {request.weights}; "
             "sampling.student_times has one time for every step of the student but the first"
         )
-
-
-def _given(run: RunConfig, request: SampleRequest) -> GivenFrames | None:
-    trained_on, path = run.distillation.given_frames, request.given
-    if trained_on is None and path is not None:
-        raise InputError(
-            f"got --given {path}, but this network takes no frames (distillation.given_frames=null); leave it out"
-        )
-    if path is None:
-        if trained_on is not None and 0 not in trained_on:
-            raise InputError("this network continues a video: give its latent with --given, and --given-frames")
-        return None
-    channels, frames, height, width = run.latent.shape_CTHW
-    shape = (channels, request.given_frames, height, width)
-    if not 1 <= request.given_frames < frames:
-        raise InputError(f"got --given-frames {request.given_frames}, need 1 to {frames - 1} (latent.frames - 1)")
-    try:
-        latent = fit_latent(decode_tensor(path.read_bytes(), path.suffix.removeprefix(".")), shape)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--given {path}: {error}") from error
-    latent_1CTHW = torch.zeros(1, *run.latent.shape_CTHW)
-    latent_1CTHW[0, :, : request.given_frames] = torch.from_numpy(latent)
-    return GivenFrames(latent_1CTHW, request.given_frames)
 
 
 def _conditions(run: RunConfig, request: SampleRequest) -> tuple[list[str], Tensor, Tensor | None]:

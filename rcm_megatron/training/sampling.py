@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,15 +17,11 @@ from rcm_megatron.training.objectives import network_input
 
 
 @dataclass(frozen=True, eq=False)
-class GivenFrames:
-    """Clean latents ``[B, C, T, H, W]`` (B of 1: for every sample) whose first ``frames`` latent frames samples begin with."""
+class LowNoiseExpert:
+    """The second network of a teacher that is two: it takes the steps at RF times below ``boundary``."""
 
-    latent_BCTHW: Tensor
-    frames: int
-
-    def condition(self, layout: TokenLayout, samples: int, device: torch.device) -> Condition:
-        x0_SBP = layout.shard(self.latent_BCTHW.to(device).expand(samples, -1, -1, -1, -1))
-        return Condition(x0_SBP, torch.full((samples,), self.frames, device=device))
+    chunks: Sequence[nn.Module]
+    boundary: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +39,7 @@ class Sampler:
     seed: int
     sample_indices: Sequence[int]
     condition: Condition | None = None
-    """Video2World: the first latent frames, which samples then begin with."""
+    """What the network is given of the videos: first latent frames, which samples then begin with, or an image."""
 
     def student(self, *, steps: int, mid_times: Sequence[float], sigma_max: float | None) -> Tensor:
         """Latents [B, C, T, H, W] in ``steps`` network evaluations."""
@@ -57,11 +53,21 @@ class Sampler:
         )
         return self.layout.gather(x_SBP).float()
 
-    def teacher(self, *, steps: int, guidance: float, shift: float, method: Literal["euler", "unipc"]) -> Tensor:
+    def teacher(
+        self,
+        *,
+        steps: int,
+        guidance: float,
+        shift: float,
+        method: Literal["euler", "unipc"],
+        low_noise: LowNoiseExpert | None = None,
+    ) -> Tensor:
         """Latents [B, C, T, H, W]; with guidance above 1 every step takes two network evaluations."""
 
         def velocity(x_SBP: Tensor, s: float) -> Tensor:
-            return self._guided_velocity(x_SBP, s, guidance=guidance)
+            has_low_noise = low_noise is not None and s < low_noise.boundary
+            network = replace(self, chunks=low_noise.chunks) if has_low_noise else self
+            return network._guided_velocity(x_SBP, s, guidance=guidance)
 
         solve = {"euler": samplers.euler_sample, "unipc": samplers.unipc_sample}[method]
         return self.layout.gather(solve(velocity, self._noise("sample_noise"), steps=steps, shift=shift)).float()

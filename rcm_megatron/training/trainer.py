@@ -29,6 +29,7 @@ from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import check_encoders, load_null_text
 from rcm_megatron.training.flops import Throughput
+from rcm_megatron.training.given import Given, image_shapes
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
@@ -84,7 +85,8 @@ class Trainer:
         self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
         if self.networks.fake_score is not None:
             self.optimizers["fake_score"] = build_optimizer(self.networks.fake_score, run.fake_score_optimizer)
-        networks = [self.networks.student, self.networks.teacher, self.networks.fake_score]
+        networks = [self.networks.student, self.networks.fake_score]
+        networks += [self.networks.teacher, self.networks.teacher_low_noise]
         attach(self.timers, networks, list(self.optimizers.values()))
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.loader = build_loader(run, groups)
@@ -243,6 +245,9 @@ class Trainer:
             batch.text_LBD.to(device),
             self.null_text_L1D.expand(-1, samples, -1),
             SeededDraws(self.run.seed, self.progress.iteration, batch.sample_indices.tolist()),
+            Given(image_latent_BCTHW=batch.image_latent_BCTHW, image_LBD=batch.image_LBD).condition(
+                self.layout, samples, device
+            ),
         )
         given_frames = self.run.distillation.given_frames
         if given_frames is None:
@@ -295,6 +300,7 @@ def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
         latent_shape=run.latent.shape_CTHW,
         text_len=run.model.text_len,
         text_dim=run.model.text_dim,
+        **image_shapes(run),
         num_threads=run.data.num_threads,
         prefetch=run.data.prefetch,
         on_error=on_error,

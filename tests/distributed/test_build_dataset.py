@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLWan  # noqa: F401 - here, and ranks are forked with it
-from transformers import UMT5EncoderModel  # noqa: F401
+from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
 
 from rcm_megatron.data.manifest import load_manifest
 from rcm_megatron.data.samples import SampleSource
@@ -21,7 +21,7 @@ from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.tiny_run import tiny_config, write_tiny_run
 from tests.helpers import assert_close
 from tests.videos import smooth_frames, write_video
-from tests.wan_encoders import write_encoders
+from tests.wan_encoders import write_encoders, write_image_encoder
 from tools.build_dataset import main
 
 INTERRUPTIONS = 5
@@ -253,6 +253,61 @@ def test_a_build_from_videos_killed_five_times_gives_the_same_bytes(filmed, tmp_
     argv = [*argv, "--output", str(tmp_path / "killed")]
     interrupted(argv, seed=2, operations=operations)
     assert_same(reference, tmp_path / "killed")
+
+
+def test_image_to_video_networks_get_members_of_the_first_frame(filmed, tmp_path):
+    """What the VAE and CLIP make of the first frame of the clip, by the encoders themselves."""
+    from PIL import Image
+
+    from rcm_megatron.data.manifest import IMAGE_EMBED, IMAGE_LATENT
+    from rcm_megatron.data.media import to_frames
+    from rcm_megatron.data.video import ClipReader
+    from rcm_megatron.models.encoders import CLIPImageEncoder, WanVideoEncoder
+
+    argv, *_ = filmed
+    folder = Path(argv[1]).parent
+    write_image_encoder(folder / "wan", image_dim=24)
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    config["model"]["wan"] = {"condition_channels": 20, "image_dim": 24}
+    config["encoders"]["image"] = "clip"
+    (folder / "i2v.yaml").write_text(yaml.safe_dump(config))
+    run(
+        1,
+        [
+            "videos",
+            str(folder / "i2v.yaml"),
+            *argv[2:],
+            "--output",
+            str(tmp_path / "i2v"),
+            "--dtype",
+            "fp32",
+            "--full-text",
+        ],
+    )
+    manifest = load_manifest(tmp_path / "i2v", on_error="raise")
+    manifest.check_has(IMAGE_LATENT)
+    manifest.check_has(IMAGE_EMBED)
+    shape = {"latent_shape": (16, 2, 4, 6), "text_len": 12, "text_dim": 16}
+    images = {"image_latent_shape": (16, 2, 4, 6), "image_embed_shape": (257, 24)}
+    source = SampleSource(manifest, seed=0, on_error="raise", **shape, **images)
+    sample = next(sample for sample in map(source.__getitem__, range(len(manifest))) if sample.row == 0)
+    assert sample.embed_LD.shape == (12, 16), "--full-text keeps all positions"
+    reader = ClipReader(frames=5, height=32, width=48, fps=16.0, device=torch.device("cpu"))
+    video_CTHW = reader.read(folder / "clips" / "00.mp4")
+    video_CTHW[:, 1:] = 0
+    picture = Image.fromarray(to_frames(video_CTHW, scale=1)[0])
+    latent_CTHW = WanVideoEncoder(folder / "wan" / "vae").encode(video_CTHW[None])[0]
+    assert_close("image latent", latent_CTHW, torch.from_numpy(sample.image_latent_CTHW), rel=1e-5)
+    embed_LD = CLIPImageEncoder(folder / "wan").encode([picture])[0]
+    assert_close("image embedding", embed_LD, torch.from_numpy(sample.image_embed_LD), rel=1e-5)
+    for command, changes, message in (
+        (argv, ["encoders.image=none"], "got encoders.image=none"),
+        (["teacher", "", "--prompts", str(folder / "prompts.txt")], [], "this teacher is given an image or frames"),
+    ):
+        (folder / "prompts.txt").write_text("a cat")
+        command = [command[0], str(folder / "i2v.yaml"), *command[2:], "--output", str(tmp_path / "no"), *changes]
+        ((status, stderr, *_),) = run_ranks(build, 1, command)
+        assert status == 1 and message in stderr, stderr
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_which_checkpoint_and_which_weights(trained, tmp_path):
         open_checkpoint(output)
     with pytest.raises(CheckpointError, match="no weights 'teacher'.* need one of student, ema, fake_score"):
         open_checkpoint(output, weights="teacher")
+    assert open_checkpoint(output, weights="student").where.endswith("[student.main.]"), "fp32 where it is there"
     for path in (output, output / "checkpoints", output / "checkpoints" / "iter_0000007"):
         assert open_checkpoint(path, weights="ema").facts["step"] == "7", path
     assert open_checkpoint(output / "checkpoints" / "iter_0000004", weights="ema").facts["step"] == "4"

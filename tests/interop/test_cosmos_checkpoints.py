@@ -154,6 +154,10 @@ RELEASED = {
         {"num_attention_heads": 16, "in_channels": 17, "rope_scale": (1.0, 3.0, 3.0)},
         1.96e9,
     ),
+    "cosmos_predict2_14b_video2world": (
+        {"num_attention_heads": 40, "num_layers": 36, "in_channels": 17, "rope_scale": (20 / 24, 2.0, 2.0)},
+        14.3e9,
+    ),
 }
 """Shipped configuration -> what diffusers' conversion script sets of the release beside the class's defaults, and its parameters."""
 

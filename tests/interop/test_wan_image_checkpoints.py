@@ -14,7 +14,7 @@ from rcm_megatron.checkpoint.convert import convert, export_diffusers, gather_fu
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats import KEY_MAPS, internal_shapes
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, WanConfig
+from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, WanConfig, load_config
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
 
@@ -138,6 +138,22 @@ def test_configurations_of_the_releases(name):
     written = configs.wan_config(model)
     assert {key: written[key] for key in released} == released
     assert ModelConfig(**configs.model_config_from_diffusers(configs.diffusers_config(model))) == model
+
+
+SHIPPED = {
+    "wan2.1_i2v_14b_480p": "Wan2.1-I2V-14B",
+    "wan2.2_t2v_a14b_480p": "Wan2.2-T2V-A14B",
+    "wan2.2_i2v_a14b": "Wan2.2-I2V-A14B",
+    "wan2.2_ti2v_5b": "Wan2.2-TI2V-5B",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configurations_are_the_releases(name):
+    released, shapes, _ = RELEASES[SHIPPED[name]]
+    model = load_config(f"model_configs/{name}.yaml").model
+    assert (model.wan or WanConfig()) == (configs.model_config_from_wan(released, shapes)["wan"] or WanConfig())
+    configs.check_same_network(configs.model_config_from_wan(released, shapes), model, where=name)
 
 
 def test_heads_of_the_releases_are_known_from_their_width():

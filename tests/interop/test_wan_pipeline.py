@@ -3,31 +3,35 @@
 Everything comes from files that the commands wrote: a trained student by `export`, samples by `sample`, encoders from one folder.
 """
 
-import importlib.util
 import sys
-from functools import partial
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from safetensors.torch import load_file
+from diffusers import WanPipeline, WanTransformer3DModel
 
 from rcm_megatron.config import load_config
 from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
-from rcm_megatron.models.encoders import WAN_NEGATIVE_PROMPT, WanVideoEncoder
+from rcm_megatron.models.encoders import WAN_NEGATIVE_PROMPT
+from rcm_megatron.training.pipelines import pipeline_usage
 from tests.distributed.harness import run_ranks
-from tests.distributed.tiny_run import command, train
+from tests.distributed.tiny_run import train
 from tests.distributed.wan_run import LATENT, TEXT_LEN, write_wan_run
 from tests.helpers import assert_close
-from tests.interop.pipelines import SamplersNoise
+from tests.interop.pipelines import (
+    SHIFT,
+    SOLVERS,
+    SamplersNoise,
+    on_our_grid,
+    run_command,
+    sample_files,
+    scheduler_of_export,
+    wan_pipeline,
+)
 
+CONFIGS = Path(__file__).parents[2] / "model_configs"
 PROMPTS = ("a cat and a dog", "Baking “cake”")
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": TEXT_LEN}
 
@@ -38,50 +42,26 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     config = write_wan_run(folder)
     run_ranks(train, 1, str(config), ["trainer.stop_after=2"])
-    run(["export", str(config), "--weights", "student", "--output", str(folder / "student")])
+    run_command(["export", str(config), "--weights", "student", "--output", str(folder / "student")])
     return folder
-
-
-def run(argv, *overrides):
-    """A command on one rank."""
-    ((status, stderr),) = run_ranks(command, 1, [*argv, *overrides])
-    assert status == 0, stderr
 
 
 def sampled(trained, tmp_path, weights, steps, *overrides):
     """Latents [B, C, T, H, W] and videos that `sample` makes for PROMPTS."""
+    return sample_files(trained, tmp_path, [*prompts(), "--weights", weights, "--steps", str(steps)], *overrides)
 
-    argv = ["sample", str(trained / "run.yaml"), "--weights", weights, "--steps", str(steps), "--output", str(tmp_path)]
-    run([*argv, *(part for prompt in PROMPTS for part in ("--prompt", prompt))], *overrides)
-    latents = torch.stack([load_file(path)["latent"] for path in sorted(tmp_path.glob("*.safetensors"))])
-    return latents, WanVideoEncoder(trained / "wan" / "vae").decode(latents)
+
+def prompts():
+    return [part for prompt in PROMPTS for part in ("--prompt", prompt)]
 
 
 def pipeline_of(trained, network, scheduler):
-    from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
-    pipeline = WanPipeline(
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(trained / "wan" / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(trained / "wan" / "text_encoder").eval(),
-        vae=AutoencoderKLWan.from_pretrained(trained / "wan" / "vae").eval(),
-        scheduler=scheduler,
-        transformer=WanTransformer3DModel.from_pretrained(trained / network).eval(),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return wan_pipeline(WanPipeline, trained, trained / network, scheduler)
 
 
 def noise_of(trained):
     seed = load_config(trained / "run.yaml").sampling.seed
     return SamplersNoise(tuple(LATENT.values()), samples=len(PROMPTS), seed=seed)
-
-
-def scheduler_of_export(folder):
-    """RCMScheduler from the exported folder alone: its copy of the class, its configuration."""
-    spec = importlib.util.spec_from_file_location("rcm_scheduler_of_export", folder / "rcm_scheduler.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.RCMScheduler.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -127,27 +107,6 @@ def test_noise_of_one_generator(trained):
     assert not torch.allclose(made(4), made(5))
 
 
-SHIFT = 3.0
-SOLVERS = {
-    "euler": partial(FlowMatchEulerDiscreteScheduler, shift=SHIFT),
-    "unipc": partial(
-        UniPCMultistepScheduler, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
-    ),
-}
-
-
-def on_our_grid(scheduler, steps):
-    """The scheduler on times that fall evenly to 0 before the shift; UniPC's are cut to integers for the network, here they are exact."""
-    grid, set_timesteps = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)[:-1].numpy(), scheduler.set_timesteps
-
-    def replacement(num_inference_steps, device):
-        set_timesteps(num_inference_steps, device=device, sigmas=grid)
-        scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
-
-    scheduler.set_timesteps = replacement
-    return scheduler
-
-
 @pytest.mark.parametrize("method", SOLVERS)
 def test_a_teachers_samples(trained, tmp_path, method):
     """With guidance and the release's negative prompt, by diffusers' solvers."""
@@ -179,3 +138,35 @@ def test_the_scheduler_refuses_what_it_cannot_do():
         RCMScheduler(space="ddpm")
     with pytest.raises(ValueError, match="need a number"):
         RCMScheduler(space="edm", sigma_max=None)
+
+
+def test_the_listing_of_the_model_card_runs(trained, monkeypatch):
+    """As it stands, but for the other components, which it would download."""
+    listing = (trained / "student" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+    def components(base, transformer, torch_dtype):
+        assert base.startswith("Wan-AI/") and torch_dtype == transformer.dtype == torch.bfloat16
+        pipeline = pipeline_of(trained, "student", RCMScheduler())
+        pipeline.register_modules(transformer=transformer)
+        return pipeline
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", components)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "rcm_scheduler", raising=False)
+    names = {}
+    exec(compile(listing, "README.md", "exec"), names)
+    assert names["output"].frames.shape == (1, 5, 32, 48, 3)
+    assert type(names["scheduler"]).__module__ == "rcm_scheduler"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_listing_of_every_network_names_its_pipeline(path):
+    run = load_config(path)
+    listing = pipeline_usage(run, "folder")
+    compile(listing, "README.md", "exec")
+    name = listing.split("pipeline = ")[1].split(".")[0]
+    assert hasattr(diffusers, name) and f"{name}, " in listing
+    kinds = {"t2v": "WanPipeline", "ti2v": "WanImageToVideoPipeline", "i2v": "WanImageToVideoPipeline"}
+    kinds |= {"text2image": "Cosmos2TextToImagePipeline", "video2world": "Cosmos2VideoToWorldPipeline"}
+    assert name == next((kind for part, kind in kinds.items() if part in path.stem), "WanPipeline")
+    assert ("image=image" in listing) == (name in ("WanImageToVideoPipeline", "Cosmos2VideoToWorldPipeline"))

@@ -188,17 +188,28 @@ def test_hard_inputs(kind, dtype):
     bf16 is exact here but for what the kernel rounds itself, see `launch.dot_types`. The floor is the type's own rounding.
     """
     inputs = hard_inputs(kind, dtype=dtype)
-    expected, by_torch = oracle(*inputs), same_precision(*inputs)
     q, k, v, tq, tk, tv = inputs
     carry = None
     for i in range(4):
         keys = [x[i * 64 : (i + 1) * 64] for x in (k, v, tk, tv)]
-        carry = kernel(q, *keys[:2], tq, *keys[2:], carry=carry)
-    floor = {"lse": 5e-7, "mu": 5e-7} | dict.fromkeys(("o", "to"), 1e-3 if dtype == torch.bfloat16 else 5e-7)
-    for blocks, got in ((1, kernel(*inputs)), (4, carry)):
+        carry = kernel(q, *keys[:2], tq, *keys[2:], carry=carry, update_carry=True)
+    check_against_torch(inputs, {"one pass": kernel(*inputs), "four blocks": carry})
+
+
+def check_against_torch(inputs, results, *, mu_floor=5e-7):
+    expected, by_torch = oracle(*inputs), same_precision(*inputs)
+    floor = {"lse": 5e-7, "mu": mu_floor}
+    floor |= dict.fromkeys(("o", "to"), 1e-3 if inputs[0].dtype == torch.bfloat16 else 5e-7)
+    for how, got in results.items():
         for name, ref, theirs, ours in zip(NAMES, expected, by_torch, got, strict=True):
-            limit = 2 * max(relative_error(ref, theirs), floor[name])
-            assert_close(f"{name} in {blocks} blocks", ref, ours, rel=limit)
+            assert_close(f"{name} in {how}", ref, ours, rel=2 * max(relative_error(ref, theirs), floor[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_32k_uniform_keys(dtype):
+    """Sums of many small weights. mu is the mean of numbers of both signs, 200 times smaller than they are."""
+    inputs = hard_inputs("uniform", keys=32768, d=16, dtype=dtype)
+    check_against_torch(inputs, {"one pass": kernel(*inputs, block_n=1024)}, mu_floor=FP32)
 
 
 def test_the_backend_is_chosen_by_name_and_refuses_what_it_cannot_do():

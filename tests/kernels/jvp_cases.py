@@ -15,10 +15,12 @@ def make_inputs(s, keys, *, b=1, n=2, d=16, seed=0, dtype=torch.float32, device=
 def hard_inputs(kind, *, keys=256, d=64, dtype=torch.float32, device="cpu"):
     """Inputs on which a careless kernel loses its digits; kinds as in `HARD`."""
     q, k, v, tq, tk, tv = make_inputs(63, keys, d=d)
-    if kind in ("sharp", "sharp_common_mode"):  # logits x16
+    if kind.startswith("sharp"):  # logits x16
         q = q * 16
     if kind in ("common_mode", "sharp_common_mode"):  # tS of all keys of a row shifted by about 100 * |q| * scale
         tk = tk + 100
+    if kind in ("drift", "sharp_drift"):  # by 0 for the first key, by as much for the last
+        tk = tk + torch.linspace(0, 100, keys).view(-1, 1, 1, 1)
     if kind == "one_hot":  # row i sees key i alone
         k[:63] = 30 * torch.nn.functional.normalize(k[:63], dim=-1)
         q = k[:63].clone()
@@ -27,7 +29,7 @@ def hard_inputs(kind, *, keys=256, d=64, dtype=torch.float32, device="cpu"):
     return [x.to(device, dtype) for x in (q, k, v, tq, tk, tv)]
 
 
-HARD = ("plain", "sharp", "common_mode", "sharp_common_mode", "one_hot", "uniform")
+HARD = ("plain", "sharp", "common_mode", "sharp_common_mode", "drift", "sharp_drift", "one_hot", "uniform")
 
 
 def same_precision(q, k, v, tq, tk, tv):

@@ -15,7 +15,7 @@ except (ImportError, RuntimeError) as error:
 
 import torch
 
-from rcm_kernels.compile_report import VARIANTS, compile_entry, versions
+from rcm_kernels.compile_report import JVP_OF_TRAINING, VARIANTS, compile_entry, versions
 from rcm_kernels.configs import SHARED_MEMORY, TABLE, Config, config_for, table_key
 
 MAIN = ("jvp", 90, 128, "half")
@@ -29,7 +29,7 @@ def check(key, variants):
     assert not wrong, f"with {versions()}:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("variant", VARIANTS["jvp"])
+@pytest.mark.parametrize("variant", ["main", *JVP_OF_TRAINING])
 def test_the_kernel_of_training_on_hopper(variant):
     check(MAIN, [variant])
 
@@ -40,7 +40,7 @@ def test_the_kernel_of_training_on_hopper(variant):
 @pytest.mark.parametrize("kernel", VARIANTS)
 def test_every_shipped_configuration(kernel, generation):
     for key in TABLE:
-        if key[:2] == (kernel, generation) and key != MAIN:
+        if key[:2] == (kernel, generation):
             check(key, VARIANTS[kernel] if key[3] == "half" else ("main", "odd head dim"))
 
 

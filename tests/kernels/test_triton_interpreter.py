@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["interpreted_jvp", "interpreted_attention"])
+@pytest.mark.parametrize("name", ["interpreted_jvp", "interpreted_attention", "interpreted_benchmark"])
 def test_in_the_interpreter(name):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", f"tests/kernels/{name}.py", "-p", "no:cacheprovider"]

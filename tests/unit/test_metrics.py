@@ -30,13 +30,19 @@ class FakeRun:
 
 
 class FakeWandb:
-    """Notes how it was started; refuses the modes in `refused`."""
+    """Notes how it was started; refuses the modes in `refused`, and, as the real service does after a failure, an id that it holds."""
 
     def __init__(self):
-        self.starts, self.refused, self.run = [], (), FakeRun()
+        self.starts, self.refused, self.run, self.held = [], (), FakeRun(), set()
+
+    def teardown(self):
+        self.held.clear()
 
     def init(self, **options):
         self.starts.append(options)
+        if options["id"] in self.held:
+            raise RuntimeError(f"run ID {options['id']} is in use")
+        self.held |= {options["id"]} if options["mode"] in self.refused else set()
         if options["mode"] in self.refused:
             raise wandb.errors.CommError("no network")
         return self.run
@@ -47,6 +53,7 @@ def fake(monkeypatch):
     fake = FakeWandb()
     monkeypatch.setattr(metrics.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(wandb, "init", fake.init)
+    monkeypatch.setattr(wandb, "teardown", fake.teardown)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     return fake
 
@@ -117,7 +124,7 @@ def test_the_run_id_is_on_disk_before_wandb_starts_and_stays(tmp_path, fake, fou
     with pytest.raises(wandb.Error):
         logger(tmp_path, mode="online")
     assert len(identity.read_text().strip()) == 8
-    fake.refused = ()
+    fake.refused, fake.held = (), set()
     for _ in range(2):
         logger(tmp_path, mode="online").close()
     assert {start["id"] for start in fake.starts} == {identity.read_text().strip()}

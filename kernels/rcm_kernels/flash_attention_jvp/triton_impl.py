@@ -7,8 +7,9 @@ not fit into the registers, so that two programs then share the work, each with 
     S = q k^T    tS = tq k^T + q tk^T    P = exp(S - running max)    o += P v    to += P tv + (P * (tS - c)) v
 
 Both products of `to` go into one accumulator: a third one costs 64 registers a thread, which do not exist (DESIGN, section 5).
-c is a constant per row, the mean of tS over the first tile. It changes nothing but the rounding: (P * tS) v is rounded to bf16
-before its matmul, and a tangent that is common to all keys would drown the rest. See `_add_tile` for the two sums behind mu.
+c is a constant per row, the mean of tS over a sample of the keys. It changes nothing but the rounding: (P * tS) v is rounded to bf16
+before its matmul, and a tangent that is common to all keys would drown the rest. The sample is spread over all of them, so that a common
+tangent may drift. See `_add_tile` for the two sums behind mu.
 """
 
 import torch
@@ -22,23 +23,26 @@ from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
 
 @triton.jit
-def _first_tile_mean(
+def _sampled_mean(
     q, tq, k, tk, q_s, tq_s, k_s, tk_s, rows_left, num_keys, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TK: tl.constexpr,
 ):  # fmt: skip
-    """Mean of tS over the first tile, per row. The mean commutes with the product, so no matmul is needed."""
+    """Mean of tS over at most BLOCK_N keys, evenly spaced, per row. The mean commutes with the product: no matmul is needed."""
     MASK_D: tl.constexpr = HEAD_DIM % BLOCK_D != 0
     rows_M, rows_N = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    step = tl.cdiv(num_keys, BLOCK_N)
+    samples = tl.cdiv(num_keys, step)
+    sampled_N = rows_N.to(tl.int64) * step
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     for d in tl.range(0, HEAD_DIM, BLOCK_D, num_stages=1):
-        k_ND = load_rows(k + d, k_s, rows_N, num_keys, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
+        k_ND = load_rows(k + d, k_s, sampled_N, samples * step, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
         tq_MD = load_rows(tq + d, tq_s, rows_M, rows_left, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
         sum_M += tl.sum(tq_MD * tl.sum(k_ND, 0)[None, :], 1)
         if HAS_TK:
-            tk_ND = load_rows(tk + d, tk_s, rows_N, num_keys, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
+            tk_ND = load_rows(tk + d, tk_s, sampled_N, samples * step, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
             q_MD = load_rows(q + d, q_s, rows_M, rows_left, HEAD_DIM - d, BLOCK_D, MASK_D).to(tl.float32)
             sum_M += tl.sum(q_MD * tl.sum(tk_ND, 0)[None, :], 1)
-    return sum_M * (scale / tl.minimum(num_keys, BLOCK_N))
+    return sum_M * (scale / samples)
 
 
 @triton.jit
@@ -158,7 +162,7 @@ def forward_kernel(
         limit_M = tl.minimum(((q_offset + first + rows_M) // chunk + 1) * chunk - k_offset, num_keys)
         end = tl.minimum(((q_offset + first + BLOCK_M - 1) // chunk + 1) * chunk - k_offset, num_keys)
 
-    centre_M = _first_tile_mean(
+    centre_M = _sampled_mean(
         q_base, tq_base, k_base, tk_base, q_s, tq_s, k_s, tk_s, rows_left, num_keys, scale,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_TK,
     )  # fmt: skip
@@ -216,7 +220,8 @@ def attention_jvp(
     q, k, v, tq, tk, tv = (last_dim_dense(x) for x in (q, k, v, tq, tk, tv))
     (s, b, n, d), has_carry = q.shape, carry is not None
     carry = tuple(x.contiguous() for x in carry) if has_carry else (None,) * 4
-    outputs = carry if update_carry and has_carry else _new_outputs(q, out_dtype)
+    # With a carry the kernel stores fp32: on sm_90a bf16 results would cost 96 bytes of spills at head dim 128.
+    outputs = carry if update_carry and has_carry else _new_outputs(q, None if has_carry else out_dtype)
     same_strides = tk is None or (tk.stride() == k.stride() and tv.stride() == v.stride())
     config = config or config_for("jvp", q, irregular=not same_strides or chunk is not None)
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
@@ -233,7 +238,8 @@ def attention_jvp(
             P_TYPE=p_type, DOT_TYPE=dot_type, PRECISION=dot_precision(q.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return outputs
+    o, to, lse, mu = outputs
+    return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
 def _new_outputs(q, out_dtype):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rcm_megatron.config import ConfigError, EncodersConfig
+from rcm_megatron.config import ConfigError, EncodersConfig, WanConfig
 from rcm_megatron.models.encoders.base import EncoderError, TextEncoder, VideoEncoder
 from rcm_megatron.models.encoders.clip import CLIPImageEncoder
 from rcm_megatron.models.encoders.pretrained import folder_problems
@@ -60,14 +60,15 @@ def build_text_encoder(
     return encoder
 
 
-def build_image_encoder(config: EncodersConfig, *, image_dim: int, device: torch.device = _CPU) -> CLIPImageEncoder:
-    """The image encoder of `config.image`; EncoderError where there is none, or none that fits."""
+def build_image_encoder(config: EncodersConfig, wan: WanConfig, *, device: torch.device = _CPU) -> CLIPImageEncoder:
+    """The image encoder of `config.image`; EncoderError where there is none, or none that fits the network `wan`."""
     if config.image == "none":
         raise EncoderError("got encoders.image=none, need an image encoder here; set it to clip")
     encoder = CLIPImageEncoder(config.folder, device=device)
-    if encoder.image_dim != image_dim:
+    got, need = (encoder.image_len, encoder.image_dim), (wan.image_tokens, wan.image_dim)
+    if got != need:
         raise EncoderError(
-            f"{config.folder}/image_encoder has width {encoder.image_dim}, need model.wan.image_dim={image_dim}"
+            f"{config.folder}/image_encoder makes features {got} of an image in [L, D], need {need} (model.wan); use its sibling"
         )
     return encoder
 

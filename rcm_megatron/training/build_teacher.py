@@ -1,0 +1,128 @@
+"""A dataset of a teacher's samples, by the recipe of rCM's published one: 100 Euler steps, shift 3, guidance 5, a seed a sample.
+
+Shapes: B batch, C channels, T latent frames, H, W, L text positions, D text width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rcm_megatron import platform
+from rcm_megatron.config import RunConfig
+from rcm_megatron.data.building import DatasetBuild, Unit, wait_for
+from rcm_megatron.data.captions import read_prompts
+from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.training.building import (
+    BuildRequest,
+    Made,
+    checksums,
+    encode_texts,
+    make_units,
+    open_build,
+    report,
+    text_facts,
+)
+from rcm_megatron.training.encoding import InputError, check_encoders
+from rcm_megatron.training.given import image_shapes
+from rcm_megatron.training.inference import join, load_network
+from rcm_megatron.training.sampling import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRequest(BuildRequest):
+    """What to sample. The noise of sample i follows from (seed, i) alone."""
+
+    prompts: Path
+    samples_per_prompt: int = 1
+    batch_size: int | None = None
+    """Samples that are drawn together; None: trainer.micro_batch_size."""
+    steps: int = 100
+    shift: float = 3.0
+    guidance: float = 5.0
+    seed: int = 0
+
+
+def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
+    """Sample the teacher for every prompt; any layout, data-parallel replicas share the units. InputError for what cannot be met."""
+    prompts = [prompt for prompt in read_prompts(request.prompts) for _ in range(request.samples_per_prompt)]
+    _check(run, request)
+    groups = join(run)
+    build, left = open_build(
+        run,
+        request,
+        num_samples=len(prompts),
+        unit_size=request.batch_size or run.trainer.micro_batch_size,
+        recipe=lambda: _recipe(run, request, prompts),
+    )
+    if left:
+        encode_texts(run, build, left, lambda unit: [prompts[index] for index in unit.indices])
+        network = load_network(run, groups, weights="teacher")
+        mine = left[groups.dp_rank :: groups.dp_size]
+        null_L1D = _negative(run, build) if mine else None  # a rank without work may come after the end
+
+        def make(unit: Unit) -> Made:
+            text_len, embed_BLD = run.model.text_len, build.text(unit)
+            latents_BCTHW = _draw(request, network, unit, _padded(embed_BLD, text_len), null_L1D)
+            return [
+                request.sample(index, latent_CTHW, embed_LD, prompts[index], text_len=text_len)
+                for index, latent_CTHW, embed_LD in zip(unit.indices, latents_BCTHW, embed_BLD, strict=True)
+            ], {}
+
+        make_units(build, mine, make, writes=groups.token_shard == 0 and groups.pp_rank == 0)
+    report(build)
+
+
+@torch.no_grad()
+def _draw(request: TeacherRequest, network: list, unit: Unit, text_BLD: Tensor, null_L1D: Tensor) -> Tensor:
+    device = platform.device()
+    null_LBD = null_L1D.to(device).expand(-1, len(unit.indices), -1)
+    text_LBD = text_BLD.transpose(0, 1).to(device)
+    sampler = Sampler(network, network[0].layout, text_LBD, null_LBD, request.seed, list(unit.indices))
+    return sampler.teacher(steps=request.steps, guidance=request.guidance, shift=request.shift, method="euler")
+
+
+def _check(run: RunConfig, request: TeacherRequest) -> None:
+    check_encoders(run)
+    if run.encoders.text == "none":
+        raise InputError("got encoders.text=none, need a text encoder for the prompts; set it to umt5 or t5")
+    if run.init.teacher is None:
+        raise InputError("got init.teacher=null, need a teacher to sample; set it to a checkpoint")
+    given = run.distillation.given_frames
+    if (given is not None and 0 not in given) or any(image_shapes(run).values()):
+        raise InputError("this teacher is given an image or frames, and prompts have none; use the `videos` command")
+    if request.steps < 1 or request.samples_per_prompt < 1 or request.shift <= 0:
+        raise InputError(
+            f"got --steps {request.steps}, --samples-per-prompt {request.samples_per_prompt}, --shift {request.shift}; "
+            "need at least 1, at least 1, and more than 0"
+        )
+
+
+def _recipe(run: RunConfig, request: TeacherRequest, prompts: Sequence[str]) -> dict[str, object]:
+    teacher = Path(run.init.teacher)
+    inner = teacher / "transformer"
+    return {
+        "source": "teacher",
+        **{name: getattr(request, name) for name in ("seed", "steps", "shift", "guidance", "samples_per_prompt")},
+        "sampler": "euler",
+        "prompts": text_facts(prompts),
+        "teacher": str(teacher),
+        "teacher_sha256": checksums(inner if inner.is_dir() else teacher),
+        "parallel": dataclasses.asdict(run.parallel),
+        "precision": dataclasses.asdict(run.precision),
+    }
+
+
+def _negative(run: RunConfig, build: DatasetBuild) -> Tensor:
+    path = wait_for(build.negative)
+    return load_negative_embedding(path, text_len=run.model.text_len, text_dim=run.model.text_dim)[:, None]
+
+
+def _padded(embed_BLD: Tensor, text_len: int) -> Tensor:
+    return functional.pad(embed_BLD.float(), (0, 0, 0, text_len - embed_BLD.shape[1]))

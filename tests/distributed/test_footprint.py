@@ -1,0 +1,75 @@
+"""What a run is said to hold on its ranks, against the bytes of the tensors that are there after a step."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from rcm_megatron.config import ParallelConfig
+from tests.distributed.harness import run_ranks
+
+SIZES = {"hidden": 64, "head_dim": 32, "layers": 2, "tokens": 256, "ranks": 2, "ring": False}
+LAYOUTS = {"dp2_bf16": ({}, "bf16"), "tp2_fp32": ({"tp": 2}, "fp32"), "pp2_bf16": ({"pp": 2}, "bf16")}
+NAMES = {
+    "student weights": "weights of the student",
+    "student gradients": "gradients of the student",
+    "student optimizer": "main parameters and moments of the student",
+    "fake_score weights": "weights of the fake score",
+    "fake_score gradients": "gradients of the fake score",
+    "fake_score optimizer": "main parameters and moments of the fake score",
+    "EMA": "EMA of the student",
+}
+
+
+def said_and_held(parallel, dtype):
+    """(bytes said with a resident teacher, with a sharded one, bytes held, parameters) of one rank."""
+    from rcm_megatron.parallel.pipeline import unwrapped
+    from rcm_megatron.training.footprint import standing_bytes
+    from tools.benchmark_memory import Rank, run_config
+
+    run = run_config(SimpleNamespace(**SIZES, dtype=dtype))
+    batch = ParallelConfig(**parallel).dp(SIZES["ranks"])
+    run = replace(run, parallel=ParallelConfig(**parallel), trainer=replace(run.trainer, global_batch_size=batch))
+    rank = Rank(run)
+    rank.step("full", "resident")
+    chunks = [unwrapped(chunk) for chunk in rank.student]
+    held, shards = rank.standing(), rank.groups.dp_cp.size()
+    said = standing_bytes(run, chunks, shards=shards)
+    sharded = standing_bytes(replace(run, memory=replace(run.memory, teacher_weights="sharded")), chunks, shards=shards)
+    return said, sharded, held, sum(1 for chunk in chunks for _ in chunk.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bytes_are_those_of_the_tensors(layout):
+    """Exact on each rank, or over its dp*cp group; Megatron pads gradients by up to 64 elements a parameter and 128 a bucket."""
+    reports = run_ranks(said_and_held, SIZES["ranks"], *LAYOUTS[layout])
+    groups = [reports] if layout.startswith("dp") else [[report] for report in reports]
+    for group in groups:
+
+        def total(index, name, group=group):
+            return sum(report[index][name] for report in group)
+
+        assert total(0, "teacher") == total(2, "weights of the resident teacher")
+        assert total(1, "teacher") == pytest.approx(total(2, "weights of the sharded teacher"), abs=len(group))
+        for said, held in NAMES.items():
+            padding = 4 * 192 * sum(report[3] for report in group) if "gradients" in said else 0
+            need = total(2, held)
+            assert need - padding - len(group) < total(0, said) <= need, (said, total(0, said), need)
+
+
+def test_policies_leave_out_what_they_free():
+    import torch
+
+    from rcm_megatron.training.footprint import standing_bytes
+    from tools.benchmark_memory import run_config
+
+    run = run_config(SimpleNamespace(**SIZES, dtype="bf16"))
+    chunks = [torch.nn.Linear(10, 10, bias=False, dtype=torch.bfloat16)]
+    found = standing_bytes(run, chunks, shards=2)
+    assert found["teacher"] == 200 and found["fake_score optimizer"] == 600 and found["EMA"] == 200
+    freed = {"teacher_weights": "offloaded", "offload_optimizer": ("fake_score",), "free_idle_gradients": True}
+    less = standing_bytes(replace(run, memory=replace(run.memory, **freed)), chunks, shards=2)
+    assert less["teacher"] == less["fake_score optimizer"] == 0 and less["student optimizer"] == 600
+    assert "fake_score gradients" not in less and less["student gradients"] == 400
+    two = standing_bytes(replace(run, init=replace(run.init, teacher_low_noise="another")), chunks, shards=2)
+    assert two == found | {"teacher": 400}

@@ -1,0 +1,26 @@
+"""Conversions stream: what they hold is bounded by a shard and the tensors of one row of the key map, not by the checkpoint."""
+
+import pytest
+
+from tools.benchmark_convert import largest_group, network, run_chain
+
+SHARD = 6_000_000
+NOISE = 1_500_000
+"""Bytes that the interpreter and the threads of the process take meanwhile."""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A 14B with all 40 layers and heads of 4: 55 MB in diffusers' format -> Wan's -> torch_dist -> diffusers'."""
+    return run_chain(tmp_path_factory.mktemp("memory"), network(4), max_shard_bytes=SHARD)
+
+
+@pytest.mark.parametrize("index", range(3), ids=["wan", "torch_dist", "diffusers"])
+def test_a_conversion_holds_a_shard_and_a_group(results, index):
+    result = results[index]
+    assert result["bytes"] > 8 * SHARD
+    shard = 0 if result["conversion"].endswith("torch_dist") else SHARD  # written tensor by tensor
+    groups = (
+        3 if result["conversion"].startswith("torch_dist") else 1
+    )  # PyTorch's reader holds a tensor as bytes, storage and target
+    assert 0 < result["anonymous_bytes"] <= shard + groups * largest_group(network(4)) + NOISE, result

@@ -1,0 +1,78 @@
+"""The attention benchmark's whole run in Triton's interpreter, on tiny shapes, with a clock for CUDA's events.
+
+The figures mean nothing; that every case, implementation and column is there does. See test_triton_interpreter.py.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rcm_kernels import benchmark
+from rcm_kernels.flash_attention import backends
+from tests.kernels.test_kernel_tools import ROOT, checkout
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run me with TRITON_INTERPRET=1"
+__all__ = ["checkout"]
+
+
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.time - self.time)
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch):
+    """A CPU in the place of the GPU: the same calls on tensors of the other device."""
+    cuda = {"is_available": lambda: True, "Event": Event, "get_device_name": lambda: "no GPU"}
+    cuda |= {"synchronize": lambda: None, "reset_peak_memory_stats": lambda: None}
+    cuda |= {"memory_allocated": lambda: 2**20, "max_memory_allocated": lambda: 3 * 2**20}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *sizes, device, **options: randn(*sizes, **options))
+    load = backends.load
+    monkeypatch.setattr(backends, "load", lambda name: load("aten_cpu" if name == "aten_cuda" else name))
+    peak = benchmark.matmul_peak
+    monkeypatch.setattr(benchmark, "matmul_peak", lambda dtype, repeats: peak(dtype, repeats, size=32))
+
+
+def test_all_cases_are_measured_and_drawn(no_gpu_needed, monkeypatch, tmp_path, checkout):
+    shrunk = {
+        name: benchmark.Case(
+            case.queries // 1000, max(case.keys // 1000, 2), 2, 1, case.head_dim // 4, case.key_tangents, case.carry
+        )
+        for name, case in benchmark.CASES.items()
+    }
+    monkeypatch.setattr(benchmark, "CASES", shrunk)
+    command = ["benchmark", "--repeats", "1", "--output", str(tmp_path), "--against", str(checkout())]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    with (tmp_path / "attention.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["case"] for row in rows)) == list(shrunk)
+    for name, case in shrunk.items():
+        of_case = [row for row in rows if row["case"] == name]
+        expected = {"aten flash, forward", "triton, with tangent", "NVlabs/rcm, with tangent"}
+        backward = {"triton, forward", "aten flash, backward", "triton, backward"}
+        assert {row["implementation"] for row in of_case} == expected | (backward if case.key_tangents else set())
+        for row in of_case:
+            assert float(row["ms"]) > 0 and float(row["ratio_to_aten_forward"]) > 0 and row["peak_mib"] == "2"
+            assert row["commit"] and row["triton"] and row["gpu"] == "no GPU"
+        assert of_case[0]["ratio_to_aten_forward"] == "1.0"
+    plot = [sys.executable, "tools/plot_kernel_benchmark.py", str(tmp_path / "attention.csv")]
+    subprocess.run(plot, cwd=ROOT, check=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    assert (tmp_path / "attention.png").stat().st_size > 1000

@@ -1,0 +1,192 @@
+"""How long a step waits for a checkpoint, written in the background or not, and what checking one costs at resume; prints JSON.
+
+    python tools/benchmark_checkpoint.py
+    torchrun --standalone --nproc-per-node=2 tools/benchmark_checkpoint.py
+
+A network of 62 M parameters with fp32 optimizer state and EMA, training by flow matching. Saves of both kinds take turns in one run; times
+are medians over the repeats, on rank 0, of barriers' distance where ranks wait for each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rcm_megatron import platform
+
+platform.install()
+
+from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint  # noqa: E402
+from rcm_megatron.checkpoint.folders import find_latest  # noqa: E402
+from rcm_megatron.checkpoint.saver import CheckpointSaver  # noqa: E402
+from rcm_megatron.config import (  # noqa: E402
+    DataConfig,
+    DistillationConfig,
+    EncodersConfig,
+    InitConfig,
+    LatentConfig,
+    LossWeights,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+    StageConfig,
+    TimeDistribution,
+    TrainerConfig,
+)
+from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
+from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
+from rcm_megatron.parallel.pipeline import reduce_gradients  # noqa: E402
+from rcm_megatron.training.ema import PowerEMA  # noqa: E402
+from rcm_megatron.training.networks import build_networks  # noqa: E402
+from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
+from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
+from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
+from tools.measuring import provenance, wan_model  # noqa: E402
+
+STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=False)
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """Random weights, one sample a data-parallel rank, flow matching."""
+    times = TimeDistribution(kind="uniform_shift", shift=5.0)
+    return RunConfig(
+        name="benchmark_checkpoint",
+        output_dir="",
+        model=wan_model(layers=args.layers, hidden=args.hidden, head_dim=128),
+        latent=LatentConfig(channels=16, frames=1, height=32, width=32),
+        precision=PrecisionConfig(params_dtype="fp32", linear_layers="local"),
+        init=InitConfig(),
+        distillation=DistillationConfig(teacher_guidance=1.0, p_g=times, p_d=times),
+        stages=(StageConfig(name="flow", steps=2, losses=LossWeights(flow=1.0)),),
+        student_optimizer=OptimizerConfig(lr=1e-6),
+        encoders=EncodersConfig(video="none", text="none"),
+        data=DataConfig(folder=""),
+        trainer=TrainerConfig(global_batch_size=dist.get_world_size(), checkpoint_every=1),
+    )
+
+
+class Training:
+    """A network that trains, and what of it a checkpoint holds."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run, self.groups = run, initialize_parallel(run.parallel)
+        self.networks = build_networks(run, self.groups)
+        self.optimizer = build_optimizer(self.networks.student, run.student_optimizer)
+        self.ema = PowerEMA(self.optimizer, 0.1)
+        draws, device = SeededDraws(0, 0, [self.groups.dp_rank]), platform.device()
+        text = draws.normal("text", (run.model.text_len, run.model.text_dim)).transpose(0, 1).to(device)
+        latent = self.networks.layout.shard(draws.normal("latent", run.latent.shape_CTHW).to(device))
+        self.batch = MicroBatch(latent, text, torch.zeros_like(text), draws)
+        self.state = {
+            "student": NetworkState(chunks=self.networks.student, optimizer=self.optimizer, ema=self.ema.shards)
+        }
+
+    def step(self) -> float:
+        """Seconds of an update."""
+        dist.barrier()
+        start = time.perf_counter()
+        zero_gradients(self.optimizer)
+        accumulate_step(STEP, self.networks, [self.batch], stage=self.run.stages[0], settings=self.run.distillation)
+        reduce_gradients(self.networks.student)
+        optimizer_step(self.optimizer, self.groups)
+        self.ema.update(1)
+        dist.barrier()
+        return time.perf_counter() - start
+
+
+def save(training: Training, saver: CheckpointSaver, iteration: int) -> dict[str, Any]:
+    """Save once; seconds that the call took, until the checkpoint was complete, and of the steps meanwhile."""
+    dist.barrier()
+    start = time.perf_counter()
+    saver.save(iteration=iteration, networks=training.state, progress={"iteration": iteration})
+    waited, steps = time.perf_counter() - start, []
+    while not everywhere(saver.finished):
+        steps.append(training.step())
+    saved = saver.wait()
+    if saved.error is not None:
+        raise RuntimeError(saved.error)
+    return {"waited": waited, "complete": saved.seconds, "steps": steps}
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether it holds on all ranks."""
+    held = torch.tensor(int(condition), device=platform.device())
+    dist.all_reduce(held, dist.ReduceOp.MIN)
+    return bool(held)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The JSON; call it on all ranks."""
+    training = Training(run_config(args))
+    savers = {
+        name: CheckpointSaver(folder, keep=2, background=name == "background") for name in ("background", "waiting")
+    }
+    saves: dict[str, list[dict[str, Any]]] = {name: [] for name in savers}
+    alone = [training.step() for _ in range(args.repeats + 1)][1:]
+    for repeat in range(args.repeats):
+        for offset, (name, saver) in enumerate(savers.items()):
+            saves[name].append(save(training, saver, 2 * repeat + offset + 1))
+            alone.append(training.step())
+    resume = {}
+    for name, act in {
+        "compare sizes": lambda: find_latest(folder, checksums=False),
+        "compare checksums": lambda: find_latest(folder),
+        "load": lambda: load_checkpoint(find_latest(folder, checksums=False), networks=training.state),
+    }.items():
+        dist.barrier()
+        start = time.perf_counter()
+        latest = act()
+        dist.barrier()
+        resume[name] = time.perf_counter() - start
+    latest = find_latest(folder, checksums=False)
+    medians = {
+        name: {key: statistics.median(s[key] for s in of) for key in ("waited", "complete")}
+        for name, of in saves.items()
+    }
+    meanwhile = [seconds for save in saves["background"] for seconds in save["steps"]]
+    return {
+        "parameters": sum(p.numel() for chunk in training.networks.student for p in chunk.module.parameters()),
+        "checkpoint_bytes": sum(path.stat().st_size for path in latest.iterdir()),
+        "ranks": dist.get_world_size(),
+        "seconds": medians,
+        "waited_ratio": medians["waiting"]["waited"] / medians["background"]["waited"],
+        "step_seconds": {"alone": statistics.median(alone), "while_writing": statistics.median(meanwhile or [0.0])},
+        "resume_seconds": resume,
+        "saves": saves,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=768, help="a multiple of 128")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    source = provenance()
+    platform.init_distributed()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        shared = [temporary]
+        dist.broadcast_object_list(shared, src=0)
+        result = {"provenance": source, **measure(args, Path(shared[0]))}
+        dist.barrier()
+    if dist.get_rank() == 0:
+        print(json.dumps(result, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
