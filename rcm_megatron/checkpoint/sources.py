@@ -189,13 +189,13 @@ def _choose_network(source: CheckpointSource, weights: str | None) -> Checkpoint
         name: prefix for name, prefix in _NETWORK_PREFIXES.items() if any(key.startswith(prefix) for key in source)
     }
     if weights is None and len(found) > 1:
-        raise CheckpointError(f"{source.where} holds several networks: {', '.join(found)}; choose one with --weights")
+        raise CheckpointError(f"{source.where} holds several networks: {', '.join(found)}; choose one: `convert ... --weights NAME`")
     if weights is None and not (found and all(key.startswith(tuple(found.values())) for key in source)):
         return source
     name = weights or next(iter(found))
     if name not in found:
         raise CheckpointError(
-            f"{source.where} does not hold {name!r}, but {', '.join(found) or 'one network without a name'}; drop --weights or choose one "
+            f"{source.where} does not hold {name!r}, but {', '.join(found) or 'one network without a name'}; drop `--weights` or choose one "
             "of them"
         )
     return replace(source.with_prefix(found[name]), facts={"weights": name})

@@ -78,7 +78,7 @@ class TorchDistFolder:
             raise CheckpointError(f"{self.folder}: no network in it; keys look like {sorted(self.shapes)[:3]}")
         if weights is None and len(found) > 1:
             raise CheckpointError(
-                f"{self.folder} holds several networks: {', '.join(found)}; choose one with --weights"
+                f"{self.folder} holds several networks: {', '.join(found)}; choose one: `convert ... --weights NAME`"
             )
         if weights is not None and weights not in found:
             raise CheckpointError(

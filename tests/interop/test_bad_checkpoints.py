@@ -104,7 +104,7 @@ def test_legacy_pt_and_several_networks(tiny, tmp_path):
     both = weights | {name.replace("net.", "net_ema.", 1): tensor * 2 for name, tensor in weights.items()}
     torch.save(both, tmp_path / "both.pt")
     assert len(dict(to_internal(open_checkpoint(tmp_path / "legacy.pth"), CONFIG))) == len(internal_shapes(CONFIG))
-    fails(tmp_path / "both.pt", "several networks: student, ema; choose one with --weights")
+    fails(tmp_path / "both.pt", "several networks: student, ema; choose one: `convert")
     fails(tmp_path / "both.pt", "does not hold 'fake_score', but student, ema", weights="fake_score")
     fails(tmp_path / "rcm.pt", "does not hold 'ema', but student", weights="ema")
     fails(tiny[0], "does not hold 'ema', but one network without a name", weights="ema", target=tmp_path / "target")

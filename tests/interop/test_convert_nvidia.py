@@ -90,7 +90,7 @@ def test_which_of_several_networks(tiny, tmp_path):
     ema = {name.replace("net.", "net_ema.", 1): 2 * value for name, value in weights.items()}
     torch.save(weights | ema, tmp_path / "both.pt")
     options = ["--to", "diffusers", "--rope-scale", "1", "4", "3"]
-    with pytest.raises(SystemExit, match="several networks: student, ema; choose one with --weights"):
+    with pytest.raises(SystemExit, match="several networks: student, ema; choose one: `convert"):
         main(["convert", str(tmp_path / "both.pt"), str(tmp_path / "out"), *options])
     assert main(["convert", str(tmp_path / "both.pt"), str(tmp_path / "out"), "--weights", "ema", *options]) == 0
     assert_same_tensors({name: 2 * value for name, value in tiny[0].items()}, dict(open_checkpoint(tmp_path / "out")))

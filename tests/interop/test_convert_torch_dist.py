@@ -71,7 +71,7 @@ def test_any_slice_is_read(trained):
 
 def test_which_checkpoint_and_which_weights(trained, tmp_path):
     _, output = trained
-    with pytest.raises(CheckpointError, match="several networks: student, ema, fake_score; choose one with --weights"):
+    with pytest.raises(CheckpointError, match="several networks: student, ema, fake_score; choose one: `convert"):
         open_checkpoint(output)
     with pytest.raises(CheckpointError, match="no weights 'teacher'.* need one of student, ema, fake_score"):
         open_checkpoint(output, weights="teacher")
