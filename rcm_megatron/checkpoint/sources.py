@@ -195,7 +195,7 @@ def _choose_network(source: CheckpointSource, weights: str | None) -> Checkpoint
     name = weights or next(iter(found))
     if name not in found:
         raise CheckpointError(
-            f"{source.where} does not hold {name!r}, but {', '.join(found) or 'one network without a name'}; drop `--weights` or choose one "
+            f"{source.where} does not hold {name!r}, but {', '.join(found) or 'one network without a name'}; drop --weights or choose one "
             "of them"
         )
     return replace(source.with_prefix(found[name]), facts={"weights": name})
