@@ -23,7 +23,6 @@ from rcm_megatron.checkpoint.formats import (
     FORMATS,
     Source,
     check_divides,
-    check_format,
     checked_entries,
     from_internal,
     internal_shapes,
@@ -197,7 +196,9 @@ def convert(
         The configuration of the converted network.
     """
     if target_format not in TARGET_FORMATS:
-        check_format(target_format)
+        raise CheckpointError(
+            f"unknown format {target_format!r}{nearest(target_format, TARGET_FORMATS)}; need one of {list(TARGET_FORMATS)}"
+        )
     dtype = _as_dtype(dtype)
     check_target(target_path, force=force)
     if Path(source_path).resolve().is_relative_to(Path(target_path).resolve()):

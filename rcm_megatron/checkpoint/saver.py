@@ -124,9 +124,8 @@ class CheckpointSaver:
             dist.all_gather_object(entries, writer.fs.entries, group=self._group)
             self._on_first_rank(lambda: self._finish(final, entries))
         except (CheckpointError, CheckpointException):  # those that all ranks raise
-            self._on_first_rank(
-                lambda: shutil.rmtree(partial, ignore_errors=True)
-            )  # a disk that is full needs the room
+            # A disk that is full needs the room.
+            self._on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise
 
     def _finish(self, final: Path, entries: list[dict[str, Entry]]) -> None:

@@ -190,7 +190,7 @@ def _choose_network(source: CheckpointSource, weights: str | None) -> Checkpoint
     }
     if weights is None and len(found) > 1:
         raise CheckpointError(f"{source.where} holds several networks: {', '.join(found)}; choose one with --weights")
-    if weights is None and not all(key.startswith(tuple(found.values())) for key in source):
+    if weights is None and not (found and all(key.startswith(tuple(found.values())) for key in source)):
         return source
     name = weights or next(iter(found))
     if name not in found:

@@ -89,8 +89,8 @@ class MetricLogger:
         if not self.active:
             return
         record = {"restarts": self._restarts, **record}
-        self._file.write(json.dumps({"iteration": iteration, **record}) + "\n")
-        self._file.flush()
+        self._to_file(lambda: self._file.write(json.dumps({"iteration": iteration, **record}) + "\n"))
+        self._to_file(self._file.flush)
         self._to_wandb(lambda: self._wandb.log(record, step=iteration))
         losses = {key.removesuffix("/loss"): f"{value:.4g}" for key, value in record.items() if key.endswith("/loss")}
         self._bar.set_postfix({"stage": record["stage"], **losses}, refresh=False)
@@ -114,8 +114,15 @@ class MetricLogger:
         if not self.active:
             return
         self._bar.close()
-        self._file.close()
+        self._to_file(self._file.close)
         self._to_wandb(lambda: self._wandb.finish())
+
+    def _to_file(self, call: Callable[[], Any]) -> None:
+        """A full disk ends no run; what could not be written stays in the file's buffer, and is tried again with the next record."""
+        try:
+            call()
+        except OSError as error:
+            self.message(f"{self.path} could not be written ({error}); tried again with the next record")
 
     def _to_wandb(self, call: Callable[[], None]) -> None:
         """Its service is another process, which a signal to the whole job may end before this one has saved."""

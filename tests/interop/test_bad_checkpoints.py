@@ -13,9 +13,10 @@ from rcm_megatron.checkpoint.convert import convert, export_diffusers
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats import from_internal, internal_shapes, to_internal
 from rcm_megatron.checkpoint.sources import open_checkpoint, source_from_tensors
-from tests.interop.wan_networks import CONFIG, save_tiny
+from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+EXPERTS = ("transformer", "transformer_2")
 
 
 @pytest.fixture
@@ -234,3 +235,21 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
     fails(tmp_path / "a.bin", "need a folder, or a file that ends in")
     save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     fails(tmp_path / "other.safetensors", "not a Wan or Cosmos-Predict2 network")
+    save_file({}, tmp_path / "nothing.safetensors")
+    fails(tmp_path / "nothing.safetensors", "not a Wan or Cosmos-Predict2 network")
+
+
+def test_a_pipeline_with_two_experts(tmp_path):
+    """Wan2.2: either transformer, never one of them by chance."""
+    states = {name: save_tiny(tmp_path / "pipe" / name, cross_attn_norm=name == "transformer") for name in EXPERTS}
+    fails(tmp_path / "pipe", r"two experts: transformer .*transformer_2 .*choose one with --subfolder")
+    fails(
+        tmp_path / "pipe",
+        "has no folder 'transformer_3'; it has .'transformer', 'transformer_2'",
+        subfolder="transformer_3",
+    )
+    for name, state in states.items():
+        convert(tmp_path / "pipe", tmp_path / name, target_format="diffusers", subfolder=name, progress=False)
+        assert_same_tensors(state, dict(open_checkpoint(tmp_path / name)))
+    shutil.rmtree(tmp_path / "pipe" / "transformer")
+    assert_same_tensors(states["transformer_2"], dict(open_checkpoint(tmp_path / "pipe")))

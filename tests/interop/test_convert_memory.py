@@ -5,8 +5,8 @@ import pytest
 from tools.benchmark_convert import largest_group, network, run_chain
 
 SHARD = 6_000_000
-NOISE = 1_500_000
-"""Bytes that the interpreter and the threads of the process take meanwhile."""
+NOISE = {"wan": 1_500_000, "torch_dist": 4_000_000, "diffusers": 10_000_000}
+"""Bytes that interpreter and libraries take meanwhile, whatever the size: PyTorch's reader and writer are loaded at their first use."""
 
 
 @pytest.fixture(scope="module")
@@ -23,4 +23,8 @@ def test_a_conversion_holds_a_shard_and_a_group(results, index):
     groups = (
         3 if result["conversion"].startswith("torch_dist") else 1
     )  # PyTorch's reader holds a tensor as bytes, storage and target
-    assert 0 < result["anonymous_bytes"] <= shard + groups * largest_group(network(4)) + NOISE, result
+    assert (
+        0
+        < result["anonymous_bytes"]
+        <= shard + groups * largest_group(network(4)) + NOISE[result["conversion"].split()[-1]]
+    ), result

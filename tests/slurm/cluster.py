@@ -190,12 +190,16 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
 
     def finish(self, job: str, seconds: float = 400) -> dict[str, str]:
-        """Wait for a job's end and return its fields. SLURM holds a requeued job back for two minutes; not here."""
+        """Wait for a job's end and return its fields. SLURM holds a requeued job back for two minutes, for the sake of credentials that
+        it has revoked; here for three seconds."""
+        pending = {}
 
         def ended():
             fields = self.job(job)
-            if fields["JobState"] == "PENDING" and fields["Reason"] in ("BeginTime", "None"):
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            if fields["JobState"] == "PENDING":
+                since = pending.setdefault(fields["Restarts"], time.monotonic())
+                if fields["Restarts"] != "0" and time.monotonic() > since + 3:
+                    self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             return fields if fields["JobState"] in FINAL else None
 
         return wait_for(f"the end of job {job}", ended, seconds, self.state)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import signal
 
 import pytest
 import wandb
@@ -151,6 +153,23 @@ def test_an_error_of_wandb_does_not_end_the_run(tmp_path, fake, capsys):
     log.close()
     assert len(read_records(tmp_path / "out" / "metrics.jsonl")) == 2 and not fake.run.finished
     assert capsys.readouterr().out.count("Weights & Biases stopped (BrokenPipeError: service ended)") == 1
+
+
+def test_a_full_disk_does_not_end_the_run_and_loses_no_record(tmp_path, capsys):
+    """Two sizes of RLIMIT_FSIZE are the disk: while it is full, records wait; SIGXFSZ would kill a process that has not ignored it."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    written = logger(tmp_path)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        for iteration in range(3):
+            written.log(iteration, RECORD)
+        assert "could not be written" in capsys.readouterr().out
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    written.log(3, RECORD)
+    written.close()
+    assert [record["iteration"] for record in read_records(tmp_path / "out" / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_videos_carry_their_captions(tmp_path, fake):
