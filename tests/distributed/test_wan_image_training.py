@@ -9,7 +9,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_training_run import LOSS_BOUND, assert_same_curves
 from tests.distributed.wan_run import write_wan_run
 
-STEPS = ["stages.0.steps=2", "stages.1.steps=4", "stages.0.tangent_warmup=1"]
+STEPS = ["stages.0.steps=3", "stages.1.steps=5", "stages.0.tangent_warmup=2"]
 LAYOUTS = {"tp2_ring2": (4, ["parallel.tp=2", "parallel.ring=2"]), "pp2": (2, ["parallel.pp=2"])}
 
 
@@ -19,8 +19,8 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_wan_run(folder, request.param)
     counters, lines = start(folder, "one", 1, [])
-    assert len(lines) == 6 and counters["refused_updates"] == 0
-    assert counters["student_updates"] + counters["fake_score_updates"] == 6
+    assert len(lines) == 8 and counters["refused_updates"] == 0
+    assert counters["student_updates"] + counters["fake_score_updates"] == 8
     return folder, lines
 
 

@@ -53,7 +53,8 @@ def write_latents(folder, kind):
     with ShardWriter(folder, samples_per_shard=8, member_format="pt") as writer:
         for index in range(8):
             latent_CTHW = torch.randn(tuple(LATENT.values()), generator=generator)
-            embed_LD = torch.randn(5, TEXT_DIM, generator=generator)
+            rows = CLIP_TEXT_LEN if kind == "i2v" else 5  # among 512, five would be too few for guidance to matter
+            embed_LD = torch.randn(rows, TEXT_DIM, generator=generator)
             image = {}
             if kind.startswith("i2v"):
                 image["image_latent_CTHW"] = torch.randn(latent_CTHW.shape, generator=generator)
