@@ -15,7 +15,7 @@
 # against and trace torch, triton and pytest alone; the others megatron-core and matplotlib too.
 # A part that fails does not stop the others; the exit status is 1 then.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 out="${OUT:-runs/gpu}"
 parts=("$@")
 [[ ${#parts[@]} -gt 0 ]] || parts=(tests sanitizer kernels against trace step rcm program)
