@@ -189,7 +189,9 @@ def _choose_network(source: CheckpointSource, weights: str | None) -> Checkpoint
         name: prefix for name, prefix in _NETWORK_PREFIXES.items() if any(key.startswith(prefix) for key in source)
     }
     if weights is None and len(found) > 1:
-        raise CheckpointError(f"{source.where} holds several networks: {', '.join(found)}; choose one: `convert ... --weights NAME`")
+        raise CheckpointError(
+            f"{source.where} holds several networks: {', '.join(found)}; choose one: `convert ... --weights NAME`"
+        )
     if weights is None and not (found and all(key.startswith(tuple(found.values())) for key in source)):
         return source
     name = weights or next(iter(found))
