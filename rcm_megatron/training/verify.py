@@ -102,9 +102,8 @@ def network_forward(network: Sequence[DiffusionTransformer], given: Input, *, dt
 
 def _condition(given: Input, layout: TokenLayout, device: torch.device) -> Condition | None:
     channels_SBE = image_LBD = None
-    if given.channels_BCTHW.shape[1]:
-        extended = TokenLayout(given.channels_BCTHW.shape[1:], layout.patch, groups=layout.groups)
-        channels_SBE = extended.shard(given.channels_BCTHW.to(device))
+    if channels := given.channels_BCTHW.shape[1]:
+        channels_SBE = layout.shard(given.channels_BCTHW.to(device), channels=channels)
     if given.image_BLD is not None:
         image_LBD = given.image_BLD.transpose(0, 1).contiguous().to(device)
     present = channels_SBE is not None or image_LBD is not None
