@@ -30,20 +30,7 @@ platform.install()
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint  # noqa: E402
 from rcm_megatron.checkpoint.folders import find_latest  # noqa: E402
 from rcm_megatron.checkpoint.saver import CheckpointSaver  # noqa: E402
-from rcm_megatron.config import (  # noqa: E402
-    DataConfig,
-    DistillationConfig,
-    EncodersConfig,
-    InitConfig,
-    LatentConfig,
-    LossWeights,
-    OptimizerConfig,
-    PrecisionConfig,
-    RunConfig,
-    StageConfig,
-    TimeDistribution,
-    TrainerConfig,
-)
+from rcm_megatron.config import LossWeights, PrecisionConfig, RunConfig, StageConfig  # noqa: E402
 from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
 from rcm_megatron.parallel.pipeline import reduce_gradients  # noqa: E402
@@ -52,27 +39,21 @@ from rcm_megatron.training.networks import build_networks  # noqa: E402
 from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
 from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
 from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
-from tools.measuring import provenance, wan_model  # noqa: E402
+from tools.measuring import provenance, wan_model, wan_run  # noqa: E402
 
 STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=False)
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
     """Random weights, one sample a data-parallel rank, flow matching."""
-    times = TimeDistribution(kind="uniform_shift", shift=5.0)
-    return RunConfig(
-        name="benchmark_checkpoint",
-        output_dir="",
-        model=wan_model(layers=args.layers, hidden=args.hidden, head_dim=128),
-        latent=LatentConfig(channels=16, frames=1, height=32, width=32),
+    return wan_run(
+        "benchmark_checkpoint",
+        wan_model(layers=args.layers, hidden=args.hidden, head_dim=128),
+        frames=1,
+        batch=dist.get_world_size(),
+        guidance=1.0,
         precision=PrecisionConfig(params_dtype="fp32", linear_layers="local"),
-        init=InitConfig(),
-        distillation=DistillationConfig(teacher_guidance=1.0, p_g=times, p_d=times),
         stages=(StageConfig(name="flow", steps=2, losses=LossWeights(flow=1.0)),),
-        student_optimizer=OptimizerConfig(lr=1e-6),
-        encoders=EncodersConfig(video="none", text="none"),
-        data=DataConfig(folder=""),
-        trainer=TrainerConfig(global_batch_size=dist.get_world_size(), checkpoint_every=1),
     )
 
 

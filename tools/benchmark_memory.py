@@ -32,19 +32,12 @@ from rcm_megatron import platform
 platform.install()
 
 from rcm_megatron.config import (  # noqa: E402
-    DataConfig,
-    DistillationConfig,
-    EncodersConfig,
-    InitConfig,
-    LatentConfig,
     LossWeights,
     OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
     StageConfig,
-    TimeDistribution,
-    TrainerConfig,
 )
 from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
@@ -55,7 +48,7 @@ from rcm_megatron.training.networks import build_chunks, build_networks, load_we
 from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
 from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
 from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
-from tools.measuring import ROOT, TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model  # noqa: E402
+from tools.measuring import ROOT, TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model, wan_run  # noqa: E402
 
 POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
 """(memory.recompute, memory.teacher_weights)."""
@@ -64,24 +57,17 @@ STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, d
 
 def run_config(args: argparse.Namespace) -> RunConfig:
     """Random weights, one sample a data-parallel rank, sCM and DMD."""
-    model = wan_model(layers=args.layers, hidden=args.hidden, head_dim=args.head_dim)
-    times = TimeDistribution(kind="uniform_shift", shift=5.0)
     parallel = ParallelConfig(ring=args.ranks) if args.ring else ParallelConfig()
-    return RunConfig(
-        name="benchmark_memory",
-        output_dir="",
-        model=model,
-        latent=LatentConfig(channels=16, frames=args.tokens // TOKENS_OF_FRAME, height=32, width=32),
+    return wan_run(
+        "benchmark_memory",
+        wan_model(layers=args.layers, hidden=args.hidden, head_dim=args.head_dim),
+        frames=args.tokens // TOKENS_OF_FRAME,
+        batch=parallel.dp(args.ranks),
+        guidance=5.0,
         parallel=parallel,
         precision=PrecisionConfig(params_dtype=args.dtype, linear_layers="local"),
-        init=InitConfig(),
-        distillation=DistillationConfig(teacher_guidance=5.0, p_g=times, p_d=times),
         stages=(StageConfig(name="rcm", steps=2, losses=LossWeights(scm=100.0, dmd=1.0), student_update_freq=2),),
-        student_optimizer=OptimizerConfig(lr=1e-6),
         fake_score_optimizer=OptimizerConfig(lr=1e-6),
-        encoders=EncodersConfig(video="none", text="none"),
-        data=DataConfig(folder=""),
-        trainer=TrainerConfig(global_batch_size=parallel.dp(args.ranks), checkpoint_every=1),
     )
 
 

@@ -17,7 +17,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from rcm_megatron.config import ModelConfig
+from rcm_megatron.config import (
+    DataConfig,
+    DistillationConfig,
+    EncodersConfig,
+    InitConfig,
+    LatentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TimeDistribution,
+    TrainerConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,6 +116,24 @@ def wan_model(*, layers: int, hidden: int, head_dim: int) -> ModelConfig:
         patch_size=(1, 2, 2),
         text_dim=256,
         text_len=64,
+    )
+
+
+def wan_run(name: str, model: ModelConfig, *, frames: int, batch: int, guidance: float, **fields: Any) -> RunConfig:
+    """A run of random weights that reads and writes nothing by itself; ``fields`` are RunConfig's, its stages among them."""
+    times = TimeDistribution(kind="uniform_shift", shift=5.0)
+    return RunConfig(
+        name=name,
+        output_dir="",
+        model=model,
+        latent=LatentConfig(channels=model.in_channels, frames=frames, height=32, width=32),
+        init=InitConfig(),
+        distillation=DistillationConfig(teacher_guidance=guidance, p_g=times, p_d=times),
+        student_optimizer=OptimizerConfig(lr=1e-6),
+        encoders=EncodersConfig(video="none", text="none"),
+        data=DataConfig(folder=""),
+        trainer=TrainerConfig(global_batch_size=batch, checkpoint_every=1),
+        **fields,
     )
 
 

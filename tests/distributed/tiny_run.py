@@ -122,19 +122,22 @@ def whole_weights(trainer):
     return weights
 
 
+MEASURED = (
+    "seconds/",
+    "samples_per_second",
+    "tokens_per_second",
+    "tflops_per_device",
+    "mfu",
+    "peak_memory_gib",
+    "restarts",
+)
+"""Of a record, what depends on the machine."""
+
+
 def records(folder):
     """The metrics of a run, one dict an iteration, without what depends on the machine."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    measured = (
-        "seconds/",
-        "samples_per_second",
-        "tokens_per_second",
-        "tflops_per_device",
-        "mfu",
-        "peak_memory_gib",
-        "restarts",
-    )
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(measured)} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def initial_weights(**changes):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.tiny_run import MEASURED
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.gpu,
@@ -21,15 +23,6 @@ CASES = {
     "selective": ["memory.recompute=selective"],
     "none": ["memory.recompute=none"],
 }
-MEASURED = (
-    "seconds/",
-    "samples_per_second",
-    "tokens_per_second",
-    "tflops_per_device",
-    "mfu",
-    "peak_memory_gib",
-    "restarts",
-)
 
 
 @pytest.fixture(scope="module")
