@@ -138,7 +138,8 @@ def ring_forward(ring: Ring, q: Tensor, k: Tensor, v: Tensor, valid_tokens: int)
             continue
         o_block, lse_block = attention_forward(q, block[0], block[1], valid_keys=valid_keys)
         if o is None:
-            o, lse = o_block.to(lse_block.dtype), lse_block
+            # a copy in any dtype: selective recomputation keeps o_block, and _merge changes o
+            o, lse = o_block.to(lse_block.dtype, copy=True), lse_block
         else:
             o, lse = _merge(o, lse, o_block, lse_block)
     return o.to(q.dtype), lse
