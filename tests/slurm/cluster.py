@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 NODES = ("node0", "node1")
+PATH = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+"""Daemons stand where not every root's PATH looks."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """
 ClusterName=test
@@ -62,12 +64,12 @@ def why_not() -> str | None:
 
 
 def _missing() -> list[str]:
-    return [name for name in PROGRAMS if not shutil.which(name)]
+    return [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 
 
 def _install() -> None:
     """RUNLEVEL=1 keeps the packages from starting services of their own."""
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    environment = os.environ | {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     install = ["apt-get", "install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
     for command in (install, ["apt-get", "update"], install):
         if _missing():
@@ -128,7 +130,7 @@ class Cluster:
         with (self.folder / f"{name}.out").open("a") as output:
             self.processes[name] = subprocess.Popen(
                 command,
-                env=os.environ | {"SLURM_CONF": str(self.conf), "TEST_NODE": name},
+                env=os.environ | {"PATH": PATH, "SLURM_CONF": str(self.conf), "TEST_NODE": name},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -174,7 +176,7 @@ class Cluster:
         """The output of a command that sees this cluster; `settings`: more of its environment."""
         done = subprocess.run(
             command,
-            env=os.environ | {"SLURM_CONF": str(self.conf)} | settings,
+            env=os.environ | {"PATH": PATH, "SLURM_CONF": str(self.conf)} | settings,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
