@@ -228,7 +228,11 @@ def _preflight(arguments: argparse.Namespace) -> None:
     from rcm_megatron.cluster.preflight import preflight
 
     listed = [name for name in arguments.nodes.split(",") if name]
-    raise SystemExit(preflight(config, timeout=arguments.timeout, listed=listed))
+    status = preflight(config, timeout=arguments.timeout, listed=listed)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(
+        status
+    )  # a rank that takes its Gloo threads down after others have left may abort, and would look like a bad node
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
