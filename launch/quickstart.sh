@@ -70,8 +70,9 @@ settings+=("init.teacher=$output/teacher")
 step 4 "distilling with rCM: $processes processes, ${layout[*]}, $threads thread(s) each"
 on_all_processes -m rcm_megatron train "${settings[@]}"
 
-step 5 "sampling teacher and student from the same noise, and measuring"
+step 5 "sampling teacher and student from the same noise, measuring, drawing the training"
 on_all_processes tools/quickstart_report.py "${settings[@]}" --classifier-cache "$output/report/classifier.pt"
+python tools/plot_run.py "$output" --output "$output/report/training.png"
 
 step 6 "exporting the student (EMA) to diffusers format, and comparing diffusers' network with the trained one"
 python -m rcm_megatron export "${settings[@]}" --output "$output/student" --force --verify
@@ -82,6 +83,7 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Results in $output:
   report/samples.png            the picture: one caption a column, one sampler a row
   report/samples.mp4, videos/   the same, moving
   report/report.md, .json       the table above and the verdicts
+  report/training.png           losses, norms, speed and memory over the training
   student/                      the distilled network, for WanTransformer3DModel.from_pretrained
   metrics.jsonl, wandb/         every step of the training (W&B is offline unless WANDB_API_KEY is set)
   checkpoints/                  to go on from
