@@ -34,6 +34,11 @@ def test_the_kernel_of_training_on_hopper(variant):
     check(MAIN, [variant])
 
 
+@pytest.mark.parametrize("generation", [80, 100])
+def test_the_kernel_of_training_on_other_gpus(generation):
+    check(("jvp", generation, 128, "half"), ["main"])
+
+
 def test_cross_attention_has_four_matmuls_where_self_attention_has_six():
     """Instructions in the loop over keys, which is compiled once."""
     own, cross = (compile_entry(MAIN, TABLE[MAIN], variant).matmuls for variant in ("one rank", "cross"))
