@@ -189,12 +189,14 @@ def _cudnn_backend(forward_op, backward_op, lse_tail):
     """
 
     def forward(q, k, v, scale):
+        _check_for_cudnn(q)
         if k.shape[0] == 1:
             return reference.forward(q, k, v, scale)
         o, lse = forward_op(*_heads_first(*_pad_head_dim(q, k, v)), None, True, scale=scale)[:2]
         return *_tokens_first(o[..., : q.shape[-1]]), lse.flatten(2)
 
     def backward(do, q, k, v, o, lse, scale):
+        _check_for_cudnn(q)
         if k.shape[0] == 1:
             return reference.backward(do, q, k, v, o, lse, scale)
         seed = torch.empty((), dtype=torch.int64, device=q.device)  # read with dropout only
@@ -206,6 +208,15 @@ def _cudnn_backend(forward_op, backward_op, lse_tail):
         return _tokens_first(*(x[..., : q.shape[-1]] for x in grads))
 
     return Backend("cudnn", forward, backward)
+
+
+def _check_for_cudnn(q):
+    """torch's operators themselves check neither: they would read fp32 as fp16."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > CUDNN_HEAD_DIM:
+        raise ValueError(
+            f"got {q.dtype} with head dim {q.shape[-1]} for the attention backend 'cudnn'; need bfloat16 or float16 and at most "
+            f"{CUDNN_HEAD_DIM}; fix: select_backend('auto')"
+        )
 
 
 def _pad_head_dim(*tensors):
