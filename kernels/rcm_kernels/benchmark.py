@@ -1,4 +1,4 @@
-"""Speed and memory of the attention kernels on one GPU, beside torch's flash attention in the same run.
+"""Speed and memory of the attention kernels on one GPU, beside torch's flash attention and what else is installed in the same run.
 
     python -m rcm_kernels.benchmark --output runs/kernels                        # all cases -> runs/kernels/attention.csv
     python -m rcm_kernels.benchmark --cases self_14b_480p --against ~/rcm        # and the kernel of a checkout of NVlabs/rcm
@@ -155,7 +155,20 @@ def make_inputs(case, dtype, device="cuda"):
     return (q, k, v, tq, tk, tv) if case.key_tangents else (q, k, v, tq, None, None)
 
 
-def candidates(case, inputs, nvlabs):
+def other_libraries():
+    """{name: Backend} of plain attention beside torch's flash attention, where they run; says which do not."""
+    from rcm_kernels.flash_attention import backends
+
+    found = {}
+    for name in ("cudnn", "flash_attn_3", "flash_attn_2"):
+        try:
+            found[name] = backends.load(name)
+        except ValueError as error:
+            print(f"{name} is not timed: {error.__cause__}")
+    return found
+
+
+def candidates(case, inputs, nvlabs, libraries):
     """(implementation, operations per s*l*d, function) to be timed."""
     from rcm_kernels.flash_attention import backends
     from rcm_kernels.flash_attention_jvp import triton_impl
@@ -176,6 +189,9 @@ def candidates(case, inputs, nvlabs):
         yield "triton, forward", 4, functools.partial(triton_backend.forward, q, k, v, scale)
         yield "aten flash, backward", 10, functools.partial(aten.backward, do, q, k, v, o, lse, scale)
         yield "triton, backward", 10, functools.partial(triton_backend.backward, do, q, k, v, o, lse, scale)
+        for name, library in libraries.items():
+            yield f"{name}, forward", 4, functools.partial(library.forward, q, k, v, scale)
+            yield f"{name}, backward", 10, functools.partial(library.backward, do, q, k, v, o, lse, scale)
 
 
 def environment():
@@ -190,10 +206,10 @@ def environment():
     return columns | {"triton": triton.__version__, "commit": commit or "unknown"}
 
 
-def measure(name, case, dtype, peak, repeats, nvlabs):
+def measure(name, case, dtype, peak, repeats, nvlabs, libraries):
     """Rows of the table for one case."""
     inputs, plain_ms = make_inputs(case, dtype), None
-    for implementation, operations, fn in candidates(case, inputs, nvlabs):
+    for implementation, operations, fn in candidates(case, inputs, nvlabs, libraries):
         memory, ms = peak_memory(fn), milliseconds(fn, repeats)
         plain_ms = ms if implementation == "aten flash, forward" else plain_ms
         rate = operations * case.queries * case.keys * case.head_dim * case.heads * case.batch / ms / 1e9
@@ -221,14 +237,14 @@ def main():
         nvlabs = load_nvlabs(args.against) if args.against else None
     except ValueError as error:
         sys.exit(str(error))
-    dtype, where = DTYPES[args.dtype], environment()
+    dtype, where, libraries = DTYPES[args.dtype], environment(), other_libraries()
     peak = matmul_peak(dtype, args.repeats)
     print(", ".join(f"{k} {v}" for k, v in where.items()), f"{args.dtype}, matmul {peak:.0f} TFLOP/s", sep=", ")
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / "attention.csv").open("w", newline="") as file:
         writer = None
         for name in args.cases:
-            for row in measure(name, CASES[name], dtype, peak, args.repeats, nvlabs):
+            for row in measure(name, CASES[name], dtype, peak, args.repeats, nvlabs, libraries):
                 row |= {"dtype": args.dtype} | where
                 if writer is None:
                     writer = csv.DictWriter(file, list(row))

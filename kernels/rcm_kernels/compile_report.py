@@ -156,13 +156,16 @@ def _ptxas(ptx, generation):
     return result.stderr
 
 
-def _row(key, config, variant, report):
+def row(key, config, variant, report):
+    """A line of the table; without a report the part of it that says what is compiled."""
     kernel, generation, head_dim, kind = key
     pieces = "" if config.block_d >= head_dim else f", head dim by {config.block_d}"
     pieces += "" if config.block_e >= head_dim else f", results by {config.block_e}"
     cut = f"{config.block_m} × {config.block_n}, {config.warps} warps, {config.stages} stages{pieces}"
-    memory = f"{report.shared:,}" + (f" + {report.tensor_memory} columns" if report.tensor_memory else "")
-    cells = (kernel, f"sm_{generation}", head_dim, kind, variant, cut, report.registers, report.spilled, memory)
+    cells = [kernel, f"sm_{generation}", head_dim, kind, variant, cut]
+    if report is not None:
+        columns = f" + {report.tensor_memory} columns" if report.tensor_memory else ""
+        cells += [report.registers, report.spilled, f"{report.shared:,}{columns}"]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
@@ -176,7 +179,7 @@ def table(keys, all_variants):
         for variant in VARIANTS[key[0]] if all_variants else ("main",):
             report = compile_entry(key, TABLE[key], variant)
             wrong = report.problems(key[1])
-            yield _row(key, TABLE[key], variant, report) + (f" **{', '.join(wrong)}**" if wrong else "")
+            yield row(key, TABLE[key], variant, report) + (f" **{', '.join(wrong)}**" if wrong else "")
 
 
 def main():

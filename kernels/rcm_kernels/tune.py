@@ -3,14 +3,17 @@
     python -m rcm_kernels.tune --kernel jvp --head-dim 128           # prints the ranking
     python -m rcm_kernels.tune --write                               # all kernels, head dims 64 and 128, into configs.py
 
-Candidates that spill, serialise wgmma or need too much memory are dropped by the compiler's report, before anything runs. Run the
-compile test and the GPU tests afterwards: a variant of a winner (masks, other strides) may spill where the winner does not.
+Candidates that spill, serialise wgmma or need too much memory are dropped by the compiler's report, before anything runs; the table's own
+entry is timed whatever it does, as it is what runs now. Run the compile test and the GPU tests afterwards: a variant of a winner (masks,
+other strides) may spill where the winner does not.
 """
 
 import argparse
 import functools
 import itertools
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,23 +45,40 @@ def runner(kernel, inputs):
     if kernel == "forward":
         return lambda config: plain.forward(q, k, v, scale, config=config)
     o, lse = plain.forward(q, k, v, scale)
-    arguments, dq = (torch.randn_like(o), q, k, v, o, lse, scale), torch.zeros(q.shape, device="cuda")
+    arguments, dq = (torch.randn_like(o), q, k, v, o, lse, scale), torch.zeros(q.shape, device=q.device)
     if kernel == "dq":  # the other half of the backward is a constant
         return lambda config: plain.backward(*arguments, dq=dq, configs=(config, None))
     return lambda config: plain.backward(*arguments, dq=dq, configs=(None, config))
 
 
-def tune(kernel, head_dim, dtype, tokens, heads, repeats):
-    """(key of the table, [(milliseconds, Config), ...] fastest first)."""
+def problems(key, config):
+    """What the compilers have against a candidate, in words."""
+    from triton.runtime.errors import TritonError
+
     from rcm_kernels.compile_report import compile_entry
 
+    try:
+        return compile_entry(key, config).problems(key[1])
+    except (RuntimeError, TritonError) as error:
+        return [f"does not compile: {error}"]
+
+
+def problems_of_all(key, found):
+    """`problems` of each, on all cores: a compilation takes seconds, and a GPU waits meanwhile."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(functools.partial(problems, key), found))
+
+
+def tune(kernel, head_dim, dtype, tokens, heads, repeats):
+    """(key of the table, [(milliseconds, Config), ...] fastest first)."""
     key = configs.table_key(kernel, configs.generation(torch.cuda.current_device()), head_dim, dtype)
     run, ranking = runner(kernel, make_inputs(Case(tokens, tokens, heads, head_dim=head_dim), dtype)), []
-    for config in candidates(configs.TABLE[key]):
-        if compile_entry(key, config).problems(key[1]):
+    found = candidates(configs.TABLE[key])
+    for config, wrong in zip(found, problems_of_all(key, found), strict=True):
+        if wrong and config != configs.TABLE[key]:
             continue
         ms = milliseconds(functools.partial(run, config), repeats)
-        print(f"{key} {ms:9.3f} ms  {config}", flush=True)
+        print(f"{key} {ms:9.3f} ms  {config} {', '.join(wrong)}", flush=True)
         ranking.append((ms, config))
     return key, sorted(ranking, key=lambda item: item[0])
 

@@ -42,7 +42,7 @@ def is_kept(operation: OpOverload) -> bool:
     torch: they run again.
     """
     name = operation._schema.name
-    return name in ("aten::mm", "aten::addmm") or "flash_att" in name
+    return name in ("aten::mm", "aten::addmm") or "flash_att" in name or "cudnn_attention" in name
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 # Everything that needs one GPU, in one command: bash tests/gpu/run.sh. Results go to ${OUT:-runs/gpu}.
 # Parts by name, where a command may take ten minutes only:  bash tests/gpu/run.sh tests kernels
 #
-#   tests      the Triton kernels against fp64, in bf16, fp16 and fp32
+#   tests      the Triton kernels, and the other backends of plain attention, against fp64, in bf16, fp16 and fp32
 #   sanitizer  compute-sanitizer's memcheck on a small case of them
 #   kernels    attention at the sizes of training beside torch's flash attention, CSV and plot; the fused operations
 #   against    the attention of NVlabs/rcm in the same run, if NVLABS_RCM=<your checkout>; it tunes itself for minutes at each length
@@ -11,8 +11,8 @@
 #   rcm        rCM's student step (sCM and DMD) of the same
 #   program    the rest of the gpu tests: conformance, training and resume, memory policies, Transformer Engine, encoders, loader
 #
-# Uses the python3 in PATH, with torch for CUDA. Wheels in .whl/ are unpacked first: program needs what requirements.txt lists; sanitizer,
-# against and trace torch, triton and pytest alone; the others megatron-core and matplotlib too.
+# Uses the python3 in PATH, with torch for CUDA. Wheels in .whl/ are unpacked first; docs/gpu.md says which parts need which, how to make
+# them, and which parts fit together into ten minutes.
 # A part that fails does not stop the others; the exit status is 1 then.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
@@ -33,7 +33,8 @@ run() {
 kernel_tests() {
     local parallel=()
     python3 -c "import xdist" 2>/dev/null && parallel=(-n 8)
-    run tests python3 -m pytest -q -m gpu "${parallel[@]}" tests/gpu/test_triton_kernels.py tests/gpu/test_fused_cuda.py
+    run tests python3 -m pytest -q -m gpu "${parallel[@]}" tests/gpu/test_triton_kernels.py \
+        tests/gpu/test_attention_backends.py tests/gpu/test_fused_cuda.py
 }
 
 sanitizer() {
@@ -70,8 +71,8 @@ part() {
     step) run step python3 tools/benchmark_student_step.py --step scm --output "$out/step.json" ;;
     rcm) run rcm python3 tools/benchmark_student_step.py --step student --settings none all --output "$out/rcm.json" ;;
     program)
-        run program python3 -m pytest -q -m gpu tests/gpu tests/unit tests/interop \
-            --ignore tests/gpu/test_triton_kernels.py --ignore tests/gpu/test_fused_cuda.py
+        run program python3 -m pytest -q -m gpu tests/gpu tests/unit/test_data_loader.py tests/interop/test_wan_encoders.py \
+            --ignore tests/gpu/test_triton_kernels.py --ignore tests/gpu/test_attention_backends.py --ignore tests/gpu/test_fused_cuda.py
         ;;
     *)
         echo "got part '$1'; need one of tests, sanitizer, kernels, against, trace, step, rcm, program" >&2

@@ -9,6 +9,7 @@ import torch
 from rcm_kernels.configs import Config
 from rcm_kernels.flash_attention import attention, attention_backward, attention_forward, select_backend, triton_impl
 from tests.helpers import assert_close, dense_attention
+from tests.kernels.jvp_cases import rows_far_apart
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run me with TRITON_INTERPRET=1"
 NAMES, FP32 = ("o", "dq", "dk", "dv"), 5e-6
@@ -84,6 +85,15 @@ def test_padded_keys_are_never_read():
     expected = dense_gradients(q, k, v, do, valid_keys=33)
     k[33:], v[33:] = torch.nan, torch.nan
     check(expected, gradients(q, k, v, do, valid_keys=33))
+
+
+def test_offsets_beyond_32_bits(tmp_path):
+    """Of rows that stay and of rows that pass, in the forward and in both halves of the backward."""
+    q, k, v, do = rows_far_apart(tmp_path / "rows", 300, tensors=4)
+    config = Config(128, 128, 16, 16, 4, 1)
+    o, lse = triton_impl.forward(q, k, v, 0.25, config=config)
+    grads = triton_impl.backward(do, q, k, v, o, lse, 0.25, configs=(config, config))
+    check(dense_gradients(q, k, v, do), (o, *grads), rel=2e-3)
 
 
 @pytest.mark.parametrize("backend", ["triton", "aten_cpu", "reference"])

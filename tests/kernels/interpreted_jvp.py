@@ -9,7 +9,7 @@ import torch
 from rcm_kernels.configs import Config
 from rcm_kernels.flash_attention_jvp import attention_jvp, available_backends, reference, select_backend, triton_impl
 from tests.helpers import assert_close, relative_error
-from tests.kernels.jvp_cases import HARD, NAMES, hard_inputs, make_inputs, same_precision
+from tests.kernels.jvp_cases import HARD, NAMES, hard_inputs, make_inputs, rows_far_apart, same_precision
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run me with TRITON_INTERPRET=1"
 FP32 = 5e-6
@@ -76,6 +76,12 @@ def test_default_config_batch_strides_and_scale():
     check(expected, triton_impl.attention_jvp(q, k, last_dim_strided, tq, tk, tv, scale=0.7))
 
 
+def test_offsets_beyond_32_bits(tmp_path):
+    """Of queries and of keys."""
+    inputs = rows_far_apart(tmp_path / "rows", 300, tensors=6)
+    check(oracle(*inputs), kernel(*inputs, block_m=128, block_n=128), rel=5e-4)
+
+
 @pytest.mark.parametrize("valid_keys", [1, 64, 70])
 def test_padded_keys_are_never_read(valid_keys):
     q, k, v, tq, tk, tv = make_inputs(31, 77, n=1)
@@ -130,6 +136,41 @@ def test_causal_and_block_causal(chunk, q_offset, k_offset):
     seen = lse != -torch.inf
     assert_close("lse of the reference", lse[seen], expected[2][seen], rel=1e-12)
     check(expected, kernel(*inputs, block_m=16, block_n=16, **options))
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("update", [False, True])
+def test_rows_that_see_keys_in_the_carry_alone_in_the_block_alone_in_both_or_in_neither(cross, update):
+    """Masks by chunk over two blocks of keys with padding, batch 2: of 24 queries 0..3 see nothing, 4..11 the first block alone.
+
+    In the other order the first block that comes, as a carry, is empty for 0..11.
+    """
+    q, k, v, tq, tk, tv = make_inputs(24, 20, b=2)
+    options = {"chunk": 4, "q_offset": 0}
+    blocks = {
+        4: slice(0, 7),
+        12: slice(7, 20),
+    }  # by the position of the first key; of the second 12 of 13 keys are valid
+    visible = torch.full((24, 20), False)
+    for begin, rows in blocks.items():
+        positions = begin + torch.arange(rows.stop - rows.start)
+        visible[:, rows] = positions[None] // 4 <= torch.arange(24)[:, None] // 4
+    visible[:, 19] = False
+    assert visible.any(1).tolist() == [False] * 4 + [True] * 20
+    for order in ((4, 12), (12, 4)):
+        carry = None
+        for begin in order:
+            keys = [x[blocks[begin]] for x in (k, v, tk, tv)]
+            tangents = [] if cross else keys[2:]
+            here = options | {"k_offset": begin, "valid_keys": 12 if begin == 12 else 7}
+            update_here = update and carry is not None
+            carry = kernel(
+                q, *keys[:2], tq, *tangents, carry=carry, update_carry=update_here, block_m=16, block_n=16, **here
+            )
+        for i in range(24):
+            keys = [x[visible[i]] for x in (k, v, tk, tv)]
+            expected = oracle(q[i : i + 1], *keys[:2], tq[i : i + 1], *([] if cross else keys[2:]))
+            check(expected, [x[i : i + 1] for x in carry[:2]] + [x[..., i : i + 1] for x in carry[2:]])
 
 
 def test_causal_ring_of_two_ranks():

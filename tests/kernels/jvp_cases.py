@@ -12,6 +12,17 @@ def make_inputs(s, keys, *, b=1, n=2, d=16, seed=0, dtype=torch.float32, device=
     return [torch.randn(length, b, n, d, generator=generator).to(device, dtype) for length in lengths]
 
 
+def rows_far_apart(path, count, *, tensors, d=16):
+    """`tensors` fp16 tensors [count, 1, 1, d] with rows 2^23 elements apart, in a sparse file: the last begins past element 2^31."""
+    assert count * 2**23 > 2**31
+    rows = torch.from_file(str(path), shared=True, size=count * 2**23, dtype=torch.float16).view(count, 1, 1, 2**23)
+    generator, found = torch.Generator().manual_seed(0), []
+    for i in range(tensors):
+        found.append(rows[..., i * d : (i + 1) * d])
+        found[-1].copy_(torch.randn(count, 1, 1, d, generator=generator))
+    return found
+
+
 def hard_inputs(kind, *, keys=256, d=64, dtype=torch.float32, device="cpu"):
     """Inputs on which a careless kernel loses its digits; kinds as in `HARD`."""
     q, k, v, tq, tk, tv = make_inputs(63, keys, d=d)

@@ -109,6 +109,20 @@ def test_candidates_begin_with_the_table():
     assert len(set(found)) == len(found)
 
 
+def test_what_the_compilers_have_against_a_candidate(monkeypatch):
+    """Also what they refuse. In processes of their own, as a tuning run does."""
+    key, fits = ("forward", 90, 128, "half"), configs.Config(64, 32, 128, 128, 4, 1)
+    too_big = configs.Config(128, 128, 128, 128, 8, 4)
+    found = tune.problems_of_all(key, [fits, too_big])
+    assert found[0] == [] and any("shared memory" in problem for problem in found[1]), found
+
+    def refuse(*args):
+        raise RuntimeError("ptxas failed")
+
+    monkeypatch.setattr("rcm_kernels.compile_report.compile_entry", refuse)
+    assert tune.problems(key, fits) == ["does not compile: ptxas failed"]
+
+
 def test_plot(tmp_path):
     case = {"case": "self", "tflops": 1.0, "matmul_tflops": 2.0, "gpu": "none", "dtype": "bf16", "torch": "0"}
     rows = [case | {"implementation": name, "triton": "0", "commit": "0"} for name in ("a", "b")]

@@ -15,7 +15,7 @@ except (ImportError, RuntimeError) as error:
 
 import torch
 
-from rcm_kernels.compile_report import JVP_OF_TRAINING, VARIANTS, compile_entry, versions
+from rcm_kernels.compile_report import BEGIN, END, JVP_OF_TRAINING, README, VARIANTS, compile_entry, row, versions
 from rcm_kernels.configs import SHARED_MEMORY, TABLE, Config, config_for, table_key
 
 MAIN = ("jvp", 90, 128, "half")
@@ -32,6 +32,32 @@ def check(key, variants):
 @pytest.mark.parametrize("variant", ["main", *JVP_OF_TRAINING])
 def test_the_kernel_of_training_on_hopper(variant):
     check(MAIN, [variant])
+
+
+@pytest.mark.parametrize("generation", [80, 100])
+def test_the_kernel_of_training_on_other_gpus(generation):
+    check(("jvp", generation, 128, "half"), ["main"])
+
+
+def test_cross_attention_has_four_matmuls_where_self_attention_has_six():
+    """Instructions in the loop over keys, which is compiled once."""
+    own, cross = (compile_entry(MAIN, TABLE[MAIN], variant).matmuls for variant in ("one rank", "cross"))
+    assert (own % 6, cross) == (0, own * 4 // 6)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+def test_the_plain_kernels_on_hopper(kernel):
+    check((kernel, *MAIN[1:]), ["main"])
+
+
+def test_the_table_in_the_readme_is_of_these_compilers_and_configurations():
+    first, *lines = README.read_text().split(BEGIN)[1].split(END)[0].strip().splitlines()
+    assert first.startswith(f"{versions()}; limits: "), "python -m rcm_kernels.compile_report --write"
+    rows = [line for line in lines if line.startswith(("| jvp", "| forward", "| dq", "| dkdv"))]
+    for key, found in zip(TABLE, rows, strict=True):
+        report = compile_entry(key, TABLE[key]) if key == MAIN else None
+        expected = row(key, TABLE[key], "main", report)
+        assert found.startswith(expected), f"{found}\nis not what is shipped: {expected}"
 
 
 @pytest.mark.slow

@@ -84,6 +84,16 @@ def test_the_tests_that_it_names_exist(commands):
     ]
 
 
+def test_every_test_that_needs_a_gpu_is_run_by_one_part(commands):
+    marked = {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()}
+    run = []
+    for command in (c for c in commands if "pytest" in c and "-k" not in c):
+        ignored = [command[i + 1] for i, word in enumerate(command) if word == "--ignore"]
+        paths = [w for i, w in enumerate(command) if w.startswith("tests/") and command[i - 1] != "--ignore"]
+        run += [test for test in marked if test not in ignored and any(test.startswith(path) for path in paths)]
+    assert sorted(run) == sorted(marked - {"tests/unit/test_gpu_command.py"})
+
+
 def test_parts_can_be_named(tmp_path):
     status, _, found = run(tmp_path, "trace")
     assert status == 0

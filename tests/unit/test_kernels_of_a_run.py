@@ -58,3 +58,12 @@ def test_a_kernel_that_fails_its_check_is_replaced_before_the_first_step(caplog,
     assert name == "reference"
     assert "slow attention with tangent" in caplog.text
     assert "off the reference on this GPU" in caplog.text
+
+
+def test_selective_recomputation_keeps_the_attention_of_torchs_fused_operators():
+    """Not the batched matmuls of the reference, quadratic in tokens."""
+    from rcm_megatron.models.recompute import is_kept
+
+    for name in ("flash_attention", "flash_attention_for_cpu", "cudnn_attention"):
+        assert is_kept(getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default), name
+    assert not is_kept(torch.ops.aten.bmm.default)

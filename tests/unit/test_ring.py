@@ -163,3 +163,37 @@ def test_a_carry_is_updated_in_place(monkeypatch):
     assert (o.dtype, to.dtype) == (torch.bfloat16, torch.bfloat16)
     first = calls[0][1]
     assert calls == [(None, first, torch.float32)] + [(first, first, torch.float32)] * 3
+
+
+def test_sums_of_bf16_blocks_are_fp32(monkeypatch):
+    """Outputs are merged, dq is summed, and dk and dv travel in fp32; keys and values travel as they are."""
+    messages, merged, sums = [], [], []
+    merge, backward = ring_module._merge, ring_module.attention_backward
+
+    def noted_merge(o, *others):
+        merged.append(o.dtype)
+        return merge(o, *others)
+
+    def noted_backward(*args, dq, **options):
+        sums.append(dq.dtype)
+        return backward(*args, dq=dq, **options)
+
+    def exchange(send, receive):
+        messages.append((send.dtype, tuple(send.shape[:1])))
+        return copy_hop(send, receive)
+
+    monkeypatch.setattr(ring_module, "_merge", noted_merge)
+    monkeypatch.setattr(ring_module, "attention_backward", noted_backward)
+    q, k, v, do, *_ = (x.bfloat16() for x in make_inputs())
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o = RingAttention.apply(*leaves, Ring(0, SIZE, exchange), SIZE * TOKENS)
+    assert messages == [(torch.bfloat16, (2,))] * 3
+    messages.clear()
+    gradients = torch.autograd.grad(o, leaves, do)
+    assert messages.count((torch.float32, (2,))) == messages.count((torch.bfloat16, (2,))) == 3
+    assert merged == [torch.float32] * 3 and sums == [torch.float32] * SIZE
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    expected = dense_ring(*wide, SIZE * TOKENS)
+    references = (expected, *torch.autograd.grad(expected, wide, do.double()))
+    for name, ref, out in zip(("o", "dq", "dk", "dv"), references, (o, *gradients), strict=True):
+        assert_close(name, ref.detach(), out.detach(), rel=6e-3)

@@ -8,6 +8,7 @@ on [s, b, n, d] tensors with a dense last dimension and at least one key; lse is
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from rcm_kernels.flash_attention import reference
 
 _logger = logging.getLogger(__name__)
 _forced: str | None = None
+
+CUDNN_VERSION, CUDNN_HEAD_DIM = 91501, 128
 
 
 @dataclass(frozen=True)
@@ -60,20 +63,27 @@ def _choose(device, dtype, head_dim):
         except ValueError as error:
             if _forced:
                 raise
-            refused.append(str(error.__cause__))
+            refused.append(f"{name}: {error.__cause__}")
             continue
         _logger.info("attention backend on %s, %s, head dim %d: %s", device, dtype, head_dim, name)
-        if refused and name == "reference":
-            _logger.warning("slow attention: the faster backends cannot run: %s", "; ".join(refused))
+        if refused:
+            level = logging.WARNING if name == "reference" else logging.INFO
+            _logger.log(level, "%s is taken because others cannot run: %s", name, "; ".join(refused))
         return backend
     raise AssertionError("reference always loads")
 
 
 def _candidates(device, dtype, head_dim):
-    """Fastest first. The CUDA flash kernels take half precision and head dims up to 256 only."""
+    """Fastest first, by design and not by measurement. The CUDA flash kernels take half precision and head dims up to 256 only.
+
+    flash-attn 2 and torch's flash attention use the matmul instructions of 8.0 on every GPU. cuDNN has kernels for those of 9.0 and
+    10.x, and is torch's own first choice there; on other GPUs torch puts it behind flash attention, so that it is taken by name only.
+    """
     if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256:
-        hopper = torch.cuda.get_device_capability() >= (9, 0) and torch.cuda.get_device_capability() < (10, 0)
-        return (["flash_attn_3"] if hopper else []) + ["flash_attn_2", "aten_cuda", "triton", "reference"]
+        major, _ = torch.cuda.get_device_capability()
+        newer = ["flash_attn_3"] if major == 9 else []
+        newer += ["cudnn"] if major in (9, 10) and head_dim <= CUDNN_HEAD_DIM else []
+        return [*newer, "flash_attn_2", "aten_cuda", "triton", "reference"]
     if device == "cuda" and dtype == torch.float32 and head_dim <= 256:
         return ["triton", "reference"]
     if device == "cpu" and dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -94,14 +104,23 @@ def load(name):
 
 
 def _checked(backend):
-    """Refuse an installed package whose private interface has changed: one tiny case against the reference."""
+    """Refuse a library whose private interface or layout is not the one known here: one small case against the reference.
+
+    As a ring calls it: odd lengths, strided views, batch 2, and a backward on some of the keys with the output and lse of all.
+    """
     generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v, do = torch.randn(4, 64, 1, 2, 64, device="cuda", generator=generator).bfloat16()
+    q, k, v, do = torch.randn(77, 2, 2, 4, 64, device="cuda", generator=generator).bfloat16().unbind(3)
+    some = k[:33], v[:33]
     o, lse = backend.forward(q, k, v, 0.125)
-    expected = reference.backward(do, q, k, v, *reference.forward(q, k, v, 0.125), 0.125)
-    for got, want in zip(backend.backward(do, q, k, v, o, lse, 0.125), expected, strict=True):
-        if not (got.float() - want.float()).norm() <= 0.03 * want.float().norm():
-            raise RuntimeError(f"{backend.name} disagrees with the reference: its interface is not the one known here")
+    results = o, lse, *backend.backward(do, q, *some, o, lse, 0.125)
+    o, lse = reference.forward(q, k, v, 0.125)
+    expected = o, lse, *reference.backward(do, q, *some, o, lse, 0.125)
+    for name, got, want in zip(("o", "lse", "dq", "dk", "dv"), results, expected, strict=True):
+        error = (
+            float((got.float() - want.float()).norm() / want.float().norm()) if got.shape == want.shape else math.inf
+        )
+        if not error <= 0.03:
+            raise RuntimeError(f"{backend.name} is not what is known here: its {name} is {error:.1e} off the reference")
     return backend
 
 
@@ -143,7 +162,61 @@ def _aten_cuda():
         grads = backward_op(*padded, lse.contiguous(), *ends, 0.0, False, seed, seed, scale=scale)
         return _tokens_first(*(x[..., : q.shape[-1]] for x in grads))
 
-    return Backend("aten_cuda", forward, backward)
+    return _checked(Backend("aten_cuda", forward, backward))
+
+
+def _cudnn():
+    """cuDNN as torch wraps it; head dims up to 128."""
+    version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    if version is None or version < CUDNN_VERSION:
+        raise RuntimeError(
+            f"got cuDNN {version}; need {CUDNN_VERSION}: before, it is wrong for lengths that 128 does not divide (torch's own bound)"
+        )
+    if torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("cuDNN's backward adds up in any order, but torch.use_deterministic_algorithms is on")
+    forward_op = torch.ops.aten._scaled_dot_product_cudnn_attention
+    backward_op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    x = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda")
+    lse_tail = forward_op(x, x, x, None, True)[1].shape[3:]
+    return _checked(_cudnn_backend(forward_op, backward_op, lse_tail))
+
+
+def _cudnn_backend(forward_op, backward_op, lse_tail):
+    """`lse_tail`: dims of torch's lse after [b, n, s]: (1,) or none, by torch's version. The backward takes what the forward gives.
+
+    torch keeps a compiled graph per shapes and strides of q, k and v, and runs it on whatever strides o, do and lse come with: they
+    are contiguous here, always. A single key is not supported by cuDNN (torch's can_use_cudnn_attention): the reference takes it.
+    """
+
+    def forward(q, k, v, scale):
+        _check_for_cudnn(q)
+        if k.shape[0] == 1:
+            return reference.forward(q, k, v, scale)
+        o, lse = forward_op(*_heads_first(*_pad_head_dim(q, k, v)), None, True, scale=scale)[:2]
+        return *_tokens_first(o[..., : q.shape[-1]]), lse.flatten(2)
+
+    def backward(do, q, k, v, o, lse, scale):
+        _check_for_cudnn(q)
+        if k.shape[0] == 1:
+            return reference.backward(do, q, k, v, o, lse, scale)
+        seed = torch.empty((), dtype=torch.int64, device=q.device)  # read with dropout only
+        padded = _heads_first(*_pad_head_dim(do.contiguous(), q, k, v, o.contiguous()))
+        lse = lse.contiguous().view(*lse.shape, *lse_tail)
+        no_bias_nor_bounds = None, None, None
+        lengths = q.shape[0], k.shape[0]
+        grads = backward_op(*padded, lse, seed, seed, *no_bias_nor_bounds, *lengths, 0.0, False, scale=scale)
+        return _tokens_first(*(x[..., : q.shape[-1]] for x in grads))
+
+    return Backend("cudnn", forward, backward)
+
+
+def _check_for_cudnn(q):
+    """torch's operators themselves check neither: they would read fp32 as fp16."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > CUDNN_HEAD_DIM:
+        raise ValueError(
+            f"got {q.dtype} with head dim {q.shape[-1]} for the attention backend 'cudnn'; need bfloat16 or float16 and at most "
+            f"{CUDNN_HEAD_DIM}; fix: select_backend('auto')"
+        )
 
 
 def _pad_head_dim(*tensors):
@@ -197,12 +270,14 @@ def _triton():
     from rcm_kernels.flash_attention import triton_impl
 
     launch.check_machine()
-    return Backend("triton", triton_impl.forward, triton_impl.backward, accumulates=True)
+    backend = Backend("triton", triton_impl.forward, triton_impl.backward, accumulates=True)
+    return backend if launch.INTERPRETED else _checked(backend)
 
 
 _LOADERS = {
     "flash_attn_3": _flash_attn_3,
     "flash_attn_2": _flash_attn_2,
+    "cudnn": _cudnn,
     "aten_cuda": _aten_cuda,
     "aten_cpu": _aten_cpu,
     "triton": _triton,
