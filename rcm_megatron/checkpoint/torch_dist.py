@@ -12,7 +12,7 @@ import math
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
 import torch
@@ -227,6 +227,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _memory_format
+        if (module, name) == ("pathlib._local", "PosixPath"):  # its name in Python 3.13, there alone
+            return PosixPath
         # A name with a dot would reach through a module's imports: `metadata` has imported os.
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA_TYPES:

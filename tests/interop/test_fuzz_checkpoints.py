@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.errors import CheckpointError
@@ -376,6 +376,21 @@ def test_metadata_of_an_early_python_3_11_is_read(sources, tmp_path):
     with path.open("wb") as file:
         AttributePickler(file).dump(metadata)
     assert b"getattr" in path.read_bytes()
+    assert outcome(path.parent, tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_metadata_with_a_path_is_read_whatever_the_python(sources, tmp_path, module):
+    """A run's `.metadata` holds the path it was written to; Python 3.13 calls the type pathlib._local.PosixPath."""
+    path = tmp_path / "dist" / ".metadata"
+    copy(sources / "dist", path.parent)
+    with path.open("rb") as file:
+        metadata = pickle.load(file)
+    metadata.storage_meta = StorageMeta(checkpoint_id=tmp_path)
+    content = pickle.dumps(metadata, protocol=3)  # which names modules in plain text
+    content, count = re.subn(rb"cpathlib(\._local)?\n", b"c" + module.encode() + b"\n", content)
+    assert count == 1
+    path.write_bytes(content)
     assert outcome(path.parent, tmp_path / "out") is None
 
 
