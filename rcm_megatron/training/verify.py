@@ -200,8 +200,10 @@ def _one_rank() -> Iterator:
 
 
 def _small_latent(model: ModelConfig) -> LatentConfig:
-    """2 x 3 x 5 tokens."""
-    frames, height, width = (tokens * step for tokens, step in zip((2, 3, 5), model.patch_size, strict=True))
+    """2 x 3 x 5 tokens, or what a smaller Cosmos network has positions for."""
+    most = model.cosmos.max_size if model.cosmos is not None else (math.inf,) * 3
+    sizes = (tokens * step for tokens, step in zip((2, 3, 5), model.patch_size, strict=True))
+    frames, height, width = (min(size, limit) for size, limit in zip(sizes, most, strict=True))
     return LatentConfig(channels=model.in_channels, frames=frames, height=height, width=width)
 
 
