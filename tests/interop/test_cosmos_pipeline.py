@@ -4,6 +4,7 @@ An Euler step in EDM's x0 + sigma noise is an Euler step in rectified flow, so t
 The pipelines' guidance is cond + g (cond - uncond), ours uncond + w (cond - uncond): w = g + 1. A student's steps go through RCMScheduler.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -143,21 +144,25 @@ def test_text2image_of_a_student(groups, tmp_path, steps, sigma_max):
     assert_close("latents", our_student(chunks, IMAGE, steps=steps, sigma_max=sigma_max)[:, :, 0], theirs, rel=1e-5)
 
 
-def known_video(chunks):
+def known_video(chunks, *, fps=16):
     """A clean latent, the condition that gives its first frame, and the same as the pipeline's arguments."""
     known = torch.randn(VIDEO2WORLD.latent.shape_CTHW, generator=torch.Generator().manual_seed(9))
     x0_SBP = chunks[0].layout.shard(known.expand(VIDEO2WORLD.batch, -1, -1, -1, -1))
     picture = torch.rand(VIDEO2WORLD.batch, 3, *SIZE)
     condition = Condition(x0_SBP, torch.tensor(VIDEO2WORLD.given))
-    return known, condition, {"image": picture, "num_frames": 9, "fps": 16}
+    return known, condition, {"image": picture, "num_frames": 9, "fps": fps}
 
 
-def test_video2world_of_a_student(groups, tmp_path):
-    chunks, transformer = exported(VIDEO2WORLD, groups, tmp_path / "net")
-    known, condition, given = known_video(chunks)
-    given |= their_student(VIDEO2WORLD, steps=3, sigma_max=80.0)
-    theirs, _ = call(Cosmos2VideoToWorldPipeline, VIDEO2WORLD, transformer, KnownVideo(known), **given)
-    expected = our_student(chunks, VIDEO2WORLD, steps=3, sigma_max=80.0, condition=condition)
+@pytest.mark.parametrize(("rope_fps", "fps"), [(16.0, 16), (None, 24)], ids=["modulated", "as released"])
+def test_video2world_of_a_student(groups, tmp_path, rope_fps, fps):
+    """NVIDIA's release has no modulation by the frame rate: diffusers' pipeline is told 24 then, which changes nothing."""
+    cosmos = replace(VIDEO2WORLD.model.cosmos, rope_fps=rope_fps)
+    case = replace(VIDEO2WORLD, model=replace(VIDEO2WORLD.model, cosmos=cosmos))
+    chunks, transformer = exported(case, groups, tmp_path / "net")
+    known, condition, given = known_video(chunks, fps=fps)
+    given |= their_student(case, steps=3, sigma_max=80.0)
+    theirs, _ = call(Cosmos2VideoToWorldPipeline, case, transformer, KnownVideo(known), **given)
+    expected = our_student(chunks, case, steps=3, sigma_max=80.0, condition=condition)
     assert_close("latents", expected, theirs, rel=1e-5)
 
 
