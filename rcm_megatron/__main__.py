@@ -293,6 +293,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
     except CheckpointError as error:
         raise SystemExit(f"{arguments.prog}: {error}") from None
+    print(
+        f"{arguments.source} written to {arguments.target} ({arguments.to}, {arguments.dtype or 'dtypes as they were'})"
+    )
 
 
 if __name__ == "__main__":
