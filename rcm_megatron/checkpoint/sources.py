@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from rcm_megatron.checkpoint import configs, key_map_cosmos
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.checkpoint.folders import find_latest
-from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_torch_dist
+from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_plain, is_torch_dist
 from rcm_megatron.config import ConfigError, load_config, to_yaml
 
 _NETWORK_PREFIXES = {"student": "net.", "ema": "net_ema.", "fake_score": "net_fake_score.", "teacher": "net_teacher."}
@@ -355,17 +355,11 @@ def _open_pickle(path: Path) -> CheckpointSource:
         if not isinstance(value, Tensor):
             fix = "; fix: save that dict alone" if isinstance(value, dict) else ""
             raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}; need a flat dict of tensors{fix}")
-        if not _is_plain(value):
+        if not is_plain(value):
             raise CheckpointError(
                 f"{path}: refused, {name!r} is no plain tensor; need one with all of its values in the file"
             )
     return source_from_tensors(content, where=str(path))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Not on the meta device, sparse, quantized, a subclass, or a few stored values that claim a larger shape by their strides."""
-    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
-    return dense and not (tensor.is_meta or tensor.is_quantized) and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _require_stored(path: Path) -> None:

@@ -104,6 +104,7 @@ def write_safetensors(
     for number, shard in enumerate(_shards(named_tensors, dtype, max_shard_bytes)):
         _save_safetensors(shard, folder / f"{number}.safetensors", header)
         shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
+        shard.clear()  # before the next one grows: this variable would hold it all that time
     _name_shards(folder, stem, shards)
 
 
