@@ -6,8 +6,8 @@ from tools.benchmark_convert import largest_group, network, run_chain
 
 SHARD = 6_000_000
 NOISE = {"wan": 1_500_000, "torch_dist": 4_000_000, "diffusers": 5_000_000}
-"""Bytes that interpreter and libraries take meanwhile, whatever the size: PyTorch's reader and writer are loaded at their first use. Less than a shard,
-so that a second one in memory is noticed."""
+"""Bytes that interpreter and libraries take meanwhile, whatever the size: PyTorch's reader and writer are loaded at their first use.
+Less than a shard, so that a second one in memory is noticed."""
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ An Euler step in EDM's x0 + sigma noise is an Euler step in rectified flow, so t
 The pipelines' guidance is cond + g (cond - uncond), ours uncond + w (cond - uncond): w = g + 1. A student's steps go through RCMScheduler.
 """
 
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -22,10 +23,12 @@ from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import export_diffusers
 from rcm_megatron.config import ParallelConfig
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
+from rcm_megatron.models.encoders import T5TextEncoder, WanVideoEncoder
 from rcm_megatron.parallel.pipeline import Condition
 from tests.helpers import assert_close
 from tests.interop.pipelines import SamplersNoise
 from tests.unit.test_cosmos_model import VIDEO, Case, network_config, without_torchvision
+from tests.wan_encoders import write_text_encoder, write_tokenizer, write_vae
 
 STEPS, GUIDANCE, SIZE = 5, 3.0, (64, 48)
 """Network evaluations, the pipelines' guidance_scale, and height and width of the picture: 8 times the latent's."""
@@ -142,6 +145,61 @@ def test_text2image_of_a_student(groups, tmp_path, steps, sigma_max):
     options = their_student(IMAGE, steps=steps, sigma_max=sigma_max)
     theirs, _ = call(Cosmos2TextToImagePipeline, IMAGE, transformer, None, **options)
     assert_close("latents", our_student(chunks, IMAGE, steps=steps, sigma_max=sigma_max)[:, :, 0], theirs, rel=1e-5)
+
+
+class PassingChecker(NoChecker):
+    """A guardrail that lets everything pass."""
+
+    def check_text_safety(self, prompt):
+        return True
+
+    def check_video_safety(self, frames):
+        return frames
+
+
+def test_text2image_of_a_student_from_caption_to_picture(groups, tmp_path):
+    """All of the pipeline's components, tiny and random, from one folder each, against our encoders around our sampler."""
+    from diffusers import AutoencoderKLWan
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+    write_text_encoder(tmp_path / "text_encoder", kind="T5")
+    write_tokenizer(tmp_path / "tokenizer")
+    write_vae(tmp_path / "vae")
+    case = replace(IMAGE, model=network_config(in_channels=16, out_channels=16, text_dim=16), batch=1)
+    chunks, transformer = exported(case, groups, tmp_path / "net")
+    pipeline = Cosmos2TextToImagePipeline(
+        text_encoder=T5EncoderModel.from_pretrained(tmp_path / "text_encoder").eval(),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer"),
+        vae=AutoencoderKLWan.from_pretrained(tmp_path / "vae").eval(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        safety_checker=PassingChecker(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = SamplersNoise(case.latent.shape_CTHW, samples=1)
+    pipeline.scheduler = scheduler = RCMScheduler(space="edm", sigma_max=80.0)
+    theirs = pipeline(
+        prompt="a cat baking a cake",
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        latents=noise.first,
+        callback_on_step_end=noise.into(scheduler),
+        output_type="pt",
+    ).images
+    with closing(T5TextEncoder(tmp_path, dtype=torch.float32)) as encoder:
+        text_LBD = encoder.encode(["a cat baking a cake"]).transpose(0, 1).contiguous()
+    from rcm_megatron.training.sampling import Sampler
+
+    latent = Sampler(chunks, chunks[0].layout, text_LBD, None, 0, range(1)).student(
+        steps=2, mid_times=(1.5, 1.4, 1.0), sigma_max=80.0
+    )
+    with closing(WanVideoEncoder(tmp_path / "vae")) as encoder:
+        picture = encoder.decode(latent)[:, :, 0] / 2 + 0.5
+    assert picture.shape == theirs.shape == (1, 3, *SIZE)
+    assert float(theirs.std()) > 0.01
+    assert float((picture - theirs).abs().max()) < 1.5 / 255, "the pipeline rounds to bytes for its guardrail"
 
 
 def known_video(chunks, *, fps=16):
