@@ -316,18 +316,25 @@ def _open_file(path: Path) -> CheckpointSource:
 
 def _open_safetensors(path: Path) -> CheckpointSource:
     try:
-        handle = safe_open(str(path), framework="pt", device="cpu")
-        tensors = {}
-        for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            if key_map_cosmos.is_no_weight(name):
-                continue
-            view = handle.get_slice(name)
-            tensors[name] = LazyTensor(tuple(view.get_shape()), view.__getitem__)
-        return CheckpointSource(str(path), tensors, metadata=handle.metadata() or {})
+        with safe_open(str(path), framework="pt", device="cpu") as handle:
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file ({error}); download or write it again"
         ) from error
+    tensors = {
+        name: LazyTensor(shape, partial(_read_safetensors, path, name))
+        for name, shape in shapes.items()
+        if not key_map_cosmos.is_no_weight(name)
+    }
+    return CheckpointSource(str(path), tensors, metadata=metadata)
+
+
+def _read_safetensors(path: Path, name: str, index: tuple[slice, ...]) -> Tensor:
+    """Through a mapping of its own: the pages of a tensor leave this process with it, and not with the last tensor of the file."""
+    with safe_open(str(path), framework="pt", device="cpu") as handle:
+        return handle.get_slice(name)[index]
 
 
 def _open_pickle(path: Path) -> CheckpointSource:

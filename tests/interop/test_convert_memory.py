@@ -23,3 +23,4 @@ def test_a_conversion_holds_a_shard_and_a_group(results, index):
     shard = 0 if result["conversion"].endswith("torch_dist") else SHARD  # written tensor by tensor
     bound = shard + largest_group(network(4)) + NOISE[result["conversion"].split()[-1]]
     assert 0 < result["anonymous_bytes"] <= bound, result
+    assert result["resident_bytes"] < 0.8 * result["bytes"], "pages of a mapped source leave with its tensors"
