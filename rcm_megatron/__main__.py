@@ -245,7 +245,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--weights", choices=("student", "ema", "fake_score", "teacher"), help="which of several networks"
     )
-    parser.add_argument("--subfolder", help="which transformer of a pipeline with two experts, e.g. transformer_2")
+    parser.add_argument("--subfolder", help="which of two experts: transformer_2, or low_noise_model")
     parser.add_argument("--config", type=Path, metavar="YAML", help="of the run, if not where it was written")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: every tensor's own")
     parser.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="e.g. 500MB; default: 5GB")
@@ -293,6 +293,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
     except CheckpointError as error:
         raise SystemExit(f"{arguments.prog}: {error}") from None
+    print(
+        f"{arguments.source} written to {arguments.target} ({arguments.to}, {arguments.dtype or 'dtypes as they were'})"
+    )
 
 
 if __name__ == "__main__":

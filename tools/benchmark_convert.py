@@ -3,7 +3,7 @@
 A random Wan network with the 14B's 40 layers is written in diffusers' format, as wide as the size asks for, and goes through
 a chain of formats. Each conversion is a process of its own. Memory is counted from when its libraries are loaded (a first conversion of
 a tiny network): `anonymous` is the most of RssAnon, what the process itself holds; `resident` the most of VmRSS, which counts pages
-of the mapped source too, that the system takes back when it needs them. Both are sampled every millisecond by a thread.
+of the mapped source too: those of tensors that are not written yet. Both are sampled every millisecond by a thread.
 The C library's allocator is told to map tensors of 64 KiB and more, as it does by itself with those of a network of full width (from
 32 MiB); otherwise the holes between small ones are measured. GB are 10^9 bytes, of the source.
 """

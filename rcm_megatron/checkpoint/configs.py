@@ -261,7 +261,9 @@ def model_config_from_shapes(
     patch = tuple(patch_weight[2:]) or tuple(overrides.get("patch_size", (1, 2, 2)))
     heads = overrides.get("num_heads", _WAN_HEADS.get(hidden))
     if heads is None:
-        raise CheckpointError(f"hidden_size={hidden}: the number of heads shows in no weight; pass num_heads")
+        raise CheckpointError(
+            f"hidden_size={hidden}: the number of heads shows in no weight; pass num_heads (--num-heads)"
+        )
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     fields = {
         "num_layers": max(blocks, default=-1) + 1,

@@ -36,6 +36,7 @@ from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
 from rcm_megatron.checkpoint.torch_dist import write_torch_dist
 from rcm_megatron.checkpoint.writers import (
     DEFAULT_SHARD_BYTES,
+    FILE_SUFFIXES,
     check_target,
     write_file,
     write_folder,
@@ -200,6 +201,10 @@ def convert(
             f"unknown format {target_format!r}{nearest(target_format, TARGET_FORMATS)}; need one of {list(TARGET_FORMATS)}"
         )
     dtype = _as_dtype(dtype)
+    if target_format in _FOLDERS and Path(target_path).suffix in FILE_SUFFIXES:
+        raise CheckpointError(
+            f"{target_path}: {target_format} is a folder; leave {Path(target_path).suffix} out of its name"
+        )
     check_target(target_path, force=force)
     if Path(source_path).resolve().is_relative_to(Path(target_path).resolve()):
         raise CheckpointError(f"{target_path} is the source or holds it; choose another target")
@@ -209,11 +214,11 @@ def convert(
     key_map(naming, model_config)
     checked_entries(source, model_config)
     check = verify(source, model_config, dtype) if verify is not None else None
+    facts = _facts(source, source_path, dtype)
     title, total = f"{source.format} -> {target_format}", len(internal_shapes(model_config))
     internal = tqdm(to_internal(source, model_config), title, total=total, unit="tensor", disable=not progress)
     external = from_internal(internal, model_config, naming)
     if target_format in _FOLDERS:
-        facts = _facts(source, source_path, dtype)
         write_config, write_weights = _FOLDERS[target_format]
         card = model_card(
             model_config,
@@ -229,7 +234,7 @@ def convert(
         config = write_config(model_config)
         write_folder(target_path, fill, config=config, force=force, texts={"README.md": card}, check=check)
     else:
-        write_file(target_path, external, dtype=dtype, force=force, check=check)
+        write_file(target_path, external, dtype=dtype, force=force, metadata=facts, check=check)
     return model_config
 
 

@@ -116,6 +116,7 @@ NVIDIA_MARKS = {"x_embedder.proj.1.weight", "final_layer.linear.weight"}
 _NO_WEIGHTS = ("._extra_state", "pos_embedder.seq", "pos_embedder.dim_spatial_range", "pos_embedder.dim_temporal_range")
 _NO_WEIGHTS += ("accum_video_sample_counter", "accum_image_sample_counter", "accum_iteration", "accum_train_in_hours")
 _ROPE_SCALES = {
+    (1280, False): (1.0, 4.0, 4.0),
     (2048, False): (1.0, 4.0, 4.0),
     (5120, False): (1.0, 4.0, 4.0),
     (2048, True): (1.0, 3.0, 3.0),

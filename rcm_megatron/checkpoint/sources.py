@@ -1,4 +1,4 @@
-"""Open a checkpoint of any format without reading its tensors: safetensors (one file, or shards and index), .pt, .pth, torch_dist.
+"""Open a checkpoint of any format without reading its tensors: safetensors (one file, or shards and index), .pt, .pth, torch_dist, DCP.
 
 Nothing is ever unpickled into code: `.pt` files go through `torch.load(weights_only=True)`, memory-mapped where the
 file allows. Every defect of a file is a CheckpointError that names the file.
@@ -23,12 +23,14 @@ from torch import Tensor
 from rcm_megatron.checkpoint import configs, key_map_cosmos
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.checkpoint.folders import find_latest
-from rcm_megatron.checkpoint.torch_dist import TorchDistFolder, is_torch_dist
+from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_plain, is_torch_dist
 from rcm_megatron.config import ConfigError, load_config, to_yaml
 
 _NETWORK_PREFIXES = {"student": "net.", "ema": "net_ema.", "fake_score": "net_fake_score.", "teacher": "net_teacher."}
 """Weights that may be asked for -> what their keys begin with in a file of NVIDIA's that holds several networks."""
 _PICKLE_SUFFIXES = (".pt", ".pth")
+_TRANSFORMERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
+"""Folders of the networks in diffusers' pipelines, and of the two experts in the Wan2.2 release; the first of two is for high noise."""
 _CONFIG_READERS = {
     "diffusers": configs.model_config_from_diffusers,
     "wan": configs.model_config_from_wan,
@@ -140,7 +142,7 @@ class CheckpointSource(Mapping[str, Tensor]):
             fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
             if fixed:
                 raise CheckpointError(
-                    f"{self.where}: config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override"
+                    f"{self.where}: config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override (--{fixed[0].replace('_', '-')})"
                 )
             return {**fields, **overrides}
         if form not in _SHAPE_READERS:
@@ -176,8 +178,8 @@ def open_checkpoint(
     checkpoint = _find_torch_dist(path)
     if checkpoint is not None:
         return _open_torch_dist(checkpoint, weights, run_config)
-    path = _transformer_folder(path, subfolder)
-    source = _open_folder(path) if path.is_dir() else _open_file(path)
+    path = _dcp_folder(path) or _transformer_folder(path, subfolder)
+    source = _open_dcp(path) if _dcp_folder(path) else _open_folder(path) if path.is_dir() else _open_file(path)
     if prefix is not None:
         return source.with_prefix(prefix)
     return _choose_network(source, weights)
@@ -204,17 +206,17 @@ def _choose_network(source: CheckpointSource, weights: str | None) -> Checkpoint
 
 
 def _transformer_folder(path: Path, subfolder: str | None) -> Path:
-    """The folder of the transformer inside a diffusers pipeline, or `path` itself."""
+    """The folder of the transformer inside a diffusers pipeline or the Wan2.2 release, or `path` itself."""
     if (path / "config.json").is_file() and subfolder is None:
         return path
-    found = [name for name in ("transformer", "transformer_2") if (path / name / "config.json").is_file()]
+    found = [name for name in _TRANSFORMERS if (path / name / "config.json").is_file()]
     if subfolder is not None:
         if not (path / subfolder).is_dir():
             raise CheckpointError(f"{path} has no folder {subfolder!r}; it has {found or 'no transformer'}")
         return path / subfolder
     if len(found) > 1:
         raise CheckpointError(
-            f"{path} holds two experts: transformer (high noise) and transformer_2 (low noise); choose one with --subfolder"
+            f"{path} holds two experts: {found[0]} (high noise) and {found[1]} (low noise); choose one with --subfolder"
         )
     return path / found[0] if found else path
 
@@ -235,12 +237,7 @@ def _find_torch_dist(path: Path) -> Path | None:
 def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path | None) -> CheckpointSource:
     opened = TorchDistFolder(folder)
     name, prefix = opened.choose(weights)
-    tensors = {
-        key.removeprefix(prefix): LazyTensor(shape, partial(opened.read, key))
-        for key, shape in opened.shapes.items()
-        if key.startswith(prefix)
-    }
-    source = CheckpointSource(f"{folder} [{prefix}]", tensors, folder=folder)
+    source = replace(_lazy(opened).with_prefix(prefix), folder=folder)
     if (folder / "config.json").is_file():
         return replace(source, config=_read_json(folder / "config.json"))
     yaml_path = Path(run_config) if run_config else folder.parent.parent / "config.yaml"
@@ -255,6 +252,22 @@ def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path |
     return replace(source, config=configs.internal_config(run.model), facts=facts, run_yaml=to_yaml(run))
 
 
+def _lazy(opened: TorchDistFolder) -> CheckpointSource:
+    tensors = {key: LazyTensor(shape, partial(opened.read, key)) for key, shape in opened.shapes.items()}
+    return CheckpointSource(str(opened.folder), tensors)
+
+
+def _dcp_folder(path: Path) -> Path | None:
+    """Where PyTorch's distributed checkpoint without Megatron's metadata.json is: NVlabs/rcm trains to `iter_N/model` in this format."""
+    folders = (folder for folder in (path, path / "model") if (folder / METADATA_FILE).is_file())
+    return next((folder for folder in folders if not is_torch_dist(folder)), None)
+
+
+def _open_dcp(folder: Path) -> CheckpointSource:
+    source = _lazy(TorchDistFolder(folder))
+    return replace(source, tensors={k: v for k, v in source.tensors.items() if not key_map_cosmos.is_no_weight(k)})
+
+
 def _open_folder(folder: Path) -> CheckpointSource:
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     indices = sorted(folder.glob("*.safetensors.index.json"))
@@ -263,9 +276,8 @@ def _open_folder(folder: Path) -> CheckpointSource:
     files = sorted(folder.glob("*.safetensors")) or sorted(f for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
     if len(indices) > 1 or len(files) != 1:
         names = [file.name for file in (indices or files)]
-        raise CheckpointError(
-            f"{folder}: need one set of weights, got {names or 'none'}; pass one file, or add the index"
-        )
+        fix = "pass one file, or add the index" if names else "pass a folder of .safetensors, .pt, .pth or torch_dist"
+        raise CheckpointError(f"{folder}: need one set of weights, got {names or 'none'}; {fix}")
     return replace(_open_file(files[0]), config=config, folder=folder)
 
 
@@ -304,18 +316,25 @@ def _open_file(path: Path) -> CheckpointSource:
 
 def _open_safetensors(path: Path) -> CheckpointSource:
     try:
-        handle = safe_open(str(path), framework="pt", device="cpu")
-        tensors = {}
-        for name in handle.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            if key_map_cosmos.is_no_weight(name):
-                continue
-            view = handle.get_slice(name)
-            tensors[name] = LazyTensor(tuple(view.get_shape()), view.__getitem__)
-        return CheckpointSource(str(path), tensors, metadata=handle.metadata() or {})
+        with safe_open(str(path), framework="pt", device="cpu") as handle:
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file ({error}); download or write it again"
         ) from error
+    tensors = {
+        name: LazyTensor(shape, partial(_read_safetensors, path, name))
+        for name, shape in shapes.items()
+        if not key_map_cosmos.is_no_weight(name)
+    }
+    return CheckpointSource(str(path), tensors, metadata=metadata)
+
+
+def _read_safetensors(path: Path, name: str, index: tuple[slice, ...]) -> Tensor:
+    """Through a mapping of its own: the pages of a tensor leave this process with it, and not with the last tensor of the file."""
+    with safe_open(str(path), framework="pt", device="cpu") as handle:
+        return handle.get_slice(name)[index]
 
 
 def _open_pickle(path: Path) -> CheckpointSource:
@@ -339,9 +358,14 @@ def _open_pickle(path: Path) -> CheckpointSource:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; need a dict of tensors")
     content = {name: value for name, value in content.items() if not key_map_cosmos.is_no_weight(str(name))}
-    wrong = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong!r} is a {type(content[wrong]).__name__}; need a flat dict of tensors")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            fix = "; fix: save that dict alone" if isinstance(value, dict) else ""
+            raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}; need a flat dict of tensors{fix}")
+        if not is_plain(value):
+            raise CheckpointError(
+                f"{path}: refused, {name!r} is no plain tensor; need one with all of its values in the file"
+            )
     return source_from_tensors(content, where=str(path))
 
 

@@ -7,17 +7,17 @@ any tp, pp and vpp. `.metadata` is a pickle: it is read by an unpickler that kno
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PosixPath
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from rcm_megatron.checkpoint.errors import CheckpointError, nearest
@@ -64,8 +64,6 @@ class TorchDistFolder:
             tensors = self._metadata.state_dict_metadata.items()
             self.shapes = {key: tuple(t.size) for key, t in tensors if isinstance(t, TensorStorageMetadata)}
             self._check_files()
-        self._reader = FileSystemReader(folder)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def choose(self, weights: str | None) -> tuple[str, str]:
         """(what is read, prefix of its keys): the one network that is there, or the one of them that `weights` names."""
@@ -94,14 +92,33 @@ class TorchDistFolder:
             stored = self._metadata.state_dict_metadata[key]
             bounds = [part.indices(size)[:2] for part, size in zip(index, stored.size, strict=True)]
             starts, sizes = [start for start, _ in bounds], [stop - start for start, stop in bounds]
-            target = torch.empty(sizes, dtype=stored.properties.dtype)
             chunk = ChunkStorageMetadata(offsets=torch.Size(starts), sizes=torch.Size(sizes))
             items = create_read_items_for_chunk_list(key, stored, [chunk])
             covered = sum(math.prod(item.lengths) for item in items)
-            if covered != target.numel():
-                raise ValueError(f"its chunks hold {covered} of {target.numel()} elements of {key!r}")
-            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+            if covered != math.prod(sizes):
+                raise ValueError(f"its chunks hold {covered} of {math.prod(sizes)} elements of {key!r}")
+            target = None
+            for item in items:
+                stored_chunk = self._read_chunk(item)
+                if len(items) == 1 and list(stored_chunk.shape) == sizes:
+                    return stored_chunk  # not copied: it may be the largest tensor of the network
+                if target is None:
+                    target = torch.empty(sizes, dtype=stored.properties.dtype)
+                part = stored_chunk[_slices(item.storage_offsets, item.lengths)]
+                target[_slices(item.dest_offsets, item.lengths)] = part
         return target
+
+    def _read_chunk(self, item: ReadItem) -> Tensor:
+        """What torch.save wrote of one chunk."""
+        info = self._metadata.storage_data[item.storage_index]
+        if getattr(info, "transform_descriptors", None):
+            raise ValueError(f"{info.relative_path} was written through {info.transform_descriptors}; need it as it is")
+        with open(self.folder / info.relative_path, "rb") as file:
+            chunk = torch.load(_Part(file, info.offset, info.length), map_location="cpu", weights_only=True)
+        need = self._metadata.state_dict_metadata[item.storage_index.fqn].properties.dtype
+        if not isinstance(chunk, Tensor) or not is_plain(chunk) or chunk.dtype != need:
+            raise ValueError(f"{info.relative_path} holds no plain tensor of {need} for {item.storage_index.fqn!r}")
+        return chunk
 
     def _check_files(self) -> None:
         """Every chunk of every tensor lies inside a file of this folder."""
@@ -120,21 +137,34 @@ class TorchDistFolder:
                     )
 
 
-class _IntoTensor(DefaultLoadPlanner):
-    """Places what is read in one tensor."""
+class _Part(io.RawIOBase):
+    """`length` bytes of a file from `start`, as a file; torch.load reads a storage from it straight into its memory."""
 
-    def __init__(self, target: Tensor) -> None:
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         super().__init__()
-        self._target = target
+        self._file, self._start, self._length = file, start, length
+        self.seek(0)
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        place = (
-            slice(start, start + size) for start, size in zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        )
-        return self._target[tuple(place)]
+    def readable(self) -> bool:
+        return True
 
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        return self._file.seek(self._start + base + offset) - self._start
+
+    def readinto(self, buffer) -> int:
+        left = max(self._length - self.tell(), 0)
+        return self._file.readinto(memoryview(buffer)[:left])
+
+
+def _slices(starts: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
 def write_torch_dist(
@@ -209,6 +239,12 @@ def _damaged(path: Path) -> Iterator[None]:
 
 
 # ---- trust
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Not on the meta device, sparse, quantized, a subclass, or a few stored values that claim a larger shape by their strides."""
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
+    return dense and not (tensor.is_meta or tensor.is_quantized) and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -21,6 +21,7 @@ from rcm_megatron.checkpoint.folders import sync_to_disk
 from rcm_megatron.checkpoint.torch_dist import save_with_torch
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+FILE_SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def check_target(path: str | Path, *, force: bool) -> Path:
@@ -29,7 +30,7 @@ def check_target(path: str | Path, *, force: bool) -> Path:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return path
     if not force:
-        raise CheckpointError(f"{path} exists; choose another target, or pass force to replace it")
+        raise CheckpointError(f"{path} exists; choose another target, or pass force (--force) to replace it")
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} exists and is no checkpoint folder (no config.json): it will not be replaced")
     return path
@@ -99,11 +100,11 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """`<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard."""
-    header = {**{key: str(value) for key, value in (metadata or {}).items()}, "format": "pt"}
-    shards = []
+    header, shards = _header(metadata), []
     for number, shard in enumerate(_shards(named_tensors, dtype, max_shard_bytes)):
         _save_safetensors(shard, folder / f"{number}.safetensors", header)
         shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
+        shard.clear()  # before the next one grows: this variable would hold it all that time
     _name_shards(folder, stem, shards)
 
 
@@ -113,11 +114,12 @@ def write_file(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    metadata: Mapping[str, str] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
-    """One `.safetensors`, `.pt` or `.pth` file; these formats hold all tensors in memory once. `check` as in `write_folder`."""
+    """One `.safetensors` (with `metadata`), `.pt` or `.pth` file; it is in memory once. `check` as in `write_folder`."""
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
+    if path.suffix not in FILE_SUFFIXES:
         raise CheckpointError(f"{path}: this format is one file; end its name in .pt, .pth or .safetensors")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; give the path of a file")
@@ -126,7 +128,7 @@ def write_file(
         temporary.touch()  # fail now, and not after hours of conversion, where nothing can be written
         tensors = {name: _owned(tensor, dtype) for name, tensor in named_tensors}
         if path.suffix == ".safetensors":
-            _save_safetensors(tensors, temporary, {"format": "pt"})
+            _save_safetensors(tensors, temporary, _header(metadata))
         else:
             save_with_torch(tensors, temporary)
             sync_to_disk(temporary)
@@ -175,6 +177,10 @@ def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if alone and dtype in (None, tensor.dtype):
         return tensor
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor)
+
+
+def _header(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    return {**{key: str(value) for key, value in (metadata or {}).items()}, "format": "pt"}
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:

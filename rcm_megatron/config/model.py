@@ -17,7 +17,8 @@ class CosmosConfig:
     rope_scale: tuple[float, float, float]
     """(frames, rows, columns) by which RoPE is stretched: base 10000 * scale ** (d / (d - 2)) for d channels of an axis."""
     rope_fps: float | None = None
-    """Frames a second of the latents' videos: time runs in steps of 24 / rope_fps. null: one a frame, as for images."""
+    """Frames a second of the latents' videos: time runs in steps of 24 / rope_fps. null: one a frame, as NVIDIA's release has it for images
+    and videos; diffusers' Video2World pipeline does the same when it is called with fps=24."""
     max_size: tuple[int, int, int] = (128, 240, 240)
     """Largest latent (frames, height, width); with learnable_positions the size of their tables."""
     condition_frames: bool = False

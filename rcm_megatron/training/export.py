@@ -23,7 +23,6 @@ from rcm_megatron.training.verify import (
     random_input,
     relative_error,
     require_bound,
-    require_diffusers,
 )
 
 
@@ -45,8 +44,6 @@ class ExportRequest:
 def export(run: RunConfig, request: ExportRequest) -> None:
     """Write the diffusers folder with a README; call on all ranks of any layout. Weights come from fp32 values."""
     check_target(request.output, force=request.force)
-    if request.verify:
-        require_diffusers(run.model)
     groups = join(run)
     checkpoint = None if request.weights == "teacher" else resolve_checkpoint(run, request.checkpoint)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint, dtype=torch.float32)

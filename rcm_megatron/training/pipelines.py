@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 
 from rcm_megatron.config import RunConfig
+from rcm_megatron.models.cosmos import ROPE_FPS
 
 SCHEDULER_FILE = "rcm_scheduler.py"
 _PIPELINES = {
@@ -62,6 +63,8 @@ def pipeline_usage(run: RunConfig, folder: str) -> str:
     if kind in ("i2v", "ti2v", "v2w"):
         prepare.append('image = diffusers.utils.load_image("first_frame.png")')
         call.insert(0, "image=image")
+    if kind == "v2w":  # the pipeline's own 16 would stretch time as the network was not trained
+        call.append(f"fps={run.model.cosmos.rope_fps or ROPE_FPS:g}")
     return _LISTING.format(
         names=names,
         pipeline=pipeline,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,6 @@ def diffusers_forward(model: ModelConfig, folder: Path, given: Input, *, dtype: 
     """The same of diffusers' class on a folder in its format."""
     import diffusers
 
-    require_diffusers(model)
     network = getattr(diffusers, DIFFUSERS_CLASSES[model.family])
     network = network.from_pretrained(folder, torch_dtype=torch.float32).eval()
     for parameter in network.parameters():
@@ -129,19 +129,33 @@ def diffusers_forward(model: ModelConfig, folder: Path, given: Input, *, dtype: 
         extra["padding_mask"] = x_BCTHW.new_zeros(1, 1, *x_BCTHW.shape[-2:])
         extra["condition_mask"] = torch.zeros_like(x_BCTHW[:, :1]) if model.cosmos.condition_frames else None
     extra |= {"timestep": timestep_B, "encoder_hidden_states": given.text_BLD}
-    (v_BCTHW,) = network(x_BCTHW, return_dict=False, **extra)
+    with _own_padding_mask():
+        (v_BCTHW,) = network(x_BCTHW, return_dict=False, **extra)
     return v_BCTHW.double()
 
 
-def require_diffusers(model: ModelConfig) -> None:
-    """CheckpointError where diffusers' class for this network cannot run: it resizes Cosmos' padding mask with torchvision."""
+@contextmanager
+def _own_padding_mask() -> Iterator[None]:
+    """Where torchvision is not installed, diffusers cannot resize Cosmos' padding mask; one of the right size needs none."""
     from diffusers.models.transformers import transformer_cosmos
 
-    if model.cosmos is not None and model.cosmos.padding_mask and not hasattr(transformer_cosmos, "transforms"):
-        raise CheckpointError(
-            "got no torchvision; need it to verify a Cosmos network in diffusers' format, because diffusers' class calls it; fix: install "
-            "the torchvision that goes with this torch (0.28.0 with 2.13.0), or leave --verify out"
-        )
+    if hasattr(transformer_cosmos, "transforms"):
+        yield
+        return
+
+    def resize(mask: Tensor, size: list[int], *, interpolation: object) -> Tensor:
+        if list(mask.shape[-2:]) != size:
+            raise CheckpointError(
+                f"got a padding mask of {list(mask.shape[-2:])}; need {size}, or torchvision to resize it"
+            )
+        return mask
+
+    functional, modes = SimpleNamespace(resize=resize), SimpleNamespace(NEAREST=None)
+    transformer_cosmos.transforms = SimpleNamespace(functional=functional, InterpolationMode=modes)
+    try:
+        yield
+    finally:
+        del transformer_cosmos.transforms
 
 
 def relative_error(expected: Tensor, got: Tensor) -> float:
@@ -186,8 +200,10 @@ def _one_rank() -> Iterator:
 
 
 def _small_latent(model: ModelConfig) -> LatentConfig:
-    """2 x 3 x 5 tokens."""
-    frames, height, width = (tokens * step for tokens, step in zip((2, 3, 5), model.patch_size, strict=True))
+    """2 x 3 x 5 tokens, or what a smaller Cosmos network has positions for."""
+    most = model.cosmos.max_size if model.cosmos is not None else (math.inf,) * 3
+    sizes = (tokens * step for tokens, step in zip((2, 3, 5), model.patch_size, strict=True))
+    frames, height, width = (min(size, limit) for size, limit in zip(sizes, most, strict=True))
     return LatentConfig(channels=model.in_channels, frames=frames, height=height, width=width)
 
 

@@ -114,6 +114,23 @@ def test_legacy_pt_and_several_networks(tiny, tmp_path):
     fails(tmp_path / "legacy.pth", "unknown model field 'num_head' .nearest: 'num_heads'", model_fields={"num_head": 4})
 
 
+def test_tensors_that_do_not_hold_their_values(tiny, tmp_path):
+    """A megabyte file must not become a terabyte, nor weights without values an unexplained failure."""
+    convert(tiny[0], tmp_path / "rcm.pt", target_format="nvlabs", progress=False)
+    weights, name = torch.load(tmp_path / "rcm.pt", weights_only=True), "net.blocks.0.ffn.0.weight"
+    values = {
+        "expanded": torch.zeros(1).expand(10**6, 10**6),
+        "meta": weights[name].to("meta"),
+        "sparse": weights[name].to_sparse(),
+        "quantized": torch.quantize_per_tensor(weights[name], 0.1, 0, torch.qint8),
+    }
+    for kind, value in values.items():
+        torch.save(weights | {name: value}, tmp_path / f"{kind}.pt")
+        fails(tmp_path / f"{kind}.pt", f"{kind}.pt: refused, '{name}' is no plain tensor")
+    torch.save({key: torch.nn.Parameter(value) for key, value in weights.items()}, tmp_path / "parameters.pt")
+    assert_same_tensors({f"net.{k}": v.data for k, v in open_checkpoint(tmp_path / "parameters.pt").items()}, weights)
+
+
 def test_index_that_does_not_match(tmp_path):
     folder = tmp_path / "hf"
     save_tiny(folder, max_shard_size="30KB")
@@ -203,6 +220,8 @@ def test_existing_output_is_kept_without_force(tiny, tmp_path):
     fails(tiny[0], "is no checkpoint folder", target=tmp_path / "home", force=True)
     with pytest.raises(CheckpointError, match="end its name in .pt, .pth or .safetensors"):
         convert(tiny[0], tmp_path / "rcm", target_format="nvlabs", progress=False)
+    with pytest.raises(CheckpointError, match=r"rcm.pt: wan is a folder; leave .pt out of its name"):
+        convert(tiny[0], tmp_path / "rcm.pt", target_format="wan", progress=False)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -237,6 +256,21 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
     fails(tmp_path / "other.safetensors", "not a Wan or Cosmos-Predict2 network")
     save_file({}, tmp_path / "nothing.safetensors")
     fails(tmp_path / "nothing.safetensors", "not a Wan or Cosmos-Predict2 network")
+
+
+def test_the_wan22_release_has_two_experts(tmp_path):
+    """Beside the files of VAE and text encoder, which are no networks."""
+    release = tmp_path / "Wan2.2-T2V-A14B"
+    for name in ("high_noise_model", "low_noise_model"):
+        save_tiny(tmp_path / name, cross_attn_norm=name == "high_noise_model")
+        convert(tmp_path / name, release / name, target_format="wan", progress=False)
+    torch.save({}, release / "Wan2.1_VAE.pth")
+    fails(
+        release,
+        r"experts: high_noise_model \(high noise\) and low_noise_model \(low noise\); choose one with --subfolder",
+    )
+    convert(release, tmp_path / "low", target_format="internal", subfolder="low_noise_model", progress=False)
+    assert not open_checkpoint(tmp_path / "low").config["cross_attn_norm"]
 
 
 def test_a_pipeline_with_two_experts(tmp_path):

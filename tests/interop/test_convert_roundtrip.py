@@ -57,6 +57,28 @@ def test_chain_through_all_formats_is_bit_exact(tiny, tmp_path):
     assert torch.equal(wan["blocks.1.norm3.bias"], state["blocks.1.norm2.bias"])
 
 
+WAN_NAMES = """time_embedder.linear_1 time_embedding.0, time_embedder.linear_2 time_embedding.2, time_proj time_projection.1,
+text_embedder.linear_1 text_embedding.0, text_embedder.linear_2 text_embedding.2, attn1 self_attn, attn2 cross_attn, to_out.0 o, to_q q,
+to_k k, to_v v, add_k_proj k_img, add_v_proj v_img, norm_added_k norm_k_img, norm2 norm3, ffn.net.0.proj ffn.0, ffn.net.2 ffn.2,
+scale_shift_table modulation, proj_out head.head"""
+"""Parts of a key in diffusers and in the Wan release, where they differ: from the two classes, and not from our table."""
+
+
+def test_wan_keys_hold_what_diffusers_keys_do(tmp_path):
+    """The norms of q and k of cross-attention can change places without a change of any velocity: only names tell them apart."""
+    state = save_tiny(tmp_path / "hf", in_channels=7, image_dim=8, added_kv_proj_dim=24)
+    run(tmp_path / "hf", tmp_path / "wan", "wan")
+    renamed = {}
+    for key, value in state.items():
+        name = key.removeprefix("condition_embedder.") if "image_embedder" not in key else ""
+        for theirs, wans in (pair.split() for pair in WAN_NAMES.split(",")):
+            name = name.replace(theirs, wans)
+        if name:
+            renamed["head." * (name == "modulation") + name] = value
+    wan = dict(open_checkpoint(tmp_path / "wan"))
+    assert_same_tensors(renamed, {name: value for name, value in wan.items() if not name.startswith("img_emb.")})
+
+
 def test_qkv_rows_are_interleaved_per_head(tiny):
     folder, state = tiny
     internal = dict(to_internal(open_checkpoint(folder), CONFIG))

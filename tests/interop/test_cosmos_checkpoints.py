@@ -172,6 +172,7 @@ def test_shipped_configurations_are_the_releases(name):
     shapes = {key: entry.external_shape for entry in entries for key in entry.external}
     assert shapes == {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(parameters, rel=0.03)
+    assert model.cosmos.rope_fps is None, "rope_enable_fps_modulation=False in cosmos_predict2/configs/base"
     written = configs.diffusers_config(model)
     for key, value in network.config.items():
         if key in written and not key.startswith("_"):

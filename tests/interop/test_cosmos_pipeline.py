@@ -4,6 +4,8 @@ An Euler step in EDM's x0 + sigma noise is an Euler step in rectified flow, so t
 The pipelines' guidance is cond + g (cond - uncond), ours uncond + w (cond - uncond): w = g + 1. A student's steps go through RCMScheduler.
 """
 
+from contextlib import closing
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -21,10 +23,12 @@ from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import export_diffusers
 from rcm_megatron.config import ParallelConfig
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
+from rcm_megatron.models.encoders import T5TextEncoder, WanVideoEncoder
 from rcm_megatron.parallel.pipeline import Condition
 from tests.helpers import assert_close
 from tests.interop.pipelines import SamplersNoise
 from tests.unit.test_cosmos_model import VIDEO, Case, network_config, without_torchvision
+from tests.wan_encoders import write_text_encoder, write_tokenizer, write_vae
 
 STEPS, GUIDANCE, SIZE = 5, 3.0, (64, 48)
 """Network evaluations, the pipelines' guidance_scale, and height and width of the picture: 8 times the latent's."""
@@ -143,21 +147,80 @@ def test_text2image_of_a_student(groups, tmp_path, steps, sigma_max):
     assert_close("latents", our_student(chunks, IMAGE, steps=steps, sigma_max=sigma_max)[:, :, 0], theirs, rel=1e-5)
 
 
-def known_video(chunks):
+class PassingChecker(NoChecker):
+    """A guardrail that lets everything pass."""
+
+    def check_text_safety(self, prompt):
+        return True
+
+    def check_video_safety(self, frames):
+        return frames
+
+
+def test_text2image_of_a_student_from_caption_to_picture(groups, tmp_path):
+    """All of the pipeline's components, tiny and random, from one folder each, against our encoders around our sampler."""
+    from diffusers import AutoencoderKLWan
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
+    write_text_encoder(tmp_path / "text_encoder", kind="T5")
+    write_tokenizer(tmp_path / "tokenizer")
+    write_vae(tmp_path / "vae")
+    case = replace(IMAGE, model=network_config(in_channels=16, out_channels=16, text_dim=16), batch=1)
+    chunks, transformer = exported(case, groups, tmp_path / "net")
+    pipeline = Cosmos2TextToImagePipeline(
+        text_encoder=T5EncoderModel.from_pretrained(tmp_path / "text_encoder").eval(),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer"),
+        vae=AutoencoderKLWan.from_pretrained(tmp_path / "vae").eval(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        safety_checker=PassingChecker(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = SamplersNoise(case.latent.shape_CTHW, samples=1)
+    pipeline.scheduler = scheduler = RCMScheduler(space="edm", sigma_max=80.0)
+    theirs = pipeline(
+        prompt="a cat baking a cake",
+        height=SIZE[0],
+        width=SIZE[1],
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        latents=noise.first,
+        callback_on_step_end=noise.into(scheduler),
+        output_type="pt",
+    ).images
+    with closing(T5TextEncoder(tmp_path, dtype=torch.float32)) as encoder:
+        text_LBD = encoder.encode(["a cat baking a cake"]).transpose(0, 1).contiguous()
+    from rcm_megatron.training.sampling import Sampler
+
+    latent = Sampler(chunks, chunks[0].layout, text_LBD, None, 0, range(1)).student(
+        steps=2, mid_times=(1.5, 1.4, 1.0), sigma_max=80.0
+    )
+    with closing(WanVideoEncoder(tmp_path / "vae")) as encoder:
+        picture = encoder.decode(latent)[:, :, 0] / 2 + 0.5
+    assert picture.shape == theirs.shape == (1, 3, *SIZE)
+    assert float(theirs.std()) > 0.01
+    assert float((picture - theirs).abs().max()) < 1.5 / 255, "the pipeline rounds to bytes for its guardrail"
+
+
+def known_video(chunks, *, fps=16):
     """A clean latent, the condition that gives its first frame, and the same as the pipeline's arguments."""
     known = torch.randn(VIDEO2WORLD.latent.shape_CTHW, generator=torch.Generator().manual_seed(9))
     x0_SBP = chunks[0].layout.shard(known.expand(VIDEO2WORLD.batch, -1, -1, -1, -1))
     picture = torch.rand(VIDEO2WORLD.batch, 3, *SIZE)
     condition = Condition(x0_SBP, torch.tensor(VIDEO2WORLD.given))
-    return known, condition, {"image": picture, "num_frames": 9, "fps": 16}
+    return known, condition, {"image": picture, "num_frames": 9, "fps": fps}
 
 
-def test_video2world_of_a_student(groups, tmp_path):
-    chunks, transformer = exported(VIDEO2WORLD, groups, tmp_path / "net")
-    known, condition, given = known_video(chunks)
-    given |= their_student(VIDEO2WORLD, steps=3, sigma_max=80.0)
-    theirs, _ = call(Cosmos2VideoToWorldPipeline, VIDEO2WORLD, transformer, KnownVideo(known), **given)
-    expected = our_student(chunks, VIDEO2WORLD, steps=3, sigma_max=80.0, condition=condition)
+@pytest.mark.parametrize(("rope_fps", "fps"), [(16.0, 16), (None, 24)], ids=["modulated", "as released"])
+def test_video2world_of_a_student(groups, tmp_path, rope_fps, fps):
+    """NVIDIA's release has no modulation by the frame rate: diffusers' pipeline is told 24 then, which changes nothing."""
+    cosmos = replace(VIDEO2WORLD.model.cosmos, rope_fps=rope_fps)
+    case = replace(VIDEO2WORLD, model=replace(VIDEO2WORLD.model, cosmos=cosmos))
+    chunks, transformer = exported(case, groups, tmp_path / "net")
+    known, condition, given = known_video(chunks, fps=fps)
+    given |= their_student(case, steps=3, sigma_max=80.0)
+    theirs, _ = call(Cosmos2VideoToWorldPipeline, case, transformer, KnownVideo(known), **given)
+    expected = our_student(chunks, case, steps=3, sigma_max=80.0, condition=condition)
     assert_close("latents", expected, theirs, rel=1e-5)
 
 

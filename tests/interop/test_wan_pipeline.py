@@ -170,3 +170,4 @@ def test_the_listing_of_every_network_names_its_pipeline(path):
     kinds |= {"text2image": "Cosmos2TextToImagePipeline", "video2world": "Cosmos2VideoToWorldPipeline"}
     assert name == next((kind for part, kind in kinds.items() if part in path.stem), "WanPipeline")
     assert ("image=image" in listing) == (name in ("WanImageToVideoPipeline", "Cosmos2VideoToWorldPipeline"))
+    assert ("fps=24" in listing) == (name == "Cosmos2VideoToWorldPipeline"), "its networks know no frame rate"
