@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -224,6 +225,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Reads the types that a torch_dist `.metadata` consists of and refuses every other."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         # A name with a dot would reach through a module's imports: `metadata` has imported os.
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA_TYPES:
@@ -231,6 +234,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
         )
+
+
+def _memory_format(encoding: Any, name: str) -> _MEM_FORMAT_ENCODING:
+    """getattr, for the one enum in a `.metadata` alone: Python 3.11.0 to 3.11.3 pickle a member as getattr(enum, name)."""
+    if encoding is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(
+            f"got getattr of {encoding!r} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
+        )
+    return _MEM_FORMAT_ENCODING[name]
 
 
 _TYPES_MODULE = "torch.distributed.checkpoint.metadata"

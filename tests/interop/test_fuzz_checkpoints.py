@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.errors import CheckpointError
@@ -284,6 +285,20 @@ class Call:
         return self.function, self.arguments
 
 
+class Called(Call):
+    """A call whose result is called in turn."""
+
+    def __call__(self):
+        raise AssertionError("only what pickle makes of it is called")
+
+
+def through_globals(trace):
+    """os.mkdir by getattr alone: of a type of `.metadata`, its constructor's globals, the os that they hold."""
+    constructor_globals = Call(getattr, Call(getattr, Metadata, "__init__"), "__globals__")
+    imported_os = Call(Called(getattr, constructor_globals, "__getitem__"), "os")
+    return pickle.dumps(Call(Called(getattr, imported_os, "mkdir"), trace))
+
+
 def dotted(module, name, argument):
     """A pickle that calls `module.name(argument)`, where `name` reaches through what the module has imported."""
     pushed = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
@@ -302,6 +317,7 @@ def bombs(trace):
         "process": pickle.dumps(Call(subprocess.call, ["mkdir", trace])),
         "through an import": dotted(metadata, "os.mkdir", trace),
         "through torch": dotted("torch", "os.mkdir", trace),
+        "through getattr": through_globals(trace),
         "through a type": dotted("torch.serialization", "os.mkdir", trace),
     }
 
@@ -343,6 +359,24 @@ def test_code_in_pickles_never_runs(sources, tmp_path, place):
         else:
             assert "refused" in message, name
         shutil.rmtree(source) if source.is_dir() else source.unlink()
+
+
+class AttributePickler(pickle.Pickler):
+    """Pickles members of enums as Python 3.11.0 to 3.11.3 do, Debian 12's among them."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, _MEM_FORMAT_ENCODING) else NotImplemented
+
+
+def test_metadata_of_an_early_python_3_11_is_read(sources, tmp_path):
+    path = tmp_path / "dist" / ".metadata"
+    copy(sources / "dist", path.parent)
+    with path.open("rb") as file:
+        metadata = pickle.load(file)
+    with path.open("wb") as file:
+        AttributePickler(file).dump(metadata)
+    assert b"getattr" in path.read_bytes()
+    assert outcome(path.parent, tmp_path / "out") is None
 
 
 def hostile_dist(folder, place, bomb):
