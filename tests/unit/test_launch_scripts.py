@@ -29,7 +29,10 @@ if [ -n "$AWAY" ] && [ "$2" != hostnames ] && [ ! -e "$AWAY" ]; then touch "$AWA
 case "$*" in
 "show hostnames gpu[1-2]") printf 'gpu1\\ngpu2\\n' ;;
 "--oneliner show node gpu1") echo "NodeName=gpu1 NodeAddr=10.0.0.7 NodeHostName=gpu1 State=ALLOCATED" ;;
-"--oneliner show job 31") echo "JobId=31 JobState=RUNNING Reason=None" ;;
+"--oneliner show job 31")
+    printf 'JobId=32 ArrayJobId=30 ArrayTaskId=9 JobState=PENDING Restarts=5\\n'
+    printf 'JobId=31 %s JobName=rcm JobState=RUNNING Reason=None Restarts=%s RunTime=1\\n' "$ARRAY" "${RESTARTS:-0}"
+    ;;
 "requeue 31") ;;
 *) exit 1 ;;
 esac
@@ -146,15 +149,22 @@ def test_an_array_task_without_a_line_of_its_own_does_not_start(tmp_path, sweep)
     settings = {} if sweep is None else {"SWEEP": str(tmp_path / "sweep")}
     if sweep not in (None, "missing"):
         (tmp_path / "sweep").write_text(sweep)
-    started = start(tmp_path, SLURM_ARRAY_JOB_ID="30", SLURM_ARRAY_TASK_ID="2", **settings)
+    started = start(tmp_path, ARRAY="ArrayJobId=30 ArrayTaskId=2", **settings)
     assert started.status == 2 and not started.calls and "got no overrides in line 2 of SWEEP=" in started.output
 
 
 def test_the_last_line_of_a_sweep_needs_no_end(tmp_path):
     (tmp_path / "sweep").write_text("seed=1\nseed=2 name=last")
-    array = {"SLURM_ARRAY_JOB_ID": "30", "SLURM_ARRAY_TASK_ID": "2", "SWEEP": str(tmp_path / "sweep")}
-    for call in calls_of(tmp_path, **array):
+    for call in calls_of(tmp_path, ARRAY="ArrayJobId=30 ArrayTaskId=2", SWEEP=str(tmp_path / "sweep")):
         assert call[-2:] == ["seed=2", "name=last"]
+
+
+def test_a_job_submitted_from_within_another_is_not_taken_for_it(tmp_path):
+    """sbatch hands the outer job's variables on: its array's task would be requeued, its restarts counted."""
+    outer = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "40"}
+    started = start(tmp_path, TRAINING="exit 86", MAX_RESTARTS="2", RESTARTS="1", **outer)
+    assert "job 31, restart 1, checkpoint none" in started.output and "requeueing job 31 at" in started.output
+    assert started.environment["SLURM_RESTART_COUNT"] == "1"
 
 
 def test_a_named_environment_that_is_not_there_is_an_error(tmp_path):
