@@ -137,6 +137,12 @@ def test_a_controller_that_is_away_for_a_moment_costs_no_requeue(tmp_path):
     assert started.status == 86 and "status 86, requeueing job 31 at checkpoint none" in started.output, started.output
 
 
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (85, True), (86, True), (137, True)])
+def test_what_follows_from_the_ranks_exit_status(tmp_path, status, requeued):
+    started = start(tmp_path, TRAINING=f"exit {status}", PREFLIGHT="0")
+    assert started.status == status and ("requeueing job 31" in started.output) == requeued, started.output
+
+
 def test_the_log_of_the_rank_that_failed_is_repeated(tmp_path):
     """In a folder with a space in its name."""
     log = '"$(find "$(dirname "$CALLS")" -name attempt_0)/gpu2_rank9.log"'
