@@ -32,9 +32,10 @@ case "$*" in
 "--oneliner show node gpu1") echo "NodeName=gpu1 NodeAddr=10.0.0.7 NodeHostName=gpu1 State=ALLOCATED" ;;
 "--oneliner show job 31")
     printf 'JobId=32 ArrayJobId=30 ArrayTaskId=9 JobState=PENDING Restarts=5\\n'
-    printf 'JobId=31 %s JobName=rcm JobState=RUNNING Reason=None Restarts=%s RunTime=1\\n' "$ARRAY" "${RESTARTS:-0}"
+    printf 'JobId=31 %s JobName=rcm JobState=%s Reason=%s' "$ARRAY" "${STATE:-RUNNING}" "${REASON:-None}"
+    printf ' Restarts=%s RunTime=1\\n' "${RESTARTS:-0}"
     ;;
-"requeue 31") ;;
+"requeue 31") echo "SLURM requeues 31" ;;
 *) exit 1 ;;
 esac
 """
@@ -143,6 +144,24 @@ def test_a_controller_that_is_away_for_a_moment_costs_no_requeue(tmp_path):
 def test_what_follows_from_the_ranks_exit_status(tmp_path, status, requeued):
     started = start(tmp_path, TRAINING=f"exit {status}", PREFLIGHT="0")
     assert started.status == status and ("requeueing job 31" in started.output) == requeued, started.output
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words", "requeues"),
+    [
+        ("COMPLETING", "TimeLimit", "over the time limit, requeueing job 31", 1),
+        ("COMPLETING", "None", "job 31 is COMPLETING, so it is left alone", 0),
+    ],
+    ids=["over its limit", "cancelled"],
+)
+def test_sigterm_requeues_a_job_over_its_limit_once_and_never_a_cancelled_one(tmp_path, state, reason, words, requeues):
+    """srun is told, and its status awaited; SLURM kills both a little later."""
+    training = (
+        "trap 'told=1' USR1; kill -TERM $PPID; for i in 1 2 3 4 5 6 7 8 9; do /bin/sleep 0.2; done; exit $((84 + told))"
+    )
+    started = start(tmp_path, TRAINING=training, PREFLIGHT="0", STATE=state, REASON=reason)
+    assert started.status == 85 and words in started.output, started.output
+    assert started.output.count("SLURM requeues 31") == requeues
 
 
 def test_the_log_of_the_rank_that_failed_is_repeated(tmp_path):
