@@ -33,4 +33,5 @@ if [ "$count" -eq 0 ] || [ "$folders" -ne "$count" ]; then
     rm "$copy"
     exit 2
 fi
-sbatch --parsable --array="1-$count$limit" --export="ALL,SWEEP=$copy" "${options[@]}" launch/slurm/train.sbatch "$@"
+# Not as --export: another one among the options would take its place.
+SWEEP="$copy" sbatch --parsable --array="1-$count$limit" "${options[@]}" launch/slurm/train.sbatch "$@"

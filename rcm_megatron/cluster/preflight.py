@@ -174,10 +174,21 @@ def _measure(store: dist.Store, nodes: Sequence[str], rank: int, *, timeout: flo
             world_size=len(nodes),
             timeout=timedelta(seconds=timeout),
         )
+        _connect_gloo(timeout)
         return measure(nodes)
     except RuntimeError as error:
         print(f"preflight: {nodes[rank]}: rank {rank}: all-reduce: {error}", file=sys.stderr, flush=True)
         return {}
+
+
+def _connect_gloo(timeout: float) -> None:
+    """Checkpoints are written through Gloo, on GPUs too; it takes the network interface that the host's own name leads to."""
+    try:
+        dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Gloo: {error}; fix: set GLOO_SOCKET_IFNAME to an interface that reaches the others"
+        ) from error
 
 
 def _conclude(findings: Findings) -> int:

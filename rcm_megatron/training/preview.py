@@ -18,16 +18,25 @@ from rcm_megatron.training.encoding import video_encoder
 from rcm_megatron.training.given import Given
 from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.sampling import Sampler, student_videos
+from rcm_megatron.training.stopping import StopRequest
 
 
 def write_previews(
-    run: RunConfig, networks: Networks, ema: PowerEMA | None, batch: Batch, null_text_L1D: Tensor, *, iteration: int
+    run: RunConfig,
+    networks: Networks,
+    ema: PowerEMA | None,
+    batch: Batch,
+    null_text_L1D: Tensor,
+    *,
+    iteration: int,
+    stop: StopRequest,
 ) -> dict[str, tuple[Path, str]]:
     """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: (MP4 file, caption)}, others {}.
 
     Captions, images and given frames (as many as the first of ``distillation.given_frames``) are those of the first samples of the
     micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``, the same at every iteration. Without a video
-    encoder the latents are written, and no MP4.
+    encoder the latents are written, and no MP4. Ends early when the run is told to stop: videos of a large model take longer than the two
+    minutes before a time limit.
     """
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(platform.device())
@@ -37,6 +46,8 @@ def write_previews(
     sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}
     for weights, context in _weights(ema):
+        if stop.agreed():
+            return {}
         with context:
             for steps, latents_BCTHW in student_videos(sampler, run.sampling).items():
                 latents[f"{weights}_{steps}_steps"] = latents_BCTHW.cpu()
@@ -47,7 +58,9 @@ def write_previews(
         return {
             video: shown
             for name, latents_BCTHW in latents.items()
-            for video, shown in _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps).items()
+            for video, shown in _write(
+                encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps, stop
+            ).items()
         }
 
 
@@ -69,7 +82,13 @@ def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
 
 
 def _write(
-    encoder: VideoEncoder | None, folder: Path, name: str, latents_BCTHW: Tensor, prompts: tuple[str, ...], fps: int
+    encoder: VideoEncoder | None,
+    folder: Path,
+    name: str,
+    latents_BCTHW: Tensor,
+    prompts: tuple[str, ...],
+    fps: int,
+    stop: StopRequest,
 ) -> dict[str, tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
@@ -78,6 +97,8 @@ def _write(
         return {}
     videos = {}
     for i, latent_CTHW in enumerate(latents_BCTHW):
+        if stop.noted:
+            break
         frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
         path = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)

@@ -205,7 +205,13 @@ class Trainer:
         if every and (iteration + 1) % every == 0:
             with self.timers.phase("preview"), self.residency.state("student"):
                 videos = write_previews(
-                    self.run, self.networks, self.ema, batch, self.null_text_L1D, iteration=iteration + 1
+                    self.run,
+                    self.networks,
+                    self.ema,
+                    batch,
+                    self.null_text_L1D,
+                    iteration=iteration + 1,
+                    stop=self.stop,
                 )
             self.logger.log_videos(iteration, videos)
 

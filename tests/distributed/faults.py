@@ -124,6 +124,35 @@ def disk_full_in(trainer, iterations):
     return {}
 
 
+def told_to_stop_while_sampling(trainer):
+    """A signal reaches the last rank while the student is sampled for a preview."""
+    from rcm_megatron.training import preview
+
+    student_videos = preview.student_videos
+
+    def told(*args):
+        if dist.get_rank() == dist.get_world_size() - 1:
+            trainer.stop._note(signal.SIGUSR1, None)
+        return student_videos(*args)
+
+    preview.student_videos = told
+    return {}
+
+
+def told_to_stop_while_writing_videos(trainer):
+    """A signal reaches the ranks while the first one writes the first video of a preview."""
+    from rcm_megatron.training import preview
+
+    write_mp4 = preview.write_mp4
+
+    def told(*args, **kwargs):
+        trainer.stop._note(signal.SIGUSR1, None)
+        return write_mp4(*args, **kwargs)
+
+    preview.write_mp4 = told
+    return {}
+
+
 def disk_full_at_3(trainer):
     return disk_full_in(trainer, (3,))
 

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from rcm_megatron.checkpoint import saver as saving
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint, load_weights
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.folders import find_latest, remove_old
+from rcm_megatron.checkpoint.folders import find_latest, publish, remove_old
 from rcm_megatron.checkpoint.integrity import ChecksummedFiles, entry_of, write_manifest
 from rcm_megatron.checkpoint.saver import CheckpointSaver
 from rcm_megatron.parallel.optimizer_shards import owned_shards
@@ -340,6 +340,22 @@ def test_old_checkpoints_go_but_never_the_latest_nor_every_nth(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     remove_old(tmp_path, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000100", "iter_0000500", "latest"]
+
+
+def test_every_byte_is_on_disk_before_a_checkpoint_has_its_name_and_latest_comes_last(tmp_path, monkeypatch):
+    """What a machine that loses its power leaves: a name says that the bytes are there."""
+    partial, root, steps, rename = complete_folder(tmp_path, "iter_0000100.tmp"), tmp_path.name, [], Path.rename
+
+    def renamed(path, target):
+        steps.append(f"{path.name} -> {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: steps.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    monkeypatch.setattr(Path, "rename", renamed)
+    publish(partial, tmp_path / "iter_0000100")
+    assert sorted(steps[:4]) == [".metadata", "__0_0.distcp", "common.pt", "files.json"]
+    naming = ["iter_0000100.tmp", "iter_0000100.tmp -> iter_0000100", "latest.tmp", "latest.tmp -> latest", root]
+    assert steps[4:] == naming
 
 
 # ---- damage

@@ -4,7 +4,7 @@ import av
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.run_checks import LOSS_BOUND, assert_same_curves
 from tests.distributed.tiny_run import records, train, write_tiny_run
 from tests.helpers import assert_close
@@ -66,6 +66,26 @@ def test_previews_are_equal_on_two_ranks(one, tmp_path, layout):
             reference = load_file(folder / file)["latents"]
             assert reference.shape == (2, 1, 4, 16, 16)
             assert_close(name, reference, load_file(tmp_path / file)["latents"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fault", "files"),
+    [
+        ("told_to_stop_while_sampling", None),
+        ("told_to_stop_while_writing_videos", [f"{name}.safetensors" for name in NAMES] + ["student_1_steps_0.mp4"]),
+    ],
+)
+def test_a_signal_ends_a_preview_and_the_run_saves(one, tmp_path, fault, files):
+    """Decoding the videos of a large model takes longer than the two minutes that SLURM gives."""
+    config, folder = one
+    overrides = ["parallel.ring=2", "trainer.sample_every=2", "trainer.stop_after=4", f"output_dir={tmp_path}"]
+    with pytest.raises(RankError, match="told to stop; saved after 2 of"):
+        run_ranks(train, 2, str(config), overrides, fault, timeout=200)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "iter_0000002\n"
+    previews = tmp_path / "previews" / "0000002"
+    assert previews.exists() == (files is not None)
+    assert files is None or sorted(path.name for path in previews.glob("*.[sm]*")) == sorted(files)
+    assert_same_curves(records(folder)[:2], records(tmp_path), rel=LOSS_BOUND)
 
 
 def test_wandb_offline_keeps_one_run_id_over_a_resume_and_has_the_videos(tmp_path):

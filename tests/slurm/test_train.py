@@ -90,24 +90,51 @@ def test_a_run_on_two_nodes_of_two_tasks_finishes(jobs):
 
 
 def test_a_signal_to_the_job_saves_requeues_and_resumes(jobs):
-    job = jobs.submit("signalled", RCM_TEST_FAULT="wait:8")
+    """Submitted from within another job, an array's task, whose variables sbatch hands on."""
+    outer = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "7"}
+    job = jobs.submit("signalled", RCM_TEST_FAULT="wait:8", **outer)
     jobs.wait_for_iteration("signalled", 8)
     jobs.slurm.run("scancel", "--batch", "--signal=USR1", job)
     story = jobs.check_finished(job, "signalled", restarts=1)
     assert "status 85, requeueing" in story and "resuming at iteration 9" in story, story
 
 
-def test_a_time_limit_saves_requeues_and_resumes(jobs):
-    """The limit is brought near once the job waits in its iteration 8. SLURM looks at limits every 30 s."""
-    job = jobs.submit("limited", options=(*TWO_NODES, "--time=60", "--signal=B:USR1@119"), RCM_TEST_FAULT="wait:8")
-    jobs.wait_for_iteration("limited", 8)
-    hours, minutes, _ = jobs.slurm.job(job)["RunTime"].split(":")
-    jobs.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+@pytest.fixture(scope="module")
+def limited(jobs):
+    """A job in its iteration 8 that stops when it is told to, and one that cannot; their limits are brought near.
+
+    SLURM looks at limits every 30 s.
+    """
+    options = (*TWO_NODES, "--time=60", "--signal=B:USR1@119")
+    faults = {"limited": ("wait:8", 2), "over": ("hang:8", 1)}
+    started = {
+        name: jobs.submit(name, "trainer.checkpoint_every=5", options=options, RCM_TEST_FAULT=fault)
+        for name, (fault, _) in faults.items()
+    }
+    for name, job in started.items():
+        jobs.wait_for_iteration(name, 8)
+        hours, minutes, _ = jobs.slurm.job(job)["RunTime"].split(":")
+        limit = 60 * int(hours) + int(minutes) + faults[name][1]
+        jobs.slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    return started
+
+
+def finish_with_time(jobs, job, name):
+    """Once it is requeued, give the job a limit that it keeps."""
     wait_for("the requeue", lambda: jobs.slurm.job(job)["Restarts"] == "1", 200, jobs.slurm.state)
     wait_for("the old run's end", lambda: jobs.slurm.job(job)["JobState"] == "PENDING", 100, jobs.slurm.state)
     jobs.slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    story = jobs.check_finished(job, "limited", restarts=1)
+    return jobs.check_finished(job, name, restarts=1)
+
+
+def test_a_time_limit_saves_requeues_and_resumes(jobs, limited):
+    story = finish_with_time(jobs, limited["limited"], "limited")
     assert "status 85, requeueing" in story and "resuming at iteration 9" in story, story
+
+
+def test_a_job_that_cannot_save_in_time_is_requeued_and_goes_on_from_the_checkpoint_before(jobs, limited):
+    story = finish_with_time(jobs, limited["over"], "over")
+    assert "over the time limit, requeueing" in story and "resuming at iteration 5" in story, story
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(jobs):
@@ -138,6 +165,20 @@ def test_a_node_on_which_python_does_not_start_is_refused_by_name(jobs, tmp_path
     fields, output = jobs.slurm.finish(job), jobs.output(job)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "3:0", "0"), output
     assert "\nnode1: ranks 1: no report within 4 s" in output and "\nnode0: " not in output, output
+
+
+def test_a_signal_during_the_pre_flight_requeues(jobs, tmp_path):
+    """While the first attempt's pre-flight (the job's second step) waits for a node."""
+    waits = "if os.environ.get('SLURM_STEP_ID') == '1' and os.environ['SLURM_RESTART_COUNT'] == '0': time.sleep(3600)"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, time\n{waits}\n")
+    job = jobs.submit("early", "trainer.stop_after=1", PREFLIGHT="1", NODE1_PYTHONPATH=str(tmp_path))
+    wait_for("the pre-flight", lambda: jobs.slurm.run("squeue", "-h", "--steps", "-s", f"{job}.1", check=False), 200)
+    jobs.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    fields, output = jobs.slurm.finish(job), jobs.output(job)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), output
+    assert (
+        "status 85, requeueing job" in output and "refuses" not in output and len(records(jobs.folder / "early")) == 1
+    )
 
 
 def test_a_job_that_makes_no_progress_is_given_up(jobs):
@@ -185,13 +226,16 @@ def test_a_chain_waits_for_each_run_and_ends_with_one_that_fails(jobs):
         jobs.options("--nodes=1", "--ntasks-per-node=1"),
         [str(jobs.runs.config), f"output_dir={jobs.folder}/chain"],
     )
-    stages = [["trainer.stop_after=2"], ["trainer.stop_after=4"], ["parallel.tp=3"], ["trainer.stop_after=6"]]
+    stages = [["trainer.stop_after=3"], ["trainer.stop_after=5"], ["parallel.tp=3"], ["trainer.stop_after=6"]]
     command = [part for stage in stages for part in ("--", *run, *stage)]
-    chain = jobs.call("bash", "launch/slurm/chain.sh", *options, *command)
+    chain = jobs.call("bash", "launch/slurm/chain.sh", *options, *command, RCM_TEST_FAULT="wait:1")
+    jobs.wait_for_iteration("chain", 1)
+    jobs.slurm.run("scancel", "--batch", "--signal=USR1", chain[0])
     states = [jobs.slurm.finish(job)["JobState"] for job in chain]
     assert states == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED"], "".join(map(jobs.output, chain))
-    assert "resuming at iteration 2" in jobs.ranks("chain")
-    assert len(records(jobs.folder / "chain")) == 4
+    assert [jobs.slurm.job(job)["Restarts"] for job in chain] == ["1", "0", "0", "0"], "a requeue breaks no chain"
+    assert "resuming at iteration 3" in jobs.ranks("chain")
+    assert len(records(jobs.folder / "chain")) == 5
     assert "parallel.tp=3" in jobs.output(chain[2])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rcm_megatron.cluster import preflight as checks
 from rcm_megatron.cluster.bandwidth import neighbours
 from rcm_megatron.cluster.report import Report, checkpoint_gib
 from rcm_megatron.cluster.verdict import Findings, nodes_of_ranks
@@ -196,3 +197,19 @@ def test_an_output_folder_that_cannot_be_made_is_named(config):
 def test_a_layout_that_does_not_fit_is_a_configuration_error(config):
     statuses = [status for status, _, _ in ranks(config, "parallel.tp=3")]
     assert statuses == [2, 2]
+
+
+def test_gloo_that_does_not_connect_is_found_before_the_first_checkpoint(monkeypatch, capsys):
+    """On GPUs too, where NCCL alone would have passed."""
+
+    def no_route(*args, **options):
+        assert options["backend"] == "gloo"
+        raise RuntimeError("connect to 127.0.1.1 timed out")
+
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "1")  # what it sets itself is undone with this
+    monkeypatch.setattr(checks.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(checks.dist, "new_group", no_route)
+    assert checks._measure(checks.dist.HashStore(), ["b"], 0, timeout=1.0) == {}
+    assert "b: rank 0: all-reduce: Gloo: connect to 127.0.1.1 timed out; fix: set GLOO_SOCKET_IFNAME" in (
+        capsys.readouterr().err
+    )
