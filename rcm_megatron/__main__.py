@@ -273,6 +273,11 @@ def _convert(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.convert import convert
     from rcm_megatron.checkpoint.errors import CheckpointError
 
+    def companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]]:
+        from rcm_megatron.training.pipelines import student_companions  # Megatron, for a run's student only
+
+        return student_companions(run, folder)
+
     fields = {name: getattr(arguments, name) for name in ("num_heads", "text_len", "rope_scale")}
     verify = None
     if arguments.verify:
@@ -290,6 +295,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             model_fields={name: value for name, value in fields.items() if value is not None},
             max_shard_bytes=arguments.max_shard_size,
             verify=verify,
+            companions=companions,
         )
     except CheckpointError as error:
         raise SystemExit(f"{arguments.prog}: {error}") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rcm_megatron.config import ModelConfig
+from rcm_megatron.config import ModelConfig, RunConfig, to_yaml
 
 DIFFUSERS_CLASSES = {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransformer3DModel"}
 """Family -> its class in diffusers."""
+FEW_STEP_WEIGHTS = ("student", "ema")
+"""The networks of a run that sample in a few steps."""
 _FAMILIES = {"wan": "Wan", "cosmos": "Cosmos-Predict2"}
 
 
@@ -19,9 +21,9 @@ def model_card(
     target_format: str,
     path: str,
     usage: str = "",
-    run_yaml: str | None = None,
+    run: RunConfig | None = None,
 ) -> str:
-    """Markdown. `facts`: the table of provenance; `usage`: how to sample; `run_yaml`: the run that trained the weights."""
+    """Markdown. `facts`: the table of provenance; `usage`: how to sample; `run`: the run that trained the weights."""
     table = "\n".join(f"| {name} | `{value}` |" for name, value in facts.items())
     load = f"open_checkpoint({path!r})  # rcm_megatron.checkpoint.sources"
     if target_format == "diffusers":
@@ -34,6 +36,6 @@ def model_card(
         f"| | |\n| --- | --- |\n{table}",
         f"```python\n{load}\n```",
     ]
-    if run_yaml:
-        parts.append(f"## Configuration of the run\n\n```yaml\n{run_yaml}```")
+    if run is not None:
+        parts.append(f"## Configuration of the run\n\n```yaml\n{to_yaml(run)}```")
     return "\n\n".join(parts) + "\n"

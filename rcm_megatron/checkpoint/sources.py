@@ -24,7 +24,7 @@ from rcm_megatron.checkpoint import configs, key_map_cosmos
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.checkpoint.folders import find_latest
 from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_plain, is_torch_dist
-from rcm_megatron.config import ConfigError, load_config, to_yaml
+from rcm_megatron.config import ConfigError, RunConfig, load_config
 
 _NETWORK_PREFIXES = {"student": "net.", "ema": "net_ema.", "fake_score": "net_fake_score.", "teacher": "net_teacher."}
 """Weights that may be asked for -> what their keys begin with in a file of NVIDIA's that holds several networks."""
@@ -65,8 +65,8 @@ class CheckpointSource(Mapping[str, Tensor]):
     """That holds config.json and weights."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Provenance for a model card: which weights of which step."""
-    run_yaml: str | None = None
-    """Configuration of the run that trained it."""
+    run: RunConfig | None = None
+    """The run that trained it."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
@@ -249,7 +249,7 @@ def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path |
             "fix: pass it with --config"
         ) from error
     facts = {"run": run.name, "weights": name, "step": folder.name.split("_")[1].lstrip("0") or "0"}
-    return replace(source, config=configs.internal_config(run.model), facts=facts, run_yaml=to_yaml(run))
+    return replace(source, config=configs.internal_config(run.model), facts=facts, run=run)
 
 
 def _lazy(opened: TorchDistFolder) -> CheckpointSource:

@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from rcm_megatron import __version__, platform
 from rcm_megatron.checkpoint.convert import DTYPES, export_diffusers, gather_full
-from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, model_card
+from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, FEW_STEP_WEIGHTS, model_card
 from rcm_megatron.checkpoint.writers import check_target
-from rcm_megatron.config import RunConfig, to_yaml
+from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.training.inference import Weights, join, load_network, resolve_checkpoint
-from rcm_megatron.training.pipelines import pipeline_usage, scheduler_files
+from rcm_megatron.training.pipelines import student_companions
 from rcm_megatron.training.verify import (
     diffusers_forward,
     network_forward,
@@ -58,10 +58,7 @@ def export(run: RunConfig, request: ExportRequest) -> None:
             dtype=dtype,
             force=request.force,
             metadata=facts,
-            texts={
-                "README.md": _model_card(run, request, facts),
-                **(scheduler_files(run) if _few_steps(request) else {}),
-            },
+            texts=_texts(run, request, facts),
             check=comparison,
             is_writer=dist.get_rank() == 0,
         )
@@ -98,31 +95,16 @@ class _Comparison:
         require_bound(float(found), what=what, reference=f"the trained network on {self._ranks} rank(s)")
 
 
-def _few_steps(request: ExportRequest) -> bool:
-    """Whether the weights are the student's."""
-    return request.weights in ("student", "ema")
-
-
 def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str]:
     facts = {"run": run.name, "weights": request.weights, "source": source, "dtype": request.dtype}
     return {**facts, "rcm_megatron": __version__}
 
 
-def _model_card(run: RunConfig, request: ExportRequest, facts: dict[str, str]) -> str:
-    usage = ""
-    if _few_steps(request):
-        times = ", ".join(str(time) for time in run.sampling.student_times)
-        usage = (
-            f"A few-step generator distilled with rCM: start at TrigFlow time atan({run.sampling.sigma_max:g}), denoise, re-noise to the "
-            f"next of {times}, 1 to {len(run.sampling.student_times) + 1} network evaluations, no guidance. With diffusers' pipelines:\n\n"
-            f"```python\n{pipeline_usage(run, str(request.output))}```"
-        )
-    return model_card(
-        run.model,
-        title=f"{run.name}: {request.weights}",
-        facts=facts,
-        target_format="diffusers",
-        path=str(request.output),
-        usage=usage,
-        run_yaml=to_yaml(run),
-    )
+def _texts(run: RunConfig, request: ExportRequest, facts: dict[str, str]) -> dict[str, str]:
+    """The model card, and what a student needs to be sampled by diffusers."""
+    folder, usage, texts = str(request.output), "", {}
+    if request.weights in FEW_STEP_WEIGHTS:
+        usage, texts = student_companions(run, folder)
+    title = f"{run.name}: {request.weights}"
+    card = model_card(run.model, title=title, facts=facts, target_format="diffusers", path=folder, usage=usage, run=run)
+    return {**texts, "README.md": card}

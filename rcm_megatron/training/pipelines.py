@@ -39,6 +39,17 @@ output = pipeline({call})
 """
 
 
+def student_companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]]:
+    """How to sample the student of `folder`, for its model card, and the files that this takes beside the weights."""
+    times = ", ".join(str(time) for time in run.sampling.student_times)
+    usage = (
+        f"A few-step generator distilled with rCM: start at TrigFlow time atan({run.sampling.sigma_max:g}), denoise, re-noise to the "
+        f"next of {times}, 1 to {len(run.sampling.student_times) + 1} network evaluations, no guidance. With diffusers' pipelines:\n\n"
+        f"```python\n{pipeline_usage(run, folder)}```"
+    )
+    return usage, scheduler_files(run)
+
+
 def scheduler_files(run: RunConfig) -> dict[str, str]:
     """Files that belong beside the student's weights: the scheduler's class, and its configuration for this run."""
     space = "edm" if run.model.family == "cosmos" else "flow"

@@ -30,6 +30,7 @@ from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.encoding import check_encoders, load_null_text
 from rcm_megatron.training.flops import Throughput
 from rcm_megatron.training.given import Given, image_shapes
+from rcm_megatron.training.lock import sole_run
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
@@ -322,10 +323,11 @@ def main(run: RunConfig) -> None:
     logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("rcm_megatron").setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
     groups = initialize_parallel(run.parallel)
-    if dist.get_rank() == 0:
-        Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(run.output_dir) / "config.yaml").write_text(to_yaml(run))
-    with _watchdog(run) as beat:
+    folder = Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with sole_run(folder), _watchdog(run) as beat:
+        if dist.get_rank() == 0:
+            (folder / "config.yaml").write_text(to_yaml(run))
         trainer = Trainer(run, groups)
         with trainer.stop.on_signals(), _together_if_preempted(), contextlib.closing(trainer):
             trainer.train(beat=beat)

@@ -3,6 +3,7 @@
 Refusals that need no weights are real processes; the others run the same `main` on a forked rank, which has Megatron imported.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -103,6 +104,28 @@ def test_a_good_run_ends_with_status_0(good, tmp_path):
     done, _, imported_torch = process(good, f"output_dir={tmp_path / 'out'}", "trainer.stop_after=1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert imported_torch and len(records(tmp_path / "out")) == 1
+
+
+def second_run(argv):
+    """`command` that soon loses its patience."""
+    from rcm_megatron.training import lock
+
+    lock.PATIENCE = 0.5
+    return command(argv)
+
+
+def test_a_second_run_of_an_output_folder_is_refused_on_all_ranks(good, tmp_path):
+    argv = ["train", str(good / "run.yaml"), f"output_dir={tmp_path}", "trainer.stop_after=1", "parallel.ring=2"]
+    with (tmp_path / "run.lock").open("w") as held:
+        held.write("SLURM job 4711")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for status, stderr in run_ranks(second_run, 2, argv):
+            assert status == 1 and "in which SLURM job 4711 is training" in stderr and "Traceback" not in stderr
+        assert os.listdir(tmp_path) == ["run.lock"]
+    for status, stderr in run_ranks(second_run, 2, argv):
+        assert status == 0, stderr
+    assert len(records(tmp_path)) == 1
 
 
 def without(name):

@@ -44,14 +44,20 @@ def test_a_run_converts_to_what_export_writes(trained, tmp_path):
         argv = ["export", str(config), "--weights", weights, "--output", str(tmp_path / f"{weights}_export")]
         for status, stderr in run_ranks(command, 1, argv):
             assert status == 0, stderr
-        model = run(output, tmp_path / weights, "diffusers", weights=weights)
-        assert model == load_config(config).model
+        argv = ["convert", str(output), str(tmp_path / weights), "--to", "diffusers", "--weights", weights]
+        for status, stderr in run_ranks(command, 1, argv):
+            assert status == 0, stderr
         exported[weights] = dict(open_checkpoint(tmp_path / f"{weights}_export"))
         assert_same_tensors(exported[weights], dict(open_checkpoint(tmp_path / weights)))
         card = (tmp_path / weights / "README.md").read_text()
         assert f"| weights | `{weights}` |" in card
         assert "| step | `7` |" in card
         assert "student_optimizer:" in card
+        for name in ("rcm_scheduler.py", "scheduler_config.json"):  # what a few-step generator is sampled with
+            files = [tmp_path / folder / name for folder in (weights, f"{weights}_export")]
+            assert [file.is_file() for file in files] == [weights != "fake_score"] * 2
+            assert weights == "fake_score" or files[0].read_bytes() == files[1].read_bytes()
+        assert ("RCMScheduler.from_pretrained(folder)" in card) == (weights != "fake_score")
     assert not torch.equal(*(exported[name]["proj_out.weight"] for name in ("student", "ema")))
     assert not torch.equal(*(exported[name]["proj_out.weight"] for name in ("student", "fake_score")))
 
