@@ -17,6 +17,7 @@ import contextlib
 import io
 import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcm_megatron.data.dali import LatentLoader
 from rcm_megatron.data.manifest import build_manifest, load_manifest

@@ -129,8 +129,14 @@ class CheckpointSource(Mapping[str, Tensor]):
         """Keyword arguments for ModelConfig: from config.json, else from the shapes.
 
         `overrides` may set what no tensor shows (text_len, rope_max_seq_len), without config.json any field, and `rope_scale` of
-        CosmosConfig.
+        CosmosConfig. Raises CheckpointError, which names this source.
         """
+        try:
+            return self._model_fields(overrides)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
+
+    def _model_fields(self, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
         form, overrides = self.format, dict(overrides or {})
         known = (*configs.FIELDS, "rope_scale") if form == "nvidia" else configs.FIELDS
         for name in overrides:
@@ -142,11 +148,11 @@ class CheckpointSource(Mapping[str, Tensor]):
             fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
             if fixed:
                 raise CheckpointError(
-                    f"{self.where}: config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override (--{fixed[0].replace('_', '-')})"
+                    f"config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override (--{fixed[0].replace('_', '-')})"
                 )
             return {**fields, **overrides}
         if form not in _SHAPE_READERS:
-            raise CheckpointError(f"{self.where}: no config.json beside the weights; pass the folder that holds both")
+            raise CheckpointError("no config.json beside the weights; pass the folder that holds both")
         return _SHAPE_READERS[form](self.shapes(), overrides=overrides)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rcm_megatron"
+TOOLS = ROOT / "tools"
 KERNELS = ROOT / "kernels" / "rcm_kernels"
 
 MODELS = {"config", "dual", "parallel", "models", "rcm_kernels"}
@@ -104,3 +105,14 @@ def test_megatron_core_only():
 
 def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists(), "it would hide PyPI's `kernels`, which transformers imports"
+
+
+@pytest.mark.parametrize("tool", sorted(TOOLS.glob("*.py")), ids=lambda path: path.stem)
+def test_a_tool_runs_as_a_script(tool):
+    """Of the repository Python puts tools/ alone on a script's path; the program itself is installed."""
+    text = tool.read_text()
+    if "__main__" not in text:
+        return
+    found = [line for name, line in imported_names(tool) if name.split(".")[0] == "tools"]
+    ready = text[: text.find("sys.path")].count("\n") + 1 if "sys.path" in text else None
+    assert not found or (ready is not None and ready < min(found)), f"{tool.name} imports tools. at line {min(found)}"
