@@ -47,6 +47,8 @@ def log_footprint(run: RunConfig, chunks: Sequence[nn.Module], *, world_size: in
     """One line of the layout, one of the memory."""
     found = standing_bytes(run, chunks, shards=shards)
     elements = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in found.items())
+    total = sum(found.values())
+    unit, divisor = ("GiB", 2**30) if total >= 2**30 else ("MiB", 2**20)
+    parts = ", ".join(f"{name} {size / divisor:.2f}" for name, size in found.items())
     log.info("%s; %.1f M parameters of a network on rank 0", run.layout_summary(world_size), elements / 1e6)
-    log.info("memory of rank 0 between steps: %.2f GiB (%s)", sum(found.values()) / 2**30, parts)
+    log.info("memory of rank 0 between steps: %.2f %s (%s)", total / divisor, unit, parts)
