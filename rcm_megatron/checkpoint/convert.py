@@ -31,7 +31,7 @@ from rcm_megatron.checkpoint.formats import (
     to_internal,
 )
 from rcm_megatron.checkpoint.key_map_wan import Entry
-from rcm_megatron.checkpoint.model_card import FEW_STEP_WEIGHTS, model_card
+from rcm_megatron.checkpoint.model_card import Companions, folder_texts
 from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
 from rcm_megatron.checkpoint.torch_dist import write_torch_dist
 from rcm_megatron.checkpoint.writers import (
@@ -42,7 +42,7 @@ from rcm_megatron.checkpoint.writers import (
     write_folder,
     write_safetensors,
 )
-from rcm_megatron.config import ModelConfig, RunConfig
+from rcm_megatron.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -56,8 +56,6 @@ _FOLDERS: dict[str, tuple[Callable[[ModelConfig], dict[str, Any]], Callable[...,
 TARGET_FORMATS = (*FORMATS, "torch_dist")
 Verify = Callable[[CheckpointSource, ModelConfig, torch.dtype | None], Callable[[Path], None]]
 """(source, its network, dtype of the target or None) -> a function that raises CheckpointError for a target that differs."""
-Companions = Callable[[RunConfig, str], tuple[str, Mapping[str, str]]]
-"""(run, folder of its student) -> how to sample it, for the model card, and the text files that this takes beside the weights."""
 
 
 def load_into(
@@ -224,7 +222,13 @@ def convert(
     external = from_internal(internal, model_config, naming)
     if target_format in _FOLDERS:
         write_config, write_weights = _FOLDERS[target_format]
-        texts = _texts(source, model_config, target_path, target_format, facts, companions)
+        about = {
+            "title": Path(target_path).name,
+            "facts": facts,
+            "target_format": target_format,
+            "path": str(target_path),
+        }
+        texts = folder_texts(model_config, **about, run=source.run, companions=companions)
         fill = partial(
             write_weights, named_tensors=external, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=facts
         )
@@ -232,31 +236,6 @@ def convert(
     else:
         write_file(target_path, external, dtype=dtype, force=force, metadata=facts, check=check)
     return model_config
-
-
-def _texts(
-    source: CheckpointSource,
-    model_config: ModelConfig,
-    target_path: str | Path,
-    target_format: str,
-    facts: Mapping[str, str],
-    companions: Companions | None,
-) -> dict[str, str]:
-    """The model card, and what a student needs to be sampled by diffusers."""
-    usage, texts = "", {}
-    is_student = source.run is not None and source.facts["weights"] in FEW_STEP_WEIGHTS
-    if companions is not None and is_student and target_format == "diffusers":
-        usage, texts = companions(source.run, str(target_path))
-    card = model_card(
-        model_config,
-        title=Path(target_path).name,
-        facts=facts,
-        target_format=target_format,
-        path=str(target_path),
-        usage=usage,
-        run=source.run,
-    )
-    return {**texts, "README.md": card}
 
 
 def _facts(source: CheckpointSource, path: str | Path, dtype: torch.dtype | None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from rcm_megatron.config import ModelConfig, RunConfig, to_yaml
 
@@ -10,7 +10,28 @@ DIFFUSERS_CLASSES = {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransforme
 """Family -> its class in diffusers."""
 FEW_STEP_WEIGHTS = ("student", "ema")
 """The networks of a run that sample in a few steps."""
+Companions = Callable[[RunConfig, str], tuple[str, Mapping[str, str]]]
+"""(run, folder of its student) -> how to sample it, for the model card, and the text files that this takes beside the weights."""
 _FAMILIES = {"wan": "Wan", "cosmos": "Cosmos-Predict2"}
+
+
+def folder_texts(
+    model_config: ModelConfig,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    target_format: str,
+    path: str,
+    run: RunConfig | None,
+    companions: Companions | None,
+) -> dict[str, str]:
+    """The model card, and what a run's student in diffusers' format needs beside its weights. Arguments as of `model_card`."""
+    usage, texts = "", {}
+    is_student = run is not None and facts["weights"] in FEW_STEP_WEIGHTS
+    if companions is not None and is_student and target_format == "diffusers":
+        usage, texts = companions(run, path)
+    about = {"title": title, "facts": facts, "target_format": target_format, "path": path}
+    return {**texts, "README.md": model_card(model_config, **about, usage=usage, run=run)}
 
 
 def model_card(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from rcm_megatron import __version__, platform
 from rcm_megatron.checkpoint.convert import DTYPES, export_diffusers, gather_full
-from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, FEW_STEP_WEIGHTS, model_card
+from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, folder_texts
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
@@ -58,7 +58,15 @@ def export(run: RunConfig, request: ExportRequest) -> None:
             dtype=dtype,
             force=request.force,
             metadata=facts,
-            texts=_texts(run, request, facts),
+            texts=folder_texts(
+                run.model,
+                title=f"{run.name}: {request.weights}",
+                facts=facts,
+                target_format="diffusers",
+                path=str(request.output),
+                run=run,
+                companions=student_companions,
+            ),
             check=comparison,
             is_writer=dist.get_rank() == 0,
         )
@@ -98,13 +106,3 @@ class _Comparison:
 def _facts(run: RunConfig, request: ExportRequest, source: str) -> dict[str, str]:
     facts = {"run": run.name, "weights": request.weights, "source": source, "dtype": request.dtype}
     return {**facts, "rcm_megatron": __version__}
-
-
-def _texts(run: RunConfig, request: ExportRequest, facts: dict[str, str]) -> dict[str, str]:
-    """The model card, and what a student needs to be sampled by diffusers."""
-    folder, usage, texts = str(request.output), "", {}
-    if request.weights in FEW_STEP_WEIGHTS:
-        usage, texts = student_companions(run, folder)
-    title = f"{run.name}: {request.weights}"
-    card = model_card(run.model, title=title, facts=facts, target_format="diffusers", path=folder, usage=usage, run=run)
-    return {**texts, "README.md": card}
