@@ -184,8 +184,8 @@ def open_checkpoint(
     checkpoint = _find_torch_dist(path)
     if checkpoint is not None:
         return _open_torch_dist(checkpoint, weights, run_config)
-    path = _dcp_folder(path) or _transformer_folder(path, subfolder)
-    source = _open_dcp(path) if _dcp_folder(path) else _open_folder(path) if path.is_dir() else _open_file(path)
+    dcp = _dcp_folder(path)
+    source = _open_dcp(dcp) if dcp is not None else _open_weights(_transformer_folder(path, subfolder))
     if prefix is not None:
         return source.with_prefix(prefix)
     return _choose_network(source, weights)
@@ -272,6 +272,10 @@ def _dcp_folder(path: Path) -> Path | None:
 def _open_dcp(folder: Path) -> CheckpointSource:
     source = _lazy(TorchDistFolder(folder))
     return replace(source, tensors={k: v for k, v in source.tensors.items() if not key_map_cosmos.is_no_weight(k)})
+
+
+def _open_weights(path: Path) -> CheckpointSource:
+    return _open_folder(path) if path.is_dir() else _open_file(path)
 
 
 def _open_folder(folder: Path) -> CheckpointSource:

@@ -269,18 +269,20 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _METADATA_TYPES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"got {module}.{name} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
-        )
+        raise _foreign(f"{module}.{name}")
 
 
 def _memory_format(encoding: Any, name: str) -> _MEM_FORMAT_ENCODING:
     """getattr, for the one enum in a `.metadata` alone: Python 3.11.0 to 3.11.3 pickle a member as getattr(enum, name)."""
     if encoding is not _MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(
-            f"got getattr of {encoding!r} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
-        )
+        raise _foreign(f"getattr of {encoding!r}")
     return _MEM_FORMAT_ENCODING[name]
+
+
+def _foreign(what: str) -> pickle.UnpicklingError:
+    return pickle.UnpicklingError(
+        f"got {what} in .metadata; need tensor metadata only; fix: do not load this file, it is not ours"
+    )
 
 
 _TYPES_MODULE = "torch.distributed.checkpoint.metadata"
