@@ -61,7 +61,7 @@ data="$(setting data.folder)"
 teacher="$(setting init.teacher)"
 
 step 2 "writing 8,192 captioned videos of moving digits as latent shards"
-python tools/build_digits_dataset.py --output "$data" --num-samples 8192
+python tools/quickstart/build_dataset.py --output "$data" --num-samples 8192
 
 step 3 "converting the teacher, a Wan2.1-architecture transformer in diffusers format"
 python -m rcm_megatron convert "$teacher" "$output/teacher" --to internal --text-len "$(setting model.text_len)" --force
@@ -71,7 +71,7 @@ step 4 "distilling with rCM: $processes processes, ${layout[*]}, $threads thread
 on_all_processes -m rcm_megatron train "${settings[@]}"
 
 step 5 "sampling teacher and student from the same noise, measuring, drawing the training"
-on_all_processes tools/quickstart_report.py "${settings[@]}" --classifier-cache "$output/report/classifier.pt"
+on_all_processes tools/quickstart/report.py "${settings[@]}" --classifier-cache "$output/report/classifier.pt"
 python tools/plot_run.py "$output" --output "$output/report/training.png"
 
 step 6 "exporting the student (EMA) to diffusers format, and comparing diffusers' network with the trained one"

@@ -83,10 +83,10 @@ def _train(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.errors import CheckpointError
     from rcm_megatron.data.manifest import DatasetError
     from rcm_megatron.data.samples import SampleError
+    from rcm_megatron.inference.encoding import InputError
     from rcm_megatron.models.encoders import EncoderError
+    from rcm_megatron.runtime.stopping import PREEMPTED, Preempted
     from rcm_megatron.training import trainer
-    from rcm_megatron.training.encoding import InputError
-    from rcm_megatron.training.stopping import PREEMPTED, Preempted
 
     try:
         trainer.main(config)
@@ -131,15 +131,15 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--image-embed", type=Path, metavar="FILE", help="beside --image-latent: CLIP features [L, D]")
     parser.add_argument("--given", type=Path, metavar="FILE", help="Video2World, TI2V: latent [C, T, H, W] to continue")
-    parser.add_argument("--given-frames", type=int, default=1, help="how many of its latent frames; default: 1")
+    parser.add_argument("--conditional-frames", type=int, default=1, help="how many of its latent frames; default: 1")
     parser.add_argument("--copies", type=int, default=1, help="videos of each caption; default: 1")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for MP4s and latents")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
     config = _load_for_inference(arguments)
-    from rcm_megatron.training.given import GivenFiles
-    from rcm_megatron.training.sample import SampleRequest, sample
+    from rcm_megatron.inference.conditioning import ConditioningFiles
+    from rcm_megatron.inference.sample import SampleRequest, sample
 
     default = config.sampling.teacher_steps if arguments.weights == "teacher" else max(config.sampling.student_steps)
     lines = arguments.prompts.read_text().splitlines() if arguments.prompts else []
@@ -151,7 +151,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
         embeddings=arguments.embedding,
         copies=arguments.copies,
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(GivenFiles)},
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ConditioningFiles)},
     )
     with _named_errors(arguments):
         sample(config, request)
@@ -169,7 +169,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     config = _load_for_inference(arguments)
-    from rcm_megatron.training.export import ExportRequest, export
+    from rcm_megatron.inference.export import ExportRequest, export
 
     fields = ("weights", "output", "checkpoint", "dtype", "force", "verify")
     with _named_errors(arguments):
@@ -180,8 +180,8 @@ def _export(arguments: argparse.Namespace) -> None:
 def _named_errors(arguments: argparse.Namespace) -> Iterator[None]:
     """Bad input as one line instead of a traceback."""
     from rcm_megatron.checkpoint.errors import CheckpointError
+    from rcm_megatron.inference.encoding import InputError
     from rcm_megatron.models.encoders import EncoderError
-    from rcm_megatron.training.encoding import InputError
 
     try:
         yield
@@ -274,14 +274,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.errors import CheckpointError
 
     def companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]]:
-        from rcm_megatron.training.pipelines import student_companions  # Megatron, for a run's student only
+        from rcm_megatron.inference.pipelines import student_companions  # Megatron, for a run's student only
 
         return student_companions(run, folder)
 
     fields = {name: getattr(arguments, name) for name in ("num_heads", "text_len", "rope_scale")}
     verify = None
     if arguments.verify:
-        from rcm_megatron.training.verify import verify_conversion as verify
+        from rcm_megatron.inference.verify import verify_conversion as verify
     try:
         convert(
             arguments.source,

@@ -63,14 +63,14 @@ class Training:
     def __init__(self, run: RunConfig) -> None:
         self.run, self.groups = run, initialize_parallel(run.parallel)
         self.networks = build_networks(run, self.groups)
-        self.optimizer = build_optimizer(self.networks.student, run.student_optimizer)
+        self.optimizer = build_optimizer(self.networks["student"], run.student_optimizer)
         self.ema = PowerEMA(self.optimizer, 0.1)
         draws, device = SeededDraws(0, 0, [self.groups.dp_rank]), platform.device()
         text = draws.normal("text", (run.model.text_len, run.model.text_dim)).transpose(0, 1).to(device)
         latent = self.networks.layout.shard(draws.normal("latent", run.latent.shape_CTHW).to(device))
         self.batch = MicroBatch(latent, text, torch.zeros_like(text), draws)
         self.state = {
-            "student": NetworkState(chunks=self.networks.student, optimizer=self.optimizer, ema=self.ema.shards)
+            "student": NetworkState(chunks=self.networks["student"], optimizer=self.optimizer, ema=self.ema.shards)
         }
 
     def step(self) -> float:
@@ -79,7 +79,7 @@ class Training:
         start = time.perf_counter()
         zero_gradients(self.optimizer)
         accumulate_step(STEP, self.networks, [self.batch], stage=self.run.stages[0], settings=self.run.distillation)
-        reduce_gradients(self.networks.student)
+        reduce_gradients(self.networks["student"])
         optimizer_step(self.optimizer, self.groups)
         self.ema.update(1)
         dist.barrier()
@@ -137,7 +137,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     meanwhile = [seconds for save in saves["background"] for seconds in save["steps"]]
     return {
-        "parameters": sum(p.numel() for chunk in training.networks.student for p in chunk.module.parameters()),
+        "parameters": sum(p.numel() for chunk in training.networks["student"] for p in chunk.module.parameters()),
         "checkpoint_bytes": sum(path.stat().st_size for path in latest.iterdir()),
         "ranks": dist.get_world_size(),
         "seconds": medians,

@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,12 @@ class Rank:
         self.run, groups = run, initialize_parallel(run.parallel)
         self.groups = groups
         networks = build_networks(run, groups)
-        dtype = networks.teacher[0].config.params_dtype
+        dtype = networks["teacher"][0].config.params_dtype
         second = build_chunks(run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype)
         load_weights([chunk.requires_grad_(False) for chunk in second], seeded_weights(run.model, seed=run.seed))
         sharded = shard_weights(second, group=groups.dp_cp)
-        self.networks = {"resident": networks, "sharded": replace(networks, teacher=sharded)}
-        self.student, self.fake_score = networks.student, networks.fake_score
+        self.networks = {"resident": networks, "sharded": networks.replace(teacher=sharded)}
+        self.student, self.fake_score = networks["student"], networks["fake_score"]
         self.optimizers = {
             "student": build_optimizer(self.student, run.student_optimizer),
             "fake_score": build_optimizer(self.fake_score, run.fake_score_optimizer),

@@ -27,10 +27,10 @@ from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, load_con
 from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.data.samples import SampleError
 from rcm_megatron.data.shards import TENSOR_FORMATS
+from rcm_megatron.datasets.from_teacher import TeacherRequest, build_from_teacher
+from rcm_megatron.datasets.from_videos import VideosRequest, build_from_videos
+from rcm_megatron.inference.encoding import InputError
 from rcm_megatron.models.encoders import EncoderError
-from rcm_megatron.training.build_teacher import TeacherRequest, build_from_teacher
-from rcm_megatron.training.build_videos import VideosRequest, build_from_videos
-from rcm_megatron.training.encoding import InputError
 
 
 def load_run(arguments: argparse.Namespace) -> RunConfig:

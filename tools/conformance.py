@@ -170,7 +170,7 @@ def replay(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_
     groups = networks.layout.groups
     bounds = case.bounds.scaled(1.0 if dist.get_world_size() == 1 else 2.0)
     batches = micro_batches(golden, case, networks, micro_batch_size=micro_batch_size)
-    chunks = networks.student if case.trained == "student" else networks.fake_score
+    chunks = networks["student"] if case.trained == "student" else networks["fake_score"]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     step = step_of(case, stage, settings)
@@ -209,7 +209,7 @@ def network_errors(golden: Golden, networks: Networks) -> Iterator[Error]:
     net, layout = golden.net, networks.layout
     x = Dual.pack(layout.shard(net["x"]), layout.shard(net["t_x"]))
     timestep = Dual.pack(net["timestep"].T.contiguous(), net["t_timestep"].T.contiguous())
-    (v,) = evaluate(networks.student, [NetworkInput(x, timestep, golden.cond.transpose(0, 1).contiguous())])
+    (v,) = evaluate(networks["student"], [NetworkInput(x, timestep, golden.cond.transpose(0, 1).contiguous())])
     yield Error("net/v", relative_error(layout.gather(v.primal), net["v"]), NETWORK_BOUND)
     yield Error("net/t_v", relative_error(layout.gather(v.tangent), net["t_v"]), NETWORK_BOUND)
 

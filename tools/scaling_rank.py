@@ -24,6 +24,7 @@ from rcm_megatron.data.dali import micro_batch_indices  # noqa: E402
 from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
 from rcm_megatron.parallel.pipeline import reduce_gradients  # noqa: E402
+from rcm_megatron.runtime.timers import Timers, attach  # noqa: E402
 from rcm_megatron.training.ema import PowerEMA  # noqa: E402
 from rcm_megatron.training.memory import Residency  # noqa: E402
 from rcm_megatron.training.metrics import reduce_objectives  # noqa: E402
@@ -31,7 +32,6 @@ from rcm_megatron.training.networks import build_networks  # noqa: E402
 from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
 from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, set_learning_rate, zero_gradients  # noqa: E402
 from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
-from rcm_megatron.training.timers import Timers, attach  # noqa: E402
 from tools.measuring import PeakBytes  # noqa: E402
 from tools.scaling_points import STEPS, Point, point_from_dict  # noqa: E402
 
@@ -54,14 +54,14 @@ class Rank:
     def _build(self) -> None:
         run = self.run
         self.networks, self.timers = build_networks(run, self.groups), Timers()
-        self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
-        if self.networks.fake_score is not None:
-            self.optimizers["fake_score"] = build_optimizer(self.networks.fake_score, run.fake_score_optimizer)
-        networks = [self.networks.student, self.networks.teacher, self.networks.fake_score]
+        self.optimizers = {"student": build_optimizer(self.networks["student"], run.student_optimizer)}
+        if "fake_score" in self.networks:
+            self.optimizers["fake_score"] = build_optimizer(self.networks["fake_score"], run.fake_score_optimizer)
+        networks = [self.networks["student"], self.networks["teacher"], self.networks["fake_score"]]
         attach(self.timers, networks, list(self.optimizers.values()))
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.residency = Residency(
-            {name: getattr(self.networks, name) for name in self.optimizers},
+            {name: self.networks[name] for name in self.optimizers},
             self.optimizers,
             offload=run.memory.offload_optimizer,
             free_idle_gradients=run.memory.free_idle_gradients,
@@ -97,7 +97,7 @@ class Rank:
         self.residency.begin_step(trained)
         zero_gradients(optimizer)
         results = accumulate_step(step, self.networks, self.batches, stage=stage, settings=self.run.distillation)
-        reduce_gradients(getattr(self.networks, trained))
+        reduce_gradients(self.networks[trained])
         with self.timers.phase("optimizer"), self.residency.state(trained):
             set_learning_rate(optimizer, 1e-6)
             outcome = optimizer_step(optimizer, self.groups)

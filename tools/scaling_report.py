@@ -191,7 +191,7 @@ an efficiency that counts tokens falls for that reason alone.""",
 _NOTES = """## How to read it
 
 - Phases exclude each other and add up to the step; they are means over ranks (`seconds/<phase>` of a training run's metrics are rank 0's,
-  `seconds/max/<phase>` the slowest rank's). `rcm_megatron/training/timers.py` says what is in each.
+  `seconds/max/<phase>` the slowest rank's). `rcm_megatron/runtime/timers.py` says what is in each.
 - `stages` is time between pipeline stages: messages, and waiting for other stages (the bubble). `reduce` and `gather` are what
   gradient reduction and parameter gathering leave uncovered.
 - Collectives of tensor and context parallelism are inside the pass that waits for them (`teacher`, `dual`, `backward`, …): their cost

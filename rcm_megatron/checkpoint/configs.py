@@ -23,7 +23,7 @@ _DEFAULTS = {
 }
 # Not visible in any tensor and without effect on the conversion: the run's own value may differ from the file's.
 FREE_FIELDS = ("text_len", "rope_max_seq_len")
-_FREE_OWN_FIELDS = {"cosmos": ("rope_fps", "condition_sigma", "qk_norm_eps"), "wan": ("condition_frames",)}
+_FREE_OWN_FIELDS = {"cosmos": ("rope_fps", "condition_sigma", "qk_norm_eps"), "wan": ("conditional_frames",)}
 _OWN_CONFIGS = {"cosmos": CosmosConfig, "wan": WanConfig}
 _WAN_HEADS = {1536: 12, 3072: 24, 5120: 40}
 _TI2V_CHANNELS = (
@@ -99,7 +99,7 @@ def model_config_from_diffusers(config: Mapping[str, Any], *, text_len: int = 51
         width,
         "keys of images see the hidden size, with image_dim",
     )
-    conditions = _conditions(fields, image_dim, positions, condition_frames=_has_given_frames(fields))
+    conditions = _conditions(fields, image_dim, positions, conditional_frames=_has_given_frames(fields))
     return _checked({**_DEFAULTS, **fields, **conditions, "text_len": text_len})
 
 
@@ -109,7 +109,7 @@ def _has_given_frames(fields: Mapping[str, Any]) -> bool:
 
 
 def _conditions(
-    fields: Mapping[str, Any], image_dim: int | None, image_positions: int | None, *, condition_frames: bool
+    fields: Mapping[str, Any], image_dim: int | None, image_positions: int | None, *, conditional_frames: bool
 ) -> dict[str, Any]:
     """Wan's `in_channels` and `wan` of a file's fields, whose `in_channels` count those of an image condition as well."""
     total, latent = fields["in_channels"], fields["out_channels"]
@@ -121,7 +121,7 @@ def _conditions(
         condition_channels=total - latent,
         image_dim=image_dim,
         image_positions=image_positions,
-        condition_frames=condition_frames,
+        conditional_frames=conditional_frames,
     )
     return {"in_channels": latent, "wan": None if wan == WanConfig() else wan}
 
@@ -144,7 +144,7 @@ def _cosmos_from_diffusers(config: Mapping[str, Any], *, text_len: int) -> dict[
     patch, hidden = tuple(fields["patch_size"]), fields["num_heads"] * config.get("attention_head_dim", 128)
     fields |= {
         "family": "cosmos",
-        "cosmos": CosmosConfig(**own, condition_frames=bool(masks), learnable_positions=positions == "learnable"),
+        "cosmos": CosmosConfig(**own, conditional_frames=bool(masks), learnable_positions=positions == "learnable"),
         "in_channels": fields["out_channels"],
         "hidden_size": hidden,
         "ffn_hidden_size": int(hidden * config.get("mlp_ratio", 4.0)),
@@ -160,7 +160,7 @@ def _cosmos_diffusers_config(model_config: ModelConfig) -> dict[str, Any]:
     fields = {theirs: getattr(model_config, ours) for ours, (theirs, _) in _COSMOS_FIELDS.items()}
     fields |= {theirs: getattr(cosmos, ours) for ours, (theirs, _) in _COSMOS_OWN_FIELDS.items()}
     fields |= {name: list(fields[name]) for name in ("patch_size", "rope_scale", "max_size")}
-    fields |= {"in_channels": model_config.in_channels + cosmos.condition_frames}
+    fields |= {"in_channels": model_config.in_channels + cosmos.conditional_frames}
     fields |= {"attention_head_dim": model_config.head_dim}
     fields |= {"mlp_ratio": model_config.ffn_hidden_size / model_config.hidden_size}
     fields |= {"extra_pos_embed_type": "learnable" if cosmos.learnable_positions else None}
@@ -193,7 +193,7 @@ def model_config_from_wan(
     for field, need in (("qk_norm", True), ("window_size", (-1, -1))):
         _require(config, field, need, "the setting of the released models")
     fields, clip = _translate(config, _WAN_FIELDS), _clip_of_shapes(shapes or {})
-    return _checked({**_DEFAULTS, **fields, **_conditions(fields, *clip, condition_frames=kind == "ti2v")})
+    return _checked({**_DEFAULTS, **fields, **_conditions(fields, *clip, conditional_frames=kind == "ti2v")})
 
 
 def _clip_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | None]:
@@ -219,7 +219,7 @@ def _model_type(wan: WanConfig) -> str:
         return "flf2v"
     if wan.image_dim is not None or wan.condition_channels:
         return "i2v"
-    return "ti2v" if wan.condition_frames else "t2v"
+    return "ti2v" if wan.conditional_frames else "t2v"
 
 
 def model_config_from_internal(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def model_config_from_shapes(
         "freq_dim": _shape(shapes, "time_embedding.0.weight")[-1],
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
     }
-    fields |= _conditions(fields, *_clip_of_shapes(shapes), condition_frames=_has_given_frames(fields))
+    fields |= _conditions(fields, *_clip_of_shapes(shapes), conditional_frames=_has_given_frames(fields))
     return _checked({**_DEFAULTS, **fields, **overrides})
 
 

@@ -159,7 +159,7 @@ def model_config_from_shapes(
         adaln_lora_dim=own["final_layer.adaln_modulation.1"][0],
         rope_scale=tuple(scale),
         max_size=tuple(rows * step for rows, step in zip(tables, patch, strict=True)),
-        condition_frames=masks == 2,
+        conditional_frames=masks == 2,
         padding_mask=masks > 0,
         learnable_positions=learnable,
         qk_norm_eps=1e-6,

@@ -21,7 +21,7 @@ class CosmosConfig:
     and videos; diffusers' Video2World pipeline does the same when it is called with fps=24."""
     max_size: tuple[int, int, int] = (128, 240, 240)
     """Largest latent (frames, height, width); with learnable_positions the size of their tables."""
-    condition_frames: bool = False
+    conditional_frames: bool = False
     """Video2World: a channel says which latent frames are given, and each frame has a timestep of its own."""
     condition_sigma: float = 1e-4
     """Noise level that the given frames are announced to have (diffusers' sigma_conditioning)."""
@@ -35,7 +35,7 @@ class CosmosConfig:
     @property
     def extra_channels(self) -> int:
         """Input channels beside the latent's: masks."""
-        return self.condition_frames + self.padding_mask
+        return self.conditional_frames + self.padding_mask
 
 
 WAN_MASK_CHANNELS = 4
@@ -54,7 +54,7 @@ class WanConfig:
     """Width of the CLIP features of an image, which blocks attend to beside the text (Wan2.1 image-to-video: 1280). null: none."""
     image_positions: int | None = None
     """CLIP tokens that have a learned position (diffusers' pos_embed_seq_len; first and last frame: 2 * 257). null: no positions."""
-    condition_frames: bool = False
+    conditional_frames: bool = False
     """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
 
     @property
@@ -115,9 +115,9 @@ class ModelConfig:
         return self.in_channels + own + (self.wan.condition_channels if self.wan else 0)
 
     @property
-    def condition_frames(self) -> bool:
+    def conditional_frames(self) -> bool:
         """Whether the network takes clean latent frames (`Condition.x0_SBP` and `frames_B`)."""
-        return any(own is not None and own.condition_frames for own in (self.cosmos, self.wan))
+        return any(own is not None and own.conditional_frames for own in (self.cosmos, self.wan))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,8 +77,8 @@ class DistillationConfig:
     """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
     expert_boundary: float | None = None
     """RF time at which `init.teacher` takes over from `init.teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
-    given_frames: tuple[int, ...] | None = None
-    """Video2World (model.cosmos.condition_frames): how many first latent frames of a sample the networks are given, one of these
+    conditional_frames: tuple[int, ...] | None = None
+    """Video2World (model.cosmos.conditional_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
     dcm: DcmConfig = DcmConfig()
     flow: FlowConfig = FlowConfig()

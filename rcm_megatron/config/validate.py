@@ -106,8 +106,8 @@ def _family(model: ModelConfig) -> Iterator[str]:
         yield "model.cosmos.rope_scale and max_size must hold numbers greater than 0"
     if cosmos.rope_fps is not None and cosmos.rope_fps <= 0:
         yield f"model.cosmos.rope_fps={cosmos.rope_fps} must be greater than 0, or null for images"
-    if cosmos.condition_frames and model.patch_size[0] != 1:
-        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
+    if cosmos.conditional_frames and model.patch_size[0] != 1:
+        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with conditional_frames: each frame has its timestep"
 
 
 def _image_channels(config: RunConfig) -> Iterator[str]:
@@ -134,8 +134,8 @@ def _wan(model: ModelConfig) -> Iterator[str]:
             f"model.wan.image_positions={wan.image_positions} places CLIP tokens, but model.wan.image_dim=null has none; set it (1280), or "
             "image_positions to null"
         )
-    if wan.condition_frames and model.patch_size[0] != 1:
-        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with condition_frames: each frame has its timestep"
+    if wan.conditional_frames and model.patch_size[0] != 1:
+        yield f"model.patch_size={list(model.patch_size)} must begin with 1 with conditional_frames: each frame has its timestep"
 
 
 def _latent(latent: LatentConfig, model: ModelConfig) -> Iterator[str]:
@@ -321,16 +321,16 @@ def _distillation(config: RunConfig) -> Iterator[str]:
 
 
 def _given_frames(config: RunConfig) -> Iterator[str]:
-    given, takes = config.distillation.given_frames, config.model.condition_frames
+    given, takes = config.distillation.conditional_frames, config.model.conditional_frames
     if given and not takes:
         yield (
-            f"distillation.given_frames={list(given)}, but the network takes none; set it to null, or condition_frames in model.cosmos "
+            f"distillation.conditional_frames={list(given)}, but the network takes none; set null, or conditional_frames in model.cosmos "
             "(Video2World) or model.wan (TI2V)"
         )
     if takes and not given:
-        yield "distillation.given_frames is required with condition_frames; e.g. [1, 2] (Video2World), [0, 1] (TI2V)"
+        yield "distillation.conditional_frames is required with conditional_frames; e.g. [1, 2] (Video2World), [0, 1] (TI2V)"
     if given and not 0 <= min(given) <= max(given) < config.latent.frames:
-        yield f"distillation.given_frames={list(given)} must hold numbers from 0 to {config.latent.frames - 1} (latent.frames - 1)"
+        yield f"distillation.conditional_frames={list(given)} must hold numbers from 0 to {config.latent.frames - 1} (latent.frames - 1)"
 
 
 def _time_distribution(name: str, times: TimeDistribution) -> Iterator[str]:

@@ -149,7 +149,7 @@ def fit_image_embedding(embed: np.ndarray, shape_LD: Sequence[int]) -> np.ndarra
     return _check_finite(np.ascontiguousarray(embed))
 
 
-def load_negative_embedding(path: str | os.PathLike[str], *, text_len: int, text_dim: int) -> Tensor:
+def load_caption_embedding(path: str | os.PathLike[str], *, text_len: int, text_dim: int) -> Tensor:
     """Embedding [L, D], fp32, of the unconditional branch of classifier-free guidance, filled up with zeros to text_len.
 
     The file is a lone [l, D] or [1, l, D] tensor: `.pt` (as NVlabs' `umT5_wan_negative_emb.pt`), `.npy` or `.safetensors`.

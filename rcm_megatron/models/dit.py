@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import Dual, as_message, from_message, map_linear, recomputed
-from rcm_megatron.models.given_frames import frame_timesteps, lead_to, where_known, with_graph
+from rcm_megatron.models.conditional_frames import frame_timesteps, lead_to, where_known, with_graph
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.layers import wide_dtype
 from rcm_megatron.models.recompute import run_block
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline import Condition
-from rcm_megatron.parallel.stages import Stage
+from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class DiffusionTransformer(MegatronModule):
     The embedders of time and text are on every piece, because every block needs them and a message carries the hidden state alone.
     A family's constructor builds ``patch_embedding`` on the first piece, ``blocks`` (by layer number), ``head`` on the last.
 
-    Where a condition gives frames (``model.condition_frames``), the network sees them clean and at the time ``given_timestep``, and its
+    Where a condition gives frames (``model.conditional_frames``), the network sees them clean and at the time ``given_timestep``, and its
     velocity there is the one that leads exactly to them, (x_in − x0) / s. So every loss and every sampler keeps them without knowing of
     them, and their tokens carry neither loss nor gradient.
 
@@ -65,7 +65,7 @@ class DiffusionTransformer(MegatronModule):
         config: TransformerConfig,
         *,
         layout: TokenLayout,
-        stage: Stage | None = None,
+        stage: PipelineStage | None = None,
         spec: LayerSpec | None = None,
         recompute: str = "full",
     ) -> None:
@@ -73,7 +73,7 @@ class DiffusionTransformer(MegatronModule):
         self.model_type, self.share_embeddings_and_output_weights = ModelType.encoder_or_decoder, False
         self.model, self.layout, self.recompute = model, layout, recompute
         self.spec = spec or local_layer_spec()
-        self.stage = stage or Stage(range(model.num_layers))
+        self.stage = stage or PipelineStage(range(model.num_layers))
         self.pre_process, self.post_process = (
             self.stage.is_first,
             self.stage.is_last,
@@ -136,7 +136,7 @@ class DiffusionTransformer(MegatronModule):
     def output_dtype(self) -> torch.dtype:
         """Of the velocity. Wide where given frames come out: rounded to bf16 they would come back changed."""
         dtype = self.config.params_dtype
-        return wide_dtype(dtype) if self.model.condition_frames else dtype
+        return wide_dtype(dtype) if self.model.conditional_frames else dtype
 
     def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
         """What the blocks and what the head take beside the hidden state."""
@@ -148,7 +148,9 @@ class DiffusionTransformer(MegatronModule):
 
     def _gives_frames(self, condition: Condition | None) -> bool:
         gives = condition is not None and condition.frames_B is not None
-        assert not gives or self.model.condition_frames, "this network takes no given frames: condition_frames=false"
+        assert not gives or self.model.conditional_frames, (
+            "this network takes no given frames: conditional_frames=false"
+        )
         return gives
 
     def _known(self, condition: Condition) -> Tensor:

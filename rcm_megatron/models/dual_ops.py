@@ -200,7 +200,7 @@ def add_constant(x: Tensor | Dual, constant: Tensor) -> Tensor | Dual:
 
 
 def _of_each_token(vector: Tensor | Dual) -> bool:
-    """Given frames (rcm_megatron.models.given_frames) have vectors of their own, for which there are no fused kernels."""
+    """Given frames (rcm_megatron.models.conditional_frames) have vectors of their own, for which there are no fused kernels."""
     return shape_of(vector)[0] > 1
 
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig, WanConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
+from rcm_megatron.models.conditional_frames import of_tokens
 from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu, gelu_tanh, layer_norm_modulate, silu
-from rcm_megatron.models.given_frames import of_tokens
 from rcm_megatron.models.layer_specs import LayerSpec
 from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline import Condition
-from rcm_megatron.parallel.stages import Stage
+from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
 
 class TimestepEmbedding(nn.Module):
@@ -153,7 +153,7 @@ class WanModel(DiffusionTransformer):
         *,
         layout: TokenLayout,
         context: ContextParallel,
-        stage: Stage | None = None,
+        stage: PipelineStage | None = None,
         spec: LayerSpec | None = None,
         recompute: str = "full",
     ) -> None:

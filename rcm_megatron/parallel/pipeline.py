@@ -113,7 +113,7 @@ def reduce_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def timed(chunks: Sequence[nn.Module], phase: str | None) -> AbstractContextManager[None]:
-    """A phase of the timers that a training run hangs on its networks' configs (rcm_megatron.training.timers); without them, nothing."""
+    """A phase of the timers that a training run hangs on its networks' configs (rcm_megatron.runtime.timers); without them, nothing."""
     timers = unwrapped(chunks[0]).config.timers
     return nullcontext() if timers is None or phase is None else timers.phase(phase)
 

@@ -84,7 +84,12 @@ def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     """Raises KeyError for a linear of unknown rows."""
     tokens, frames = latent.num_tokens(model.patch_size), latent.frames // model.patch_size[0]
     image = 0 if model.wan is None else model.wan.image_tokens
-    rows = {"tokens": tokens, "text": model.text_len, "image": image, "times": frames if model.condition_frames else 1}
+    rows = {
+        "tokens": tokens,
+        "text": model.text_len,
+        "image": image,
+        "times": frames if model.conditional_frames else 1,
+    }
     linears = dict.fromkeys(rows, 0)
     for name, shape in internal_shapes(model).items():
         if name.endswith(".weight") and len(shape) == 2:

@@ -21,7 +21,7 @@ from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
-from rcm_megatron.parallel.stages import stages_of_rank
+from rcm_megatron.parallel.pipeline_stages import stages_of_rank
 from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.memory import check_memory, shard_weights

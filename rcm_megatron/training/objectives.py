@@ -5,7 +5,7 @@ function, so the same code runs on one stage and through a pipeline. The arithme
 token shards x_SBP (rcm_megatron.models.tokens); t_1B1 are TrigFlow times [1, B, 1] in fp64.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -40,18 +40,28 @@ class MicroBatch:
     condition: Condition | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Networks:
-    """The networks as lists of pipeline chunks; ``teacher`` and ``fake_score`` may be absent from a run.
+class Networks(Mapping[str, list[nn.Module]]):
+    """The networks of a run by role, each as a list of pipeline chunks; roles that no stage uses are absent.
 
     ``teacher_low_noise``: of a teacher that is two networks the one below ``DistillationConfig.expert_boundary``.
     """
 
-    layout: TokenLayout
-    student: list[nn.Module]
-    teacher: list[nn.Module] | None = None
-    teacher_low_noise: list[nn.Module] | None = None
-    fake_score: list[nn.Module] | None = None
+    def __init__(self, *, layout: TokenLayout, **roles: list[nn.Module] | None) -> None:
+        self.layout = layout
+        self._roles = {role: chunks for role, chunks in roles.items() if chunks is not None}
+
+    def replace(self, **roles: list[nn.Module]) -> "Networks":
+        """A copy with other networks for some roles."""
+        return Networks(layout=self.layout, **{**self._roles, **roles})
+
+    def __getitem__(self, role: str) -> list[nn.Module]:
+        return self._roles[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
 
 
 PER_SAMPLE = ("loss_B", "nan_B", "tangent_norm_B")
@@ -93,10 +103,10 @@ def as_tokens(t_B: Tensor, device: torch.device) -> Tensor:
     return t_B.to(device, torch.float64)[None, :, None]
 
 
-def draw_condition(batch: MicroBatch, *, given_frames: Sequence[int]) -> Condition:
-    """The batch's condition with the samples' own first latent frames, of each as many as one of ``given_frames``, all equally likely."""
-    choice = (batch.draws.uniform("given_frames") * len(given_frames)).long()
-    frames_B = torch.tensor(given_frames)[choice].to(batch.x0_SBP.device)
+def draw_condition(batch: MicroBatch, *, conditional_frames: Sequence[int]) -> Condition:
+    """The batch's condition with the samples' own first latent frames, of as many as one of ``conditional_frames``, all equally likely."""
+    choice = (batch.draws.uniform("conditional_frames") * len(conditional_frames)).long()
+    frames_B = torch.tensor(conditional_frames)[choice].to(batch.x0_SBP.device)
     return replace(batch.condition or Condition(), x0_SBP=batch.x0_SBP, frames_B=frames_B)
 
 
@@ -164,12 +174,12 @@ def teacher_outputs(
 
     A network sees the micro-batches in which it has a sample; with sharded weights, which ranks of other samples gather too, all of them.
     """
-    guidance, low_noise = settings.teacher_guidance, networks.teacher_low_noise
+    guidance, low_noise = settings.teacher_guidance, networks.get("teacher_low_noise")
     if low_noise is None:
-        return guided_outputs(networks.teacher, xt, t, batches, guidance=guidance)
+        return guided_outputs(networks["teacher"], xt, t, batches, guidance=guidance)
     is_high = [trigflow.to_rf(s) >= settings.expert_boundary for s in t]
     outputs: list[Tensor | None] = [None] * len(batches)
-    for chunks, chosen in ((networks.teacher, is_high), (low_noise, [~high for high in is_high])):
+    for chunks, chosen in ((networks["teacher"], is_high), (low_noise, [~high for high in is_high])):
         together = isinstance(chunks[0], FSDPModule)
         asked = [i for i, rows in enumerate(chosen) if together or bool(rows.any())]
         inputs = ([values[i] for i in asked] for values in (xt, t, batches))
@@ -215,7 +225,7 @@ def scm(
         scm_pass.F_before = F_before
     inputs, losses_of = [p.network_input() for p in passes], [p.loss for p in passes]
     phase = "student" if settings.jvp_kind == "finite_difference" else "dual"
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase=phase)
+    reports = accumulate_gradients(networks["student"], inputs, losses_of, is_last=is_last, phase=phase)
     return _collect(networks, batches, reports, {"xt": xt, "time": t, "F_teacher": F_teacher})
 
 
@@ -230,7 +240,7 @@ def _difference_outputs(
     xt = [p.xt for p in passes]
     if settings.jvp_kind == "finite_difference":
         xt = [losses.discrete_xt_before(p.xt, p.F_teacher, h=h) for p in passes]
-    v = raw_outputs(networks.student, xt, t, *given([p.batch for p in passes]), phase="student")
+    v = raw_outputs(networks["student"], xt, t, *given([p.batch for p in passes]), phase="student")
     return [trigflow.velocity(*args) for args in zip(xt, v, t, strict=True)]
 
 
@@ -313,7 +323,7 @@ def dcm(
         F = [trigflow.velocity(*args) for args in zip(x, v, t, strict=True)]
         x = [trigflow.euler_step(*args) for args in zip(x, F, t, after, strict=True)]
     last = [t[-1] for t in times]
-    v = raw_outputs(networks.student, x, last, *given(batches), phase="student")
+    v = raw_outputs(networks["student"], x, last, *given(batches), phase="student")
     targets = [trigflow.denoised(*args) for args in zip(x, v, last, strict=True)]
 
     def loss_of(xt: Tensor, t: Tensor, target: Tensor):
@@ -325,7 +335,7 @@ def dcm(
 
     inputs = [network_input(*args) for args in zip(xt, first, *given(batches), strict=True)]
     losses_of = [loss_of(*a) for a in zip(xt, first, targets, strict=True)]
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
+    reports = accumulate_gradients(networks["student"], inputs, losses_of, is_last=is_last, phase="student")
     return _collect(
         networks, batches, reports, {"xt": xt, "time": first, "x_skip": x, "time_skip": last, "x0_target": targets}
     )
@@ -366,7 +376,7 @@ def rollout(networks: Networks, batches: Sequence[MicroBatch], settings: Distill
 
     def denoise(xt: Tensor, t: Tensor) -> Tensor:
         split = (whole.split(sizes, dim=1) for whole in (xt, t))
-        v = raw_outputs(networks.student, *split, *given(batches), phase="rollout")
+        v = raw_outputs(networks["student"], *split, *given(batches), phase="rollout")
         return trigflow.denoised(xt, torch.cat(v, dim=1), t)
 
     start = noise("rollout_init").double()
@@ -397,7 +407,7 @@ def dmd(
     layout = networks.layout
     simulated = rollout(networks, batches, settings, steps=rollout_steps)
     t, xt = noise_again(networks, batches, simulated.G, settings)
-    v_fake = raw_outputs(networks.fake_score, xt, t, *given(batches), phase="fake_score")
+    v_fake = raw_outputs(networks["fake_score"], xt, t, *given(batches), phase="fake_score")
     v_teacher = teacher_outputs(networks, xt, t, batches, settings)
     x0_fake = [trigflow.denoised(*args) for args in zip(xt, v_fake, t, strict=True)]
     x0_teacher = [trigflow.denoised(*args) for args in zip(xt, v_teacher, t, strict=True)]
@@ -419,7 +429,7 @@ def dmd(
     inputs = [network_input(*args) for args in zip(simulated.xt, simulated.t, *given(batches), strict=True)]
     stored = zip(simulated.xt, simulated.t, simulated.G, x0_fake, x0_teacher, strict=True)
     losses_of = [loss_of(*args) for args in stored]
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
+    reports = accumulate_gradients(networks["student"], inputs, losses_of, is_last=is_last, phase="student")
     named = {"G_x0": simulated.G, "D_xt": xt, "D_time": t, "x0_theta_fake": x0_fake, "x0_theta_teacher": x0_teacher}
     return _collect(networks, batches, reports, named)
 
@@ -447,7 +457,7 @@ def critic(
 
     inputs = [network_input(*args) for args in zip(xt, t, *given(batches), strict=True)]
     losses_of = [loss_of(*a) for a in zip(xt, t, simulated.G, strict=True)]
-    reports = accumulate_gradients(networks.fake_score, inputs, losses_of, is_last=is_last, phase="critic")
+    reports = accumulate_gradients(networks["fake_score"], inputs, losses_of, is_last=is_last, phase="critic")
     return _collect(networks, batches, reports, {"G_x0": simulated.G, "D_xt": xt, "D_time": t})
 
 
@@ -478,7 +488,7 @@ def flow_matching(
 
     inputs = [network_input(x, s, text_of(b), b.condition) for x, s, b in zip(xt, t, batches, strict=True)]
     losses_of = [loss_of(b.x0_SBP, n) for b, n in zip(batches, noise, strict=True)]
-    reports = accumulate_gradients(networks.student, inputs, losses_of, is_last=is_last, phase="student")
+    reports = accumulate_gradients(networks["student"], inputs, losses_of, is_last=is_last, phase="student")
     return _collect(networks, batches, reports, {"xt": xt, "time": t})
 
 
@@ -499,7 +509,7 @@ def _collect(
     for row, name in zip(values, PER_SAMPLE, strict=True):
         if reports and name in reports[0]:
             row.copy_(torch.cat([reported[name] for reported in reports]))
-    with timed(networks.student, "stages"):
+    with timed(networks["student"], "stages"):
         share_from_last_stage(values, group=networks.layout.groups.pp)
     loss, nan, tangent_norm = (list(row.split(sizes)) for row in values)
     return replace(result, loss_B=loss, nan_B=[mask.bool() for mask in nan], tangent_norm_B=tangent_norm)

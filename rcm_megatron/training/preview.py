@@ -12,13 +12,13 @@ from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
+from rcm_megatron.inference.conditioning import Conditioning
+from rcm_megatron.inference.encoding import video_encoder
+from rcm_megatron.inference.sampler import Sampler, student_videos
 from rcm_megatron.models.encoders import VideoEncoder
+from rcm_megatron.runtime.stopping import StopRequest
 from rcm_megatron.training.ema import PowerEMA
-from rcm_megatron.training.encoding import video_encoder
-from rcm_megatron.training.given import Given
 from rcm_megatron.training.objectives import Networks
-from rcm_megatron.training.sampling import Sampler, student_videos
-from rcm_megatron.training.stopping import StopRequest
 
 
 def write_previews(
@@ -33,7 +33,7 @@ def write_previews(
 ) -> dict[str, tuple[Path, str]]:
     """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: (MP4 file, caption)}, others {}.
 
-    Captions, images and given frames (as many as the first of ``distillation.given_frames``) are those of the first samples of the
+    Captions, images and given frames (as many as the first of ``distillation.conditional_frames``) are those of the first samples of the
     micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``, the same at every iteration. Without a video
     encoder the latents are written, and no MP4. Ends early when the run is told to stop: videos of a large model take longer than the two
     minutes before a time limit.
@@ -43,7 +43,7 @@ def write_previews(
     null_LBD = null_text_L1D.expand(-1, count, -1)
     condition = _given(run, batch, count).condition(networks.layout, count, platform.device())
     seed = run.sampling.seed
-    sampler = Sampler(networks.student, networks.layout, text_LBD, null_LBD, seed, range(count), condition)
+    sampler = Sampler(networks["student"], networks.layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}
     for weights, context in _weights(ema):
         if stop.agreed():
@@ -64,10 +64,10 @@ def write_previews(
         }
 
 
-def _given(run: RunConfig, batch: Batch, count: int) -> Given:
+def _given(run: RunConfig, batch: Batch, count: int) -> Conditioning:
     """What the first `count` samples of the batch are given."""
-    frames = run.distillation.given_frames
-    return Given(
+    frames = run.distillation.conditional_frames
+    return Conditioning(
         latent_BCTHW=None if frames is None else batch.latent_BCTHW[:count],
         frames=0 if frames is None else frames[0],
         image_latent_BCTHW=None if batch.image_latent_BCTHW is None else batch.image_latent_BCTHW[:count],

@@ -24,13 +24,16 @@ from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
 from rcm_megatron.diffusion.noise import SeededDraws
+from rcm_megatron.inference.conditioning import Conditioning, image_shapes
+from rcm_megatron.inference.encoding import check_encoders, load_null_text
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
+from rcm_megatron.runtime.run_lock import run_lock
+from rcm_megatron.runtime.stopping import Preempted, StopRequest
+from rcm_megatron.runtime.timers import Timers, attach, step_seconds
+from rcm_megatron.runtime.watchdog import STARTUP_FACTOR, Watchdog
 from rcm_megatron.training.ema import PowerEMA
-from rcm_megatron.training.encoding import check_encoders, load_null_text
 from rcm_megatron.training.flops import Throughput
-from rcm_megatron.training.given import Given, image_shapes
-from rcm_megatron.training.lock import sole_run
 from rcm_megatron.training.memory import Residency
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
 from rcm_megatron.training.networks import build_networks
@@ -46,9 +49,6 @@ from rcm_megatron.training.optimizer import (
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.replicas import require_same_rows
 from rcm_megatron.training.step import Step, accumulate_step, plan_step
-from rcm_megatron.training.stopping import Preempted, StopRequest
-from rcm_megatron.training.timers import Timers, attach, step_seconds
-from rcm_megatron.training.watchdog import STARTUP_FACTOR, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +83,10 @@ class Trainer:
         self.null_text_L1D = load_null_text(run).to(platform.device())  # first: a text encoder needs room of its own
         self.networks = build_networks(run, groups)
         self.layout = self.networks.layout
-        self.optimizers = {"student": build_optimizer(self.networks.student, run.student_optimizer)}
-        if self.networks.fake_score is not None:
-            self.optimizers["fake_score"] = build_optimizer(self.networks.fake_score, run.fake_score_optimizer)
-        networks = [self.networks.student, self.networks.fake_score]
-        networks += [self.networks.teacher, self.networks.teacher_low_noise]
-        attach(self.timers, networks, list(self.optimizers.values()))
+        self.optimizers = {"student": build_optimizer(self.networks["student"], run.student_optimizer)}
+        if "fake_score" in self.networks:
+            self.optimizers["fake_score"] = build_optimizer(self.networks["fake_score"], run.fake_score_optimizer)
+        attach(self.timers, list(self.networks.values()), list(self.optimizers.values()))
         self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
         self.loader = build_loader(run, groups)
         self._resume()
@@ -101,7 +99,7 @@ class Trainer:
         self.save_error: str | None = None
         """Why the newest save that has ended failed, the same on all ranks."""
         self.residency = Residency(
-            {name: getattr(self.networks, name) for name in self.optimizers},
+            {name: self.networks[name] for name in self.optimizers},
             self.optimizers,
             offload=run.memory.offload_optimizer,
             free_idle_gradients=run.memory.free_idle_gradients,
@@ -186,7 +184,7 @@ class Trainer:
                 require_same_rows(loaded, self.groups)
         batches = [self._micro_batch(batch) for batch in loaded]
         optimizer = self.optimizers[step.trained]
-        chunks = getattr(self.networks, step.trained)
+        chunks = self.networks[step.trained]
         self.residency.begin_step(step.trained)
         zero_gradients(optimizer)
         results = accumulate_step(step, self.networks, batches, stage=stage, settings=self.run.distillation)
@@ -252,14 +250,14 @@ class Trainer:
             batch.text_LBD.to(device),
             self.null_text_L1D.expand(-1, samples, -1),
             SeededDraws(self.run.seed, self.progress.iteration, batch.sample_indices.tolist()),
-            Given(image_latent_BCTHW=batch.image_latent_BCTHW, image_LBD=batch.image_LBD).condition(
+            Conditioning(image_latent_BCTHW=batch.image_latent_BCTHW, image_LBD=batch.image_LBD).condition(
                 self.layout, samples, device
             ),
         )
-        given_frames = self.run.distillation.given_frames
-        if given_frames is None:
+        conditional_frames = self.run.distillation.conditional_frames
+        if conditional_frames is None:
             return micro_batch
-        return replace(micro_batch, condition=draw_condition(micro_batch, given_frames=given_frames))
+        return replace(micro_batch, condition=draw_condition(micro_batch, conditional_frames=conditional_frames))
 
     def _sum_over_dp(self, value: int) -> int:
         total = torch.tensor(value, device=platform.device())
@@ -269,7 +267,7 @@ class Trainer:
     def _states(self) -> dict[str, NetworkState]:
         return {
             name: NetworkState(
-                chunks=getattr(self.networks, name),
+                chunks=self.networks[name],
                 optimizer=optimizer,
                 ema=self.ema.shards if name == "student" and self.ema is not None else None,
             )
@@ -325,7 +323,7 @@ def main(run: RunConfig) -> None:
     groups = initialize_parallel(run.parallel)
     folder = Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with sole_run(folder), _watchdog(run) as beat:
+    with run_lock(folder), _watchdog(run) as beat:
         if dist.get_rank() == 0:
             (folder / "config.yaml").write_text(to_yaml(run))
         trainer = Trainer(run, groups)

@@ -33,11 +33,11 @@ def _nan_once(trainer, module, iteration):
 
 
 def nan_from_teacher(trainer):
-    return _nan_once(trainer, trainer.networks.teacher[0], SCM_ITERATION)
+    return _nan_once(trainer, trainer.networks["teacher"][0], SCM_ITERATION)
 
 
 def nan_from_fake_score(trainer):
-    return _nan_once(trainer, trainer.networks.fake_score[0].module, RCM_ITERATION)
+    return _nan_once(trainer, trainer.networks["fake_score"][0].module, RCM_ITERATION)
 
 
 def nan_in_student(trainer):
@@ -172,7 +172,7 @@ def digests_of_embedders(trainer):
     def watched():
         iterate()
         for network in ("student", "fake_score"):
-            noted["digests"].append([_digest(chunk.module) for chunk in getattr(trainer.networks, network)])
+            noted["digests"].append([_digest(chunk.module) for chunk in trainer.networks[network]])
 
     trainer._iterate = watched
     return noted

@@ -108,7 +108,7 @@ def test_a_good_run_ends_with_status_0(good, tmp_path):
 
 def second_run(argv):
     """`command` that soon loses its patience."""
-    from rcm_megatron.training import lock
+    from rcm_megatron.runtime import run_lock as lock
 
     lock.PATIENCE = 0.5
     return command(argv)

@@ -35,9 +35,9 @@ def train(parallel, dtype):
 
     networks = build(ParallelConfig(**parallel), dtype, num_layers=3)
     layout, stage, settings = networks.layout, stage_of(LossWeights(scm=100.0, dmd=0.3)), settings_of("exact")
-    optimizers = {name: build_optimizer(getattr(networks, name), OPTIMIZER) for name in ("student", "fake_score")}
+    optimizers = {name: build_optimizer(networks[name], OPTIMIZER) for name in ("student", "fake_score")}
     messages = set()
-    for network in (networks.student, networks.teacher, networks.fake_score):
+    for network in (networks["student"], networks["teacher"], networks["fake_score"]):
         record_messages(unwrapped(network[0]), messages)
     losses, updated = {}, []
     for iteration in range(STEPS):
@@ -46,14 +46,14 @@ def train(parallel, dtype):
         zero_gradients(optimizer)
         batches = micro_batches(networks, iteration, MICRO_BATCH)
         results = accumulate_step(step, networks, batches, stage=stage, settings=settings)
-        reduce_gradients(getattr(networks, step.trained))
+        reduce_gradients(networks[step.trained])
         set_learning_rate(optimizer, OPTIMIZER.lr)
         updated.append(optimizer_step(optimizer, layout.groups).updated)
         for name, result in results.items():
             losses[f"{iteration}/{name}"] = whole_batch(layout.groups, result.loss_B)
         if "scm" in results:  # its loss is near 1 whatever the tangent: g is normalised
             losses[f"{iteration}/tangent_norm"] = whole_batch(layout.groups, results["scm"].tangent_norm_B)
-    student = unwrapped(networks.student[0])
+    student = unwrapped(networks["student"][0])
     return {
         "losses": losses,
         "updated": updated,
@@ -62,7 +62,7 @@ def train(parallel, dtype):
         "main_grads": {p.main_grad.dtype for p in student.parameters()},
         "optimizer": main_dtypes(optimizers["student"]),
         "drifting": drifting_replicas(networks, layout.groups),
-        "weights": whole_weights(networks.student, layout.groups),
+        "weights": whole_weights(networks["student"], layout.groups),
     }
 
 
@@ -92,7 +92,7 @@ def drifting_replicas(networks, groups):
     """Names of parameters whose replicas differ by a single bit: embedders over the stages, all parameters over dp."""
     drifting = []
     for network in ("student", "fake_score"):
-        for name, parameter in getattr(networks, network)[0].module.named_parameters():
+        for name, parameter in networks[network][0].module.named_parameters():
             over = (groups.dp_cp, groups.pp) if name.startswith(EMBEDDERS) else (groups.dp_cp,)
             for group in over:
                 replicas = [torch.empty_like(parameter) for _ in range(group.size())]
@@ -111,7 +111,7 @@ def whole_weights(chunks, groups):
 
 def initial_weights():
     networks = build(ParallelConfig(), torch.float32, num_layers=3)
-    return whole_weights(networks.student, networks.layout.groups)
+    return whole_weights(networks["student"], networks.layout.groups)
 
 
 def flat_change(weights, initial):

@@ -123,8 +123,8 @@ def test_a_teachers_samples_are_those_of_sample(tiny, tmp_path):
 def sampled(config):
     """The same by the program's own sampling of batches."""
     from rcm_megatron.config import load_config
-    from rcm_megatron.training.encoding import encode_captions, load_null_text
-    from rcm_megatron.training.inference import SampleBatches, join, load_network, teacher_draw
+    from rcm_megatron.inference.encoding import encode_captions, load_null_text
+    from rcm_megatron.inference.networks import SampleBatches, join, load_network, teacher_draw
 
     overrides = ["sampling.teacher_sampler=euler", "sampling.teacher_shift=3.0", "sampling.guidance=5.0"]
     run_config = load_config(config, overrides)
@@ -215,7 +215,7 @@ def filmed(tmp_path_factory):
 
 
 def test_videos_become_the_vaes_latents(filmed):
-    from rcm_megatron.data.video import ClipReader
+    from rcm_megatron.datasets.video import ClipReader
     from rcm_megatron.models.encoders import UMT5TextEncoder, WanVideoEncoder
 
     argv, folder, _ = filmed
@@ -261,7 +261,7 @@ def test_image_to_video_networks_get_members_of_the_first_frame(filmed, tmp_path
 
     from rcm_megatron.data.manifest import IMAGE_EMBED, IMAGE_LATENT
     from rcm_megatron.data.media import to_frames
-    from rcm_megatron.data.video import ClipReader
+    from rcm_megatron.datasets.video import ClipReader
     from rcm_megatron.models.encoders import CLIPImageEncoder, WanVideoEncoder
 
     argv, *_ = filmed

@@ -53,7 +53,7 @@ def test_layout(one_rank, layout):
     test_parity.assert_equal_quantities(one_rank, ranks)
 
 
-VIDEO2WORLD = replace(MODEL, cosmos=replace(COSMOS, learnable_positions=False, condition_frames=True))
+VIDEO2WORLD = replace(MODEL, cosmos=replace(COSMOS, learnable_positions=False, conditional_frames=True))
 
 
 def measure_video2world(parallel, dtype=torch.float32):
@@ -64,7 +64,7 @@ def measure_video2world(parallel, dtype=torch.float32):
 
     def with_condition(networks, *args):
         batches = plain(networks, *args)
-        return [replace(b, condition=objectives.draw_condition(b, given_frames=(0, 1, 2))) for b in batches]
+        return [replace(b, condition=objectives.draw_condition(b, conditional_frames=(0, 1, 2))) for b in batches]
 
     def build_once(*args, **options):
         built.append(build(*args, **options))

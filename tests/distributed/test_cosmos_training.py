@@ -36,14 +36,14 @@ def write_run(folder, kind):
 
     folder, (frames, given) = folder / kind, KINDS[kind]
     folder.mkdir()
-    own = MODEL["cosmos"] | ({"condition_frames": True, "rope_fps": 16.0} if given else {})
+    own = MODEL["cosmos"] | ({"conditional_frames": True, "rope_fps": 16.0} if given else {})
     fields = MODEL | {"cosmos": own}
     write_videos(folder / "data", frames=frames)
     model = build(ModelConfig, fields)
     export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
     config = tiny_run.tiny_config(folder) | {"model": fields, "stages": STAGES}
     config["latent"] |= {"frames": frames}
-    config["distillation"] |= {"given_frames": None if given is None else list(given)}
+    config["distillation"] |= {"conditional_frames": None if given is None else list(given)}
     config["encoders"] = {"video": "none", "text": "none"}
     config["data"] |= {"negative_embedding": str(folder / "negative.pt")}
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -98,12 +98,12 @@ def sample_continued(folder, given, frames):
     import torch.distributed as dist
 
     from rcm_megatron.config import load_config
-    from rcm_megatron.training import sample
+    from rcm_megatron.inference import sample
 
     dist.destroy_process_group = lambda: None  # the harness does it
     request = {"weights": "teacher", "output": folder / "samples", "steps": 2, "embeddings": [folder / "negative.pt"]}
     run = load_config(folder / "run.yaml", ["sampling.guidance=2"])
-    sample.sample(run, sample.SampleRequest(**request, copies=2, given=given, given_frames=frames))
+    sample.sample(run, sample.SampleRequest(**request, copies=2, given=given, conditional_frames=frames))
 
 
 def test_samples_of_video2world_continue_the_given_frames(runs):

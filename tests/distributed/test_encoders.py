@@ -72,9 +72,9 @@ def encode(config):
     import dataclasses
     from pathlib import Path
 
+    from rcm_megatron.inference.encoding import encode_captions, load_null_text
+    from rcm_megatron.inference.sample import SampleRequest, _conditions
     from rcm_megatron.models.encoders.t5 import UMT5TextEncoder
-    from rcm_megatron.training.encoding import encode_captions, load_null_text
-    from rcm_megatron.training.sample import SampleRequest, _conditions
 
     loaded, load = [], UMT5TextEncoder.__init__
     UMT5TextEncoder.__init__ = lambda self, *args, **options: (loaded.append(self), load(self, *args, **options))[1]
@@ -111,7 +111,7 @@ def test_train_preview_and_sample_with_wans_encoders(tiny, tmp_path):
 def sample_prompts(config, overrides, output):
     from pathlib import Path
 
-    from rcm_megatron.training.sample import SampleRequest, sample
+    from rcm_megatron.inference.sample import SampleRequest, sample
 
     sample(load_config(config, overrides), SampleRequest(weights="ema", output=Path(output), steps=2, prompts=PROMPTS))
 

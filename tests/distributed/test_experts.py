@@ -31,9 +31,9 @@ def build(parallel, dtype=torch.float32, *, num_layers=2, sharded=False, plain=t
     load_weights(chunks, seeded_weights(model, seed=4))
     low_noise = [chunk.requires_grad_(False) for chunk in chunks]
     if sharded:
-        for teacher in (networks.teacher, low_noise):
+        for teacher in (networks["teacher"], low_noise):
             shard_weights(teacher, group=groups.dp_cp)
-    return replace(networks, teacher_low_noise=low_noise)
+    return networks.replace(teacher_low_noise=low_noise)
 
 
 def measure(parallel, sharded=False):
@@ -68,7 +68,7 @@ def by_hand():
     s = [torch.tensor(pair, dtype=torch.float64) for pair in ((0.9, 0.8), (0.2, 0.71), (0.6, 0.1), (0.9, 0.69))]
     t = [trigflow.to_trigflow(pair)[None, :, None] for pair in s]
     xt = [batch.x0_SBP for batch in batches]
-    teachers = (networks.teacher, networks.teacher_low_noise)
+    teachers = (networks["teacher"], networks["teacher_low_noise"])
     alone = [
         objectives.guided_outputs(chunks, xt, t, batches, guidance=settings.teacher_guidance) for chunks in teachers
     ]
@@ -99,7 +99,7 @@ def test_each_sample_is_seen_by_the_network_of_its_time():
 def sampled():
     from rcm_megatron.diffusion import samplers
     from rcm_megatron.diffusion.noise import SeededDraws
-    from rcm_megatron.training.sampling import LowNoiseExpert, Sampler
+    from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 
     networks = build(ParallelConfig())
     draws = SeededDraws(3, 0, range(2))
@@ -108,7 +108,7 @@ def sampled():
     def sampler(chunks):
         return Sampler(chunks, networks.layout, text, null, 0, range(2))
 
-    high, low = sampler(networks.teacher), sampler(networks.teacher_low_noise)
+    high, low = sampler(networks["teacher"]), sampler(networks["teacher_low_noise"])
     options = {"steps": 4, "guidance": 2.0, "shift": 3.0, "method": "euler"}
     times = []
 
@@ -117,7 +117,7 @@ def sampled():
         return (high if s >= BOUNDARY else low)._guided_velocity(x, s, guidance=2.0)
 
     expected = samplers.euler_sample(velocity, high._noise("sample_noise"), steps=4, shift=3.0)
-    expert = {at: LowNoiseExpert(networks.teacher_low_noise, at) for at in (0.0, BOUNDARY, 1.1)}
+    expert = {at: LowNoiseExpert(networks["teacher_low_noise"], at) for at in (0.0, BOUNDARY, 1.1)}
     return times, {
         "expected": networks.layout.gather(expected).float(),
         "high": high.teacher(**options),

@@ -19,7 +19,7 @@ exec {sys.executable} -m torch.distributed.run "${{@/#rcm_megatron/tests.distrib
 WATCHED = """
 import sys, time, ctypes
 from pathlib import Path
-from rcm_megatron.training.watchdog import Watchdog
+from rcm_megatron.runtime.watchdog import Watchdog
 watchdog = Watchdog(Path(sys.argv[1]), rank=4, timeout=float(sys.argv[2]), last_resort=float(sys.argv[3]))
 def stuck_here():
     {body}

@@ -35,15 +35,20 @@ def quantities_under_policies(parallel, num_layers):
 
     networks, measured = build(ParallelConfig(**parallel), torch.float32, num_layers=num_layers), {}
     for policy in POLICIES:
-        for chunk in networks.student:
+        for chunk in networks["student"]:
             unwrapped(chunk).recompute = policy
         measured[policy] = quantities_of(networks, "flow", 2)
     measured["resident"] = quantities_of(networks, "scm", 2)
-    whole, group = bytes_of(networks.teacher), networks.layout.groups.dp_cp
-    shard_weights(networks.teacher, group=group)
-    gathered = watch_gathered_blocks(networks.teacher)
+    whole, group = bytes_of(networks["teacher"]), networks.layout.groups.dp_cp
+    shard_weights(networks["teacher"], group=group)
+    gathered = watch_gathered_blocks(networks["teacher"])
     measured["sharded"] = quantities_of(networks, "scm", 2)
-    return measured, {"ranks": group.size(), "whole": whole, "held": bytes_of(networks.teacher), "gathered": gathered}
+    return measured, {
+        "ranks": group.size(),
+        "whole": whole,
+        "held": bytes_of(networks["teacher"]),
+        "gathered": gathered,
+    }
 
 
 def bytes_of(chunks):
@@ -152,7 +157,7 @@ def train(config_path, overrides, away):
     run = load_config(config_path, overrides)
     trainer, freed = Trainer(run, initialize_parallel(run.parallel)), 0
     if away:
-        trained = {name: getattr(trainer.networks, name) for name in trainer.optimizers}
+        trained = {name: trainer.networks[name] for name in trainer.optimizers}
         options = {"offload": tuple(trained), "free_idle_gradients": True}
         trainer.residency = Residency(trained, trainer.optimizers, **options)
         freed = away_bytes(trainer)
@@ -171,7 +176,7 @@ def away_bytes(trainer):
     states = [[shard.main, *shard.adam_state().values()] for shard in shards]
     empty = sum(4 * t.numel() for state in states for t in state if t.untyped_storage().nbytes() == 0)
     host = sum(offload.host_bytes for offload in trainer.residency._offloads.values())
-    chunks = [chunk for name in trainer.optimizers for chunk in getattr(trainer.networks, name)]
+    chunks = [chunk for name in trainer.optimizers for chunk in trainer.networks[name]]
     gradients = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
     return empty, host, sum(4 * g.numel() for g in gradients if g.untyped_storage().nbytes() == 0)
 

@@ -63,7 +63,7 @@ def events_of_updates(layout, name):
 
     small_buckets()
     networks = build(ParallelConfig(**layout.parallel), torch.float32, num_layers=layout.num_layers)
-    chunks = networks.fake_score if name == "critic" else networks.student
+    chunks = networks["fake_score"] if name == "critic" else networks["student"]
     spy, updates = Spy(chunks), []
     for _ in range(UPDATES):
         quantities_of(networks, name, layout.micro_batch_size)

@@ -171,7 +171,7 @@ def quantities_of(networks, name, micro_batch_size):
     settings, stage, layout = settings_of(kind), stage_of(weights), networks.layout
     step = plan_step(stage, iteration, max_rollout_steps=settings.max_rollout_steps)
     assert step.trained == ("fake_score" if name == "critic" else "student")
-    chunks = getattr(networks, step.trained)
+    chunks = networks[step.trained]
     for chunk in chunks:
         chunk.zero_grad_buffer()
     batches = micro_batches(networks, iteration, micro_batch_size)
@@ -208,7 +208,7 @@ def bare_network(networks):
     x, t_x = (layout.shard(draws.normal(name, LATENT.shape_CTHW)) for name in ("x", "t_x"))
     timestep, t_timestep = 1000 * draws.uniform("t")[None], 1000 * draws.normal_scalar("t_t")[None]
     text = draws.normal("text", (5, 10)).transpose(0, 1).contiguous()
-    (v,) = evaluate(networks.student, [NetworkInput(Dual.pack(x, t_x), Dual.pack(timestep, t_timestep), text)])
+    (v,) = evaluate(networks["student"], [NetworkInput(Dual.pack(x, t_x), Dual.pack(timestep, t_timestep), text)])
     return {"v": layout.gather(v.primal), "t_v": layout.gather(v.tangent)}
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rcm_megatron.training.timers import COMMUNICATION, PHASES
+from rcm_megatron.runtime.timers import COMMUNICATION, PHASES
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import train, write_tiny_run
 

@@ -16,7 +16,7 @@ from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import Layout
 
-WAN = WanConfig(condition_channels=4, image_dim=7, image_positions=9, condition_frames=True)
+WAN = WanConfig(condition_channels=4, image_dim=7, image_positions=9, conditional_frames=True)
 MODEL = replace(test_parity.MODEL, num_layers=4, wan=WAN)
 OBJECTIVES = ("scm", "dmd", "critic")
 LAYOUTS = (Layout(tp=2, ring=2), Layout(ulysses=2, pp=2), Layout(pp=2, vpp=2))
@@ -60,7 +60,7 @@ def measure(parallel, dtype=torch.float32):
         times = Dual.pack(1000 * draws.uniform("t")[None], 1000 * draws.normal_scalar("t_t")[None])
         text = draws.normal("text", (5, 10)).transpose(0, 1).contiguous()
         given = pipeline.NetworkInput(Dual.pack(x, t_x), times, text, condition_of(layout, range(3)))
-        (v,) = pipeline.evaluate(networks.student, [given])
+        (v,) = pipeline.evaluate(networks["student"], [given])
         return {"v": layout.gather(v.primal), "t_v": layout.gather(v.tangent)}
 
     # In this rank's own process.

@@ -88,7 +88,7 @@ def calls_of_networks(config):
 
     trainer._micro_batch = micro_batch
     for name in ("student", "teacher", "fake_score"):
-        for chunk in getattr(trainer.networks, name):
+        for chunk in trainer.networks[name]:
             unwrapped(chunk).register_forward_pre_hook(record(name))
     trainer.train()
     trainer.close()

@@ -35,7 +35,7 @@ def write_tiny_run(folder, **changes):
     """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path. `changes`: other fields of MODEL."""
     from rcm_megatron.checkpoint.convert import export_diffusers
     from rcm_megatron.training.networks import seeded_weights
-    from tools.build_digits_dataset import write_digits_dataset
+    from tools.quickstart.build_dataset import write_digits_dataset
 
     folder, model = Path(folder), model_config(**changes)
     write_digits_dataset(folder / "data", num_samples=13, samples_per_shard=5, seed=0)
@@ -117,7 +117,7 @@ def whole_weights(trainer):
     weights = {}
     for name in ("student", "fake_score"):
         groups = trainer.groups
-        gathered = gather_full(getattr(trainer.networks, name), tp_group=groups.tp, pp_group=groups.pp)
+        gathered = gather_full(trainer.networks[name], tp_group=groups.tp, pp_group=groups.pp)
         weights[name] = {key: None if value is None else value.clone() for key, value in gathered}
     return weights
 

@@ -15,7 +15,7 @@ KINDS = {
     "t2v": None,
     "i2v": {"condition_channels": 20, "image_dim": IMAGE_DIM},
     "i2v_2.2": {"condition_channels": 20},
-    "ti2v": {"condition_frames": True},
+    "ti2v": {"conditional_frames": True},
 }
 """`model.wan`: nothing given, an image beside the latent with and without CLIP's features, an image in the first frame's place."""
 
@@ -36,7 +36,7 @@ def write_wan_run(folder, kind="t2v"):
         write_image_encoder(folder / "wan", image_dim=IMAGE_DIM)
         config["encoders"] |= {"image": "clip"}
     if kind == "ti2v":
-        config["distillation"] |= {"given_frames": [0, 1]}
+        config["distillation"] |= {"conditional_frames": [0, 1]}
     config["sampling"] = {"num_samples": 1, "student_steps": [2], "teacher_steps": 2}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     model = load_config(folder / "run.yaml").model

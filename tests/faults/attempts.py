@@ -187,7 +187,7 @@ def attempt(config_path, overrides, faults):
 def _digest(trainer):
     digest = hashlib.blake2b(repr(trainer.progress).encode(), digest_size=8)
     for name in trainer.optimizers:
-        for chunk in getattr(trainer.networks, name):
+        for chunk in trainer.networks[name]:
             for parameter in chunk.parameters():
                 digest.update(parameter.detach().numpy().tobytes())
     for average in trainer.ema.shards:

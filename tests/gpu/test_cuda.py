@@ -62,7 +62,7 @@ def test_conformance(name):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_training_and_resume(dtype, tmp_path):
-    from tools.build_digits_dataset import write_digits_dataset
+    from tools.quickstart.build_dataset import write_digits_dataset
 
     write_digits_dataset(tmp_path / "data", num_samples=64, seed=0)
     scm = {"name": "scm", "steps": 2, "losses": {"scm": 100.0}}

@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    from tools.build_digits_dataset import write_digits_dataset
+    from tools.quickstart.build_dataset import write_digits_dataset
 
     folder = tmp_path_factory.mktemp("digits")
     write_digits_dataset(folder, num_samples=64, seed=0)

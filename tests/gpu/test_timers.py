@@ -5,7 +5,7 @@ from time import perf_counter
 import pytest
 import torch
 
-from rcm_megatron.training.timers import Timers
+from rcm_megatron.runtime.timers import Timers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

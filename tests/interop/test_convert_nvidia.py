@@ -121,7 +121,7 @@ def test_released_sizes_are_recognised(name):
         "rope_scale",
         "adaln_lora_dim",
         "max_size",
-        "condition_frames",
+        "conditional_frames",
         "padding_mask",
         "learnable_positions",
     ):

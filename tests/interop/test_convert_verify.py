@@ -9,7 +9,7 @@ from rcm_megatron.__main__ import main
 from rcm_megatron.checkpoint import convert as conversion
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.training import verify
+from rcm_megatron.inference import verify
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import write_tiny_run
 from tests.interop.test_convert_pairs import KINDS, save
@@ -113,7 +113,7 @@ def test_memory_that_is_not_there_is_said_before_anything_is_written(folder, tmp
 def export_with_other_numbers(config, target):
     """Export the teacher where diffusers' forward is not the network's; returns the message of this rank's error."""
     from rcm_megatron.config import load_config
-    from rcm_megatron.training import export
+    from rcm_megatron.inference import export
 
     export.diffusers_forward = lambda *_, **__: torch.ones(2, 1, 4, 16, 16, dtype=torch.float64)
     run = load_config(config, ["parallel.pp=2"])

@@ -37,7 +37,7 @@ CONFIG = ModelConfig(
         adaln_lora_dim=5,
         rope_scale=(1.0, 4.0, 3.0),
         max_size=(3, 4, 6),
-        condition_frames=True,
+        conditional_frames=True,
         learnable_positions=True,
     ),
     num_layers=3,
@@ -141,7 +141,7 @@ def test_released_configurations():
     video = ModelConfig(**configs.model_config_from_diffusers({**config, "in_channels": 17}))
     assert video.embedded_channels == 18
     assert video.in_channels == 16
-    assert video.cosmos.condition_frames
+    assert video.cosmos.conditional_frames
 
 
 RELEASED = {

@@ -89,7 +89,7 @@ def inputs(case):
 
 def ours(chunks, case, sigmas, condition=None):
     """Euler in rectified flow at s = sigma / (1 + sigma) with our sampler's guided velocity; x0 + sigma noise at the end."""
-    from rcm_megatron.training.sampling import Sampler
+    from rcm_megatron.inference.sampler import Sampler
 
     noise, text, null = inputs(case)
     layout = chunks[0].layout
@@ -104,7 +104,7 @@ def ours(chunks, case, sigmas, condition=None):
 
 def our_student(chunks, case, *, steps, sigma_max, condition=None):
     """Our sampler's few steps."""
-    from rcm_megatron.training.sampling import Sampler
+    from rcm_megatron.inference.sampler import Sampler
 
     text_LBD = inputs(case)[1].transpose(0, 1).contiguous()
     sampler = Sampler(chunks, chunks[0].layout, text_LBD, None, 0, range(case.batch), condition)
@@ -190,7 +190,7 @@ def test_text2image_of_a_student_from_caption_to_picture(groups, tmp_path):
     ).images
     with closing(T5TextEncoder(tmp_path, dtype=torch.float32)) as encoder:
         text_LBD = encoder.encode(["a cat baking a cake"]).transpose(0, 1).contiguous()
-    from rcm_megatron.training.sampling import Sampler
+    from rcm_megatron.inference.sampler import Sampler
 
     latent = Sampler(chunks, chunks[0].layout, text_LBD, None, 0, range(1)).student(
         steps=2, mid_times=(1.5, 1.4, 1.0), sigma_max=80.0

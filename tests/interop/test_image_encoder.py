@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.config import ConfigError, EncodersConfig, WanConfig
+from rcm_megatron.inference.conditioning import with_mask
 from rcm_megatron.models.encoders import (
     CLIPImageEncoder,
     EncoderError,
@@ -23,7 +24,6 @@ from rcm_megatron.models.encoders import (
     images,
     load_image,
 )
-from rcm_megatron.training.given import with_mask
 from tests.helpers import assert_close
 from tests.wan_encoders import write_encoders, write_image_encoder
 

@@ -26,7 +26,7 @@ KINDS = {
         WanConfig(condition_channels=4, image_dim=8, image_positions=6),
     ),
     "wan2.2_i2v": ({"in_channels": 8}, WanConfig(condition_channels=5)),
-    "ti2v": ({"in_channels": 48, "out_channels": 48}, WanConfig(condition_frames=True)),
+    "ti2v": ({"in_channels": 48, "out_channels": 48}, WanConfig(conditional_frames=True)),
 }
 """Name -> what it changes in the tiny text-to-video network of diffusers, and in ours."""
 
@@ -123,7 +123,7 @@ RELEASES = {
         | {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30}
         | {"model_type": "ti2v", "in_dim": 48, "out_dim": 48},
         {},
-        WanConfig(condition_frames=True),
+        WanConfig(conditional_frames=True),
     ),
 }
 
@@ -185,10 +185,10 @@ def test_a_run_chooses_whether_frames_are_given(saved):
     _, folder, _, config = saved
     fields, wan = open_checkpoint(folder).model_fields(), config.wan
     for given in (False, True):
-        configs.check_same_network(fields, replace(config, wan=replace(wan, condition_frames=given)), where="file")
+        configs.check_same_network(fields, replace(config, wan=replace(wan, conditional_frames=given)), where="file")
     other = replace(config, wan=replace(wan, condition_channels=wan.condition_channels + 1))
     with pytest.raises(CheckpointError, match=r"file holds another network: wan="):
         configs.check_same_network(fields, other, where="file")
-    if replace(wan, condition_frames=False) != WanConfig():
+    if replace(wan, conditional_frames=False) != WanConfig():
         with pytest.raises(CheckpointError, match=r"file holds another network: wan="):
             configs.check_same_network(fields, replace(config, wan=None), where="file")

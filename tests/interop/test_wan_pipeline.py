@@ -14,8 +14,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from rcm_megatron.config import load_config
 from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
+from rcm_megatron.inference.pipelines import pipeline_usage
 from rcm_megatron.models.encoders import WAN_NEGATIVE_PROMPT
-from rcm_megatron.training.pipelines import pipeline_usage
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import train
 from tests.distributed.wan_run import LATENT, TEXT_LEN, write_wan_run

@@ -82,7 +82,7 @@ def test_rows_compare_with_the_first_layout():
 
 
 def test_every_phase_of_the_timers_has_a_colour():
-    from rcm_megatron.training.timers import PHASES
+    from rcm_megatron.runtime.timers import PHASES
 
     assert COLOURS.keys() == PHASES.keys() - {"preview"}
 

@@ -59,7 +59,7 @@ def network_config(cosmos=None, **changes):
     return ModelConfig(family="cosmos", cosmos=cosmos, freq_dim=sizes["hidden_size"], cross_attn_norm=False, **sizes)
 
 
-VIDEO = {"condition_frames": True, "rope_fps": 16.0, "rope_scale": (20 / 24, 2.0, 2.0)}
+VIDEO = {"conditional_frames": True, "rope_fps": 16.0, "rope_scale": (20 / 24, 2.0, 2.0)}
 CASES = {
     "image": Case(network_config(), frames=1, height=10, width=14, batch=2, text=7),
     "one_token": Case(network_config(hidden_size=36, num_heads=3), frames=1, height=2, width=2, batch=1, text=1),

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rcm_megatron.data.captions import CaptionError, read_caption, read_prompts
 from rcm_megatron.data.manifest import DatasetError
+from rcm_megatron.datasets.captions import CaptionError, read_caption, read_prompts
 
 
 def test_prompts_of_text_and_json_lines(tmp_path):

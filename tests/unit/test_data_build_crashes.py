@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcm_megatron.data.building import BuildPlan, BuiltSample, DatasetBuild, stored
 from rcm_megatron.data.manifest import DatasetError, load_manifest
-from rcm_megatron.data.statistics import Statistics
+from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild, stored
+from rcm_megatron.datasets.statistics import Statistics
 
 PLAN = {"num_samples": 11, "samples_per_shard": 4, "unit_size": 3, "member_format": "pt", "recipe": {"seed": 1}}
 SKIPPED = {1: "broken", 4: "broken", 5: "broken", 6: "broken", 7: "too short"}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from rcm_megatron.data.building import BuildPlan, BuiltSample, DatasetBuild
-from rcm_megatron.data.inspection import inspect_dataset
 from rcm_megatron.data.manifest import DatasetError, build_manifest
 from rcm_megatron.data.media import contact_sheet
 from rcm_megatron.data.shards import ShardWriter
-from rcm_megatron.data.statistics import Statistics
+from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild
+from rcm_megatron.datasets.inspection import inspect_dataset
+from rcm_megatron.datasets.statistics import Statistics
 from tests.wan_encoders import write_vae
 from tools.inspect_dataset import main
 

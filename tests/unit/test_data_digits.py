@@ -1,4 +1,4 @@
-"""tools/build_digits_dataset.py: the quick start's shards, ready for the loader."""
+"""tools/quickstart/build_dataset.py: the quick start's shards, ready for the loader."""
 
 import importlib.util
 from pathlib import Path
@@ -8,16 +8,16 @@ import torch
 
 from rcm_megatron.data.dali import LatentLoader
 from rcm_megatron.data.manifest import DatasetError, load_manifest
-from rcm_megatron.data.samples import load_negative_embedding
-from rcm_megatron.data.synthetic import LATENT_SHAPE_CTHW, make_sample
+from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.models.encoders import WordTextEncoder
+from tools.quickstart.digits import LATENT_SHAPE_CTHW, make_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def write_digits_dataset():
-    spec = importlib.util.spec_from_file_location("build_digits_dataset", ROOT / "tools/build_digits_dataset.py")
+    spec = importlib.util.spec_from_file_location("build_digits_dataset", ROOT / "tools/quickstart/build_dataset.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.write_digits_dataset
@@ -45,7 +45,7 @@ def test_digits_go_through_the_loader_unchanged(tmp_path, write_digits_dataset):
                 assert batch.prompts[b] == sample.caption
                 assert torch.equal(batch.latent_BCTHW[b], sample.latent_CTHW)
                 assert torch.equal(batch.text_LBD[:, b], encoder.encode([sample.caption])[0])
-    negative_LD = load_negative_embedding(
+    negative_LD = load_caption_embedding(
         tmp_path / "negative_embed.pt", text_len=encoder.text_len, text_dim=encoder.text_dim
     )
     assert torch.equal(negative_LD, encoder.encode([encoder.negative_prompt])[0])

@@ -13,7 +13,7 @@ import torch
 
 from rcm_megatron.data.dali import LatentLoader
 from rcm_megatron.data.manifest import build_manifest
-from rcm_megatron.data.samples import SampleError, load_negative_embedding
+from rcm_megatron.data.samples import SampleError, load_caption_embedding
 from rcm_megatron.data.shards import ShardWriter, encode_tensor
 
 SHAPE = (1, 2, 3, 4)
@@ -335,14 +335,14 @@ def test_negative_embedding(tmp_path, suffix):
     stored = torch.randn(2, TEXT_DIM)
     path = tmp_path / f"negative.{suffix}"
     path.write_bytes(encode_tensor(stored, suffix))
-    embed_LD = load_negative_embedding(path, text_len=TEXT_LEN, text_dim=TEXT_DIM)
+    embed_LD = load_caption_embedding(path, text_len=TEXT_LEN, text_dim=TEXT_DIM)
     assert embed_LD.shape == (TEXT_LEN, TEXT_DIM)
     assert torch.equal(embed_LD[:2], stored)
     assert not embed_LD[2:].any()
     with pytest.raises(SampleError, match=f"negative.{suffix}.*text_dim=9"):
-        load_negative_embedding(path, text_len=TEXT_LEN, text_dim=9)
+        load_caption_embedding(path, text_len=TEXT_LEN, text_dim=9)
     with pytest.raises(ValueError, match="must be"):
-        load_negative_embedding(tmp_path / "x.bin", text_len=TEXT_LEN, text_dim=TEXT_DIM)
+        load_caption_embedding(tmp_path / "x.bin", text_len=TEXT_LEN, text_dim=TEXT_DIM)
 
 
 @pytest.mark.gpu

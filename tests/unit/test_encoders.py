@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from rcm_megatron.config import ConfigError, EncodersConfig, load_config, validate
-from rcm_megatron.data.synthetic import all_captions
 from rcm_megatron.models.encoders import (
     EncoderError,
     PixelVideoEncoder,
@@ -17,6 +16,7 @@ from rcm_megatron.models.encoders import (
     build_video_encoder,
     check_encoder_files,
 )
+from tools.quickstart.digits import all_captions
 
 QUICKSTART = Path(__file__).parents[2] / "model_configs" / "quickstart.yaml"
 

@@ -46,12 +46,12 @@ SIZES = {
     "text_dim": 18,
     "text_len": 7,
 }
-COSMOS = CosmosConfig(adaln_lora_dim=6, rope_scale=(1.0, 2.0, 2.0), condition_frames=True)
+COSMOS = CosmosConfig(adaln_lora_dim=6, rope_scale=(1.0, 2.0, 2.0), conditional_frames=True)
 MODELS = {
     "wan": ModelConfig(**SIZES, freq_dim=34),
     "wan_image2video": ModelConfig(wan=WanConfig(condition_channels=3, image_dim=22), **SIZES, freq_dim=34),
     "wan_first_and_last": ModelConfig(wan=WanConfig(image_dim=22, image_positions=514), **SIZES, freq_dim=34),
-    "wan_frames": ModelConfig(wan=WanConfig(condition_frames=True), **SIZES, freq_dim=34),
+    "wan_frames": ModelConfig(wan=WanConfig(conditional_frames=True), **SIZES, freq_dim=34),
     "cosmos_video2world": ModelConfig(family="cosmos", cosmos=COSMOS, freq_dim=48, cross_attn_norm=False, **SIZES),
 }
 LATENT = LatentConfig(channels=5, frames=3, height=6, width=10)
@@ -94,7 +94,7 @@ def inputs_of(chunk):
     """(x, timestep, text, condition) of a batch, from nowhere in particular."""
     layout, model = chunk.layout, chunk.model
     x = torch.randn(layout.local_tokens, BATCH, layout.patch_features)
-    given = {"x0_SBP": torch.zeros_like(x), "frames_B": torch.tensor([1] * BATCH)} if model.condition_frames else {}
+    given = {"x0_SBP": torch.zeros_like(x), "frames_B": torch.tensor([1] * BATCH)} if model.conditional_frames else {}
     if model.wan and model.wan.condition_channels:
         given["channels_SBE"] = torch.randn(*x.shape[:2], model.wan.condition_channels * model.patch_volume)
     if model.wan and model.wan.image_dim:
@@ -120,7 +120,7 @@ def test_backward_is_what_pytorch_counts_less_what_is_computed_again(name, group
     """Again: attention's scores, and what is recomputed under every policy. Of given inputs PyTorch computes no gradient."""
     model = MODELS[name]
     chunk, expected = network(model, groups), network_flops(model, LATENT)
-    tokens, times = chunk.layout.num_tokens, LATENT.frames if model.condition_frames else 1
+    tokens, times = chunk.layout.num_tokens, LATENT.frames if model.conditional_frames else 1
     given = {"patch_embedding": tokens, "time_embedding.linear_1": times}
     again = {"patch_embedding": tokens, "time_embedding": times, "time_projection": times, "head.linear": tokens}
     again |= {"head.modulation": times}
@@ -209,7 +209,7 @@ def test_passes_of_a_step_are_the_calls_of_the_networks(stage, distillation, ite
         calls["dual" if isinstance(x, Dual) else "forward"] += rows
         calls["backward"] += rows * torch.is_grad_enabled()
 
-    for chunks in (networks.student, networks.teacher, networks.fake_score):
+    for chunks in (networks["student"], networks["teacher"], networks["fake_score"]):
         for chunk in chunks or ():
             unwrapped(chunk).register_forward_hook(note)
     accumulate_step(step, networks, [batch_of(run, networks.layout)], stage=run.stages[0], settings=run.distillation)

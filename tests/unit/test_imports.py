@@ -14,7 +14,9 @@ KERNELS = ROOT / "kernels" / "rcm_kernels"
 
 MODELS = {"config", "dual", "parallel", "models", "rcm_kernels"}
 ALLOWED = {
-    "config": {"config"},
+    "errors": set(),
+    "registry": {"errors"},
+    "config": {"config", "errors", "registry"},
     "dual": set(),
     "platform": {"config"},
     "cluster": {"config", "platform", "cluster"},
@@ -23,7 +25,12 @@ ALLOWED = {
     "parallel": {"config", "dual", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"platform", "checkpoint", "__version__"},
-    "training": MODELS | {"platform", "checkpoint", "diffusion", "data", "training", "__version__"},
+    "runtime": {"config", "platform", "parallel", "runtime"},
+    "inference": MODELS
+    | {"platform", "checkpoint", "diffusion", "data", "runtime", "training", "inference", "__version__"},
+    "datasets": MODELS | {"platform", "checkpoint", "data", "inference", "training", "datasets", "__version__"},
+    "training": MODELS
+    | {"platform", "checkpoint", "diffusion", "data", "runtime", "inference", "training", "__version__"},
 }
 """Part of the program -> the parts it may import."""
 

@@ -6,18 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rcm_megatron.data.digit_metrics import (
-    NONE_CLASS,
-    aligned_statistics,
-    caption_diversity,
-    captioned_digit_accuracy,
-    frechet_distance,
-    head_labels,
-    spoil_motion,
-    train_classifier,
-    video_features,
-)
-from rcm_megatron.data.synthetic import (
+from tools.quickstart.digits import (
     DIRECTION_STEPS,
     DIRECTIONS,
     LATENT_SHAPE_CTHW,
@@ -27,6 +16,17 @@ from rcm_megatron.data.synthetic import (
     make_sample,
     make_samples,
     parse_caption,
+)
+from tools.quickstart.judge import (
+    NONE_CLASS,
+    aligned_statistics,
+    caption_diversity,
+    captioned_digit_accuracy,
+    frechet_distance,
+    head_labels,
+    spoil_motion,
+    train_classifier,
+    video_features,
 )
 
 
@@ -98,7 +98,7 @@ def test_a_frame_is_the_last_one_rolled_when_only_one_digit_is_inked(monkeypatch
     blank = {digit: np.zeros_like(images) for digit, images in digit_images("train").items()}
     sample = make_sample(seed=9, index=0)
     inked = {**blank, sample.digit: digit_images("train")[sample.digit]}
-    monkeypatch.setattr("rcm_megatron.data.synthetic.digit_images", lambda split: inked)
+    monkeypatch.setattr("tools.quickstart.digits.digit_images", lambda split: inked)
     frames_THW = make_sample(seed=9, index=0).latent_CTHW[0]
     rows, columns = DIRECTION_STEPS[sample.direction]
     for last, frame in itertools.pairwise(frames_THW):

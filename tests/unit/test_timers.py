@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rcm_megatron.training import timers as module
-from rcm_megatron.training.timers import PHASES, Timers, attach
+from rcm_megatron.runtime import timers as module
+from rcm_megatron.runtime.timers import PHASES, Timers, attach
 
 
 class Clock:

@@ -62,7 +62,7 @@ CASES = {
         network_config({"condition_channels": 9}, patch_size=(2, 2, 2)), frames=4, height=6, width=10, batch=3, text=7
     ),
     "ti2v": Case(
-        network_config({"condition_frames": True}), frames=5, height=6, width=10, batch=3, text=5, given=(2, 0, 1)
+        network_config({"conditional_frames": True}), frames=5, height=6, width=10, batch=3, text=5, given=(2, 0, 1)
     ),
 }
 
@@ -100,7 +100,7 @@ def known_of(case):
 def theirs(network, case, inputs, x, timestep):
     """diffusers' velocity."""
     extra = {}
-    if case.wan.condition_frames:
+    if case.wan.conditional_frames:
         known, tokens = known_of(case), case.latent.num_tokens(case.model.patch_size) // case.frames
         x = torch.where(known, inputs.x0, x)
         timestep = torch.where(known.flatten(1), 0.0, timestep[:, None]).repeat_interleave(tokens, dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUICKSTART_VOCABULARY = (*_DIGITS, "moving", "left", "right", "up", "down")
-"""The words of `rcm_megatron.data.synthetic`'s captions. Their order is part of a trained checkpoint."""
+"""The words of `tools.quickstart.digits`'s captions. Their order is part of a trained checkpoint."""
 
 EMPTY_WORD = "<empty>"
 """Stands for the caption "", so that "no caption" is a vector of its own and not a row of zeros."""

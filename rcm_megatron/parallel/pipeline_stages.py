@@ -6,7 +6,7 @@ from rcm_megatron.config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """One of the ``count`` pieces into which the network's blocks are cut; ``index`` counts them in the network's order."""
 
     layers: range
@@ -24,7 +24,7 @@ class Stage:
         return self.index == self.count - 1
 
 
-def stages_of_rank(parallel: ParallelConfig, num_layers: int, *, pp_rank: int) -> list[Stage]:
+def stages_of_rank(parallel: ParallelConfig, num_layers: int, *, pp_rank: int) -> list[PipelineStage]:
     """The pieces of pipeline rank ``pp_rank``, one for each model chunk: chunk c holds piece c * pp + pp_rank."""
     ranges = parallel.layer_ranges(num_layers)
-    return [Stage(ranges[index], index, len(ranges)) for index in range(pp_rank, len(ranges), parallel.pp)]
+    return [PipelineStage(ranges[index], index, len(ranges)) for index in range(pp_rank, len(ranges), parallel.pp)]

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError, Manifest, build_manifest, load_manifest
 from rcm_megatron.data.shards import SHARD_NAME, ShardWriter, TensorFormat, encode_tensor
-from rcm_megatron.data.statistics import Statistics
+from rcm_megatron.datasets.statistics import Statistics
 
 NEGATIVE_EMBED_NAME = "negative_embed.pt"
 SKIPPED_NAME = "skipped.jsonl"

@@ -12,14 +12,14 @@ from torch import Tensor
 from rcm_megatron.config import RunConfig, WanConfig
 from rcm_megatron.config.model import WAN_MASK_CHANNELS
 from rcm_megatron.data.samples import decode_tensor, fit_image_embedding, fit_latent
+from rcm_megatron.inference.encoding import InputError, encode_image
 from rcm_megatron.models.encoders import load_image
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.pipeline import Condition
-from rcm_megatron.training.encoding import InputError, encode_image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Given:
+class Conditioning:
     """B of 1 is for every sample."""
 
     latent_BCTHW: Tensor | None = None
@@ -69,12 +69,12 @@ def image_shapes(run: RunConfig) -> dict[str, tuple[int, ...] | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GivenFiles:
+class ConditioningFiles:
     """Of one image or video, which all samples are given."""
 
     given: Path | None = None
-    """Video2World, TI2V: file of one clean latent [C, t, H, W], with whose first `given_frames` frames every sample begins."""
-    given_frames: int = 1
+    """Video2World, TI2V: file of one clean latent [C, t, H, W], with whose first `conditional_frames` frames every sample begins."""
+    conditional_frames: int = 1
     image: Path | None = None
     """A picture, for the run's encoders; with networks that are given frames it becomes the first."""
     image_latent: Path | None = None
@@ -82,7 +82,7 @@ class GivenFiles:
     image_embed: Path | None = None
 
 
-def check_given(run: RunConfig, files: GivenFiles) -> None:
+def check_conditioning(run: RunConfig, files: ConditioningFiles) -> None:
     """InputError, before ranks meet and weights are read, for files that the network does not take, that it lacks or that are wrong."""
     _check_image_options(run, files)
     if files.image is not None:
@@ -93,21 +93,21 @@ def check_given(run: RunConfig, files: GivenFiles) -> None:
         _from_files(run, files)
 
 
-def load_given(run: RunConfig, files: GivenFiles) -> Given:
+def load_conditioning(run: RunConfig, files: ConditioningFiles) -> Conditioning:
     """What all samples are given. Call on all ranks, before the networks take their memory: the first one encodes a picture."""
     if files.image is None:
         return _from_files(run, files)
     latent, embed = encode_image(run, load_image(files.image))
     image_LBD = None if embed is None else embed[:, None]
-    if run.model.condition_frames:
-        return Given(latent_BCTHW=_whole(run, latent), frames=1, image_LBD=image_LBD)
-    return Given(image_latent_BCTHW=latent[None], image_LBD=image_LBD)
+    if run.model.conditional_frames:
+        return Conditioning(latent_BCTHW=_whole(run, latent), frames=1, image_LBD=image_LBD)
+    return Conditioning(image_latent_BCTHW=latent[None], image_LBD=image_LBD)
 
 
-def _check_image_options(run: RunConfig, files: GivenFiles) -> None:
+def _check_image_options(run: RunConfig, files: ConditioningFiles) -> None:
     shapes = image_shapes(run)
     takes = {
-        "image": run.model.condition_frames or shapes["image_latent_shape"] is not None,
+        "image": run.model.conditional_frames or shapes["image_latent_shape"] is not None,
         "image_latent": shapes["image_latent_shape"] is not None,
         "image_embed": shapes["image_embed_shape"] is not None,
     }
@@ -131,15 +131,15 @@ def _check_encoders_for(run: RunConfig, image: Path) -> None:
             )
 
 
-def _check_whether_given(run: RunConfig, files: GivenFiles) -> None:
-    trained_on = run.distillation.given_frames
+def _check_whether_given(run: RunConfig, files: ConditioningFiles) -> None:
+    trained_on = run.distillation.conditional_frames
     if trained_on is None and files.given is not None:
         raise InputError(
-            f"got --given {files.given}, but this network takes no frames (distillation.given_frames=null); leave it out"
+            f"got --given {files.given}, but this network takes no frames (distillation.conditional_frames=null); leave it out"
         )
     if trained_on is not None and 0 not in trained_on and files.given is None:
         raise InputError(
-            "this network continues a video: give its latent with --given, and --given-frames, or a picture with --image"
+            "this network continues a video: give its latent with --given, and --conditional-frames, or a picture with --image"
         )
     for kind in ("image_latent", "image_embed"):
         if image_shapes(run)[f"{kind}_shape"] is not None and getattr(files, kind) is None:
@@ -148,13 +148,15 @@ def _check_whether_given(run: RunConfig, files: GivenFiles) -> None:
             )
 
 
-def _from_files(run: RunConfig, files: GivenFiles) -> Given:
+def _from_files(run: RunConfig, files: ConditioningFiles) -> Conditioning:
     channels, frames, height, width = run.latent.shape_CTHW
     given: dict[str, Tensor] = {}
     if files.given is not None:
-        if not 1 <= files.given_frames < frames:
-            raise InputError(f"got --given-frames {files.given_frames}, need 1 to {frames - 1} (latent.frames - 1)")
-        shape = (channels, files.given_frames, height, width)
+        if not 1 <= files.conditional_frames < frames:
+            raise InputError(
+                f"got --conditional-frames {files.conditional_frames}, need 1 to {frames - 1} (latent.frames - 1)"
+            )
+        shape = (channels, files.conditional_frames, height, width)
         given["latent_BCTHW"] = _whole(run, _read("given", files.given, fit_latent, shape))
     shapes = image_shapes(run)
     if files.image_latent is not None:
@@ -163,7 +165,7 @@ def _from_files(run: RunConfig, files: GivenFiles) -> Given:
     if files.image_embed is not None:
         embed = _read("image_embed", files.image_embed, fit_image_embedding, shapes["image_embed_shape"])
         given["image_LBD"] = embed[:, None]
-    return Given(**given, frames=files.given_frames if files.given is not None else 0)
+    return Conditioning(**given, frames=files.conditional_frames if files.given is not None else 0)
 
 
 def _read(name: str, path: Path, fit, shape: tuple[int, ...]) -> Tensor:

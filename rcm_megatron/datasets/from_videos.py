@@ -20,20 +20,11 @@ from tqdm import tqdm
 
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
-from rcm_megatron.data.building import Unit
-from rcm_megatron.data.captions import CaptionError, read_caption
 from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.data.media import to_frames
-from rcm_megatron.data.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
-from rcm_megatron.models.encoders import (
-    CLIPImageEncoder,
-    EncoderError,
-    VideoEncoder,
-    build_image_encoder,
-    image_latent,
-)
-from rcm_megatron.models.encoders.wan_vae import latent_size
-from rcm_megatron.training.building import (
+from rcm_megatron.datasets.build import Unit
+from rcm_megatron.datasets.captions import CaptionError, read_caption
+from rcm_megatron.datasets.ranks import (
     BuildRequest,
     Made,
     encode_texts,
@@ -42,9 +33,18 @@ from rcm_megatron.training.building import (
     report,
     text_facts,
 )
-from rcm_megatron.training.encoding import InputError, check_encoders, video_encoder
-from rcm_megatron.training.given import image_shapes
-from rcm_megatron.training.inference import join
+from rcm_megatron.datasets.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
+from rcm_megatron.inference.conditioning import image_shapes
+from rcm_megatron.inference.encoding import InputError, check_encoders, video_encoder
+from rcm_megatron.inference.networks import init_parallel
+from rcm_megatron.models.encoders import (
+    CLIPImageEncoder,
+    EncoderError,
+    VideoEncoder,
+    build_image_encoder,
+    image_latent,
+)
+from rcm_megatron.models.encoders.wan_vae import latent_size
 
 VIDEOS_NAME = "videos.txt"
 """Line i names the video of key i."""
@@ -70,7 +70,7 @@ def build_from_videos(run: RunConfig, request: VideosRequest) -> None:
     """Encode a folder of captioned videos; every rank takes its share. InputError for what cannot be met, before weights load."""
     size = _clip_size(run, request)
     videos = _find_videos(request.videos)
-    join(run)
+    init_parallel(run)
     build, left = open_build(
         run,
         request,

@@ -127,7 +127,7 @@ def diffusers_forward(model: ModelConfig, folder: Path, given: Input, *, dtype: 
     if model.family == "cosmos":  # no frames given, a whole picture, and time in [0, 1]
         timestep_B, extra["fps"] = timestep_B / 1000, model.cosmos.rope_fps
         extra["padding_mask"] = x_BCTHW.new_zeros(1, 1, *x_BCTHW.shape[-2:])
-        extra["condition_mask"] = torch.zeros_like(x_BCTHW[:, :1]) if model.cosmos.condition_frames else None
+        extra["condition_mask"] = torch.zeros_like(x_BCTHW[:, :1]) if model.cosmos.conditional_frames else None
     extra |= {"timestep": timestep_B, "encoder_hidden_states": given.text_BLD}
     with _own_padding_mask():
         (v_BCTHW,) = network(x_BCTHW, return_dict=False, **extra)

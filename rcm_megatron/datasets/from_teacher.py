@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
-from rcm_megatron.data.building import DatasetBuild, Unit, wait_for
-from rcm_megatron.data.captions import read_prompts
-from rcm_megatron.data.samples import load_negative_embedding
-from rcm_megatron.training.building import (
+from rcm_megatron.data.samples import load_caption_embedding
+from rcm_megatron.datasets.build import DatasetBuild, Unit, wait_for
+from rcm_megatron.datasets.captions import read_prompts
+from rcm_megatron.datasets.ranks import (
     BuildRequest,
     Made,
     checksums,
@@ -29,10 +29,10 @@ from rcm_megatron.training.building import (
     report,
     text_facts,
 )
-from rcm_megatron.training.encoding import InputError, check_encoders
-from rcm_megatron.training.given import image_shapes
-from rcm_megatron.training.inference import join, load_network
-from rcm_megatron.training.sampling import Sampler
+from rcm_megatron.inference.conditioning import image_shapes
+from rcm_megatron.inference.encoding import InputError, check_encoders
+from rcm_megatron.inference.networks import init_parallel, load_network
+from rcm_megatron.inference.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
     """Sample the teacher for every prompt; any layout, data-parallel replicas share the units. InputError for what cannot be met."""
     prompts = [prompt for prompt in read_prompts(request.prompts) for _ in range(request.samples_per_prompt)]
     _check(run, request)
-    groups = join(run)
+    groups = init_parallel(run)
     build, left = open_build(
         run,
         request,
@@ -94,7 +94,7 @@ def _check(run: RunConfig, request: TeacherRequest) -> None:
         raise InputError("got encoders.text=none, need a text encoder for the prompts; set it to umt5 or t5")
     if run.init.teacher is None:
         raise InputError("got init.teacher=null, need a teacher to sample; set it to a checkpoint")
-    given = run.distillation.given_frames
+    given = run.distillation.conditional_frames
     if (given is not None and 0 not in given) or any(image_shapes(run).values()):
         raise InputError("this teacher is given an image or frames, and prompts have none; use the `videos` command")
     if request.steps < 1 or request.samples_per_prompt < 1 or request.shift <= 0:
@@ -121,7 +121,7 @@ def _recipe(run: RunConfig, request: TeacherRequest, prompts: Sequence[str]) -> 
 
 def _negative(run: RunConfig, build: DatasetBuild) -> Tensor:
     path = wait_for(build.negative)
-    return load_negative_embedding(path, text_len=run.model.text_len, text_dim=run.model.text_dim)[:, None]
+    return load_caption_embedding(path, text_len=run.model.text_len, text_dim=run.model.text_dim)[:, None]
 
 
 def _padded(embed_BLD: Tensor, text_len: int) -> Tensor:

@@ -19,13 +19,13 @@ from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
+from rcm_megatron.inference.conditioning import Conditioning
+from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
-from rcm_megatron.training.given import Given
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.sampling import LowNoiseExpert, Sampler
 from rcm_megatron.training.trainer import checkpoint_folder
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
@@ -33,7 +33,7 @@ _STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_scor
 """Where a run's checkpoint holds them: (network, kind), in fp32."""
 
 
-def join(run: RunConfig) -> ParallelGroups:
+def init_parallel(run: RunConfig) -> ParallelGroups:
     """Join the process group of the environment and form the groups of ``run``; quiet on all ranks but the first."""
     platform.install()
     platform.init_distributed()
@@ -104,7 +104,7 @@ class SampleBatches:
     """Of guidance's unconditional branch; None will do without guidance."""
     seed: int
     batch_size: int
-    given: Given = Given()
+    given: Conditioning = Conditioning()
     """What the network is given of a video or image, for all samples."""
 
     def __call__(

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
-from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.models.encoders import (
     VideoEncoder,
     build_image_encoder,
@@ -78,7 +78,7 @@ def encode_image(run: RunConfig, image: Image, *, group: ProcessGroup | None = N
             factor = encoder.spatial_factor
             _warn_if_stretched(image, height=factor * height, width=factor * width)
             pixels_CHW = image_pixels(image, height=factor * height, width=factor * width)
-            return image_latent(encoder, pixels_CHW, frames=1 if model.condition_frames else frames)
+            return image_latent(encoder, pixels_CHW, frames=1 if model.conditional_frames else frames)
 
     def features() -> Tensor:
         with closing(build_image_encoder(run.encoders, model.wan, device=device)) as encoder:
@@ -107,7 +107,7 @@ def load_null_text(run: RunConfig) -> Tensor:
     path, model = run.data.negative_embedding, run.model
     if path is None:
         return encode_captions(run, [None])
-    return load_negative_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None]
+    return load_caption_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None]
 
 
 @contextmanager

@@ -7,34 +7,34 @@ import time
 
 import pytest
 
-from rcm_megatron.training.encoding import InputError
-from rcm_megatron.training.lock import LOCK_FILE, sole_run
+from rcm_megatron.inference.encoding import InputError
+from rcm_megatron.runtime.run_lock import LOCK_FILE, run_lock
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     refused = pytest.raises(InputError, match=r"in which SLURM job 4711 \(process \d+ of .*is training")
-    with sole_run(tmp_path), refused, sole_run(tmp_path, patience=0.2):
+    with run_lock(tmp_path), refused, run_lock(tmp_path, patience=0.2):
         pass
-    with sole_run(tmp_path, patience=0.2):
+    with run_lock(tmp_path, patience=0.2):
         pass
 
 
 def test_it_waits_for_the_run_before_to_end(tmp_path):
-    before = sole_run(tmp_path)
+    before = run_lock(tmp_path)
     before.__enter__()
     timer = threading.Timer(0.3, before.__exit__, (None, None, None))
     start = time.monotonic()
     timer.start()
-    with sole_run(tmp_path, patience=20):
+    with run_lock(tmp_path, patience=20):
         assert time.monotonic() - start >= 0.3
     timer.join()
 
 
 def test_a_run_that_fails_leaves_no_lock(tmp_path):
-    with pytest.raises(ZeroDivisionError), sole_run(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
         raise ZeroDivisionError
-    with sole_run(tmp_path, patience=0):
+    with run_lock(tmp_path, patience=0):
         assert (tmp_path / LOCK_FILE).read_text().startswith("process ")
 
 
@@ -43,5 +43,5 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with sole_run(tmp_path):
+    with run_lock(tmp_path):
         assert "run.lock cannot be locked (No locks available)" in caplog.text

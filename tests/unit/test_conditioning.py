@@ -8,10 +8,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rcm_megatron.config import ConfigError, load_config, validate
+from rcm_megatron.inference.conditioning import (
+    Conditioning,
+    ConditioningFiles,
+    check_conditioning,
+    image_shapes,
+    load_conditioning,
+    with_mask,
+)
+from rcm_megatron.inference.encoding import InputError
 from rcm_megatron.models.encoders import EncoderError
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.training.encoding import InputError
-from rcm_megatron.training.given import Given, GivenFiles, check_given, image_shapes, load_given, with_mask
 
 LATENT = (16, 3, 4, 4)
 SMALL = ["latent.frames=3", "latent.height=4", "latent.width=4"]
@@ -38,7 +45,7 @@ def test_condition_channels_are_the_mask_and_the_images_latent():
     whole = with_mask(latents)
     assert whole.shape == (2, 20, 3, 4, 4)
     assert bool((whole[:, :4, 0] == 1).all()) and not whole[:, :4, 1:].any() and torch.equal(whole[:, 4:], latents)
-    given = Given(image_latent_BCTHW=latents, image_LBD=torch.randn(257, 1, 6))
+    given = Conditioning(image_latent_BCTHW=latents, image_LBD=torch.randn(257, 1, 6))
     shards = []
     for rank in range(2):
         layout = TokenLayout(LATENT, (1, 2, 2), groups=SimpleNamespace(token_shards=2, token_shard=rank))
@@ -55,8 +62,8 @@ def test_condition_channels_are_the_mask_and_the_images_latent():
 
 def test_one_video_is_given_to_every_sample():
     layout = TokenLayout(LATENT, (1, 2, 2), groups=SimpleNamespace(token_shards=1, token_shard=0))
-    assert Given().condition(layout, 2, CPU) is None
-    condition = Given(latent_BCTHW=torch.randn(1, *LATENT), frames=2).condition(layout, 3, CPU)
+    assert Conditioning().condition(layout, 2, CPU) is None
+    condition = Conditioning(latent_BCTHW=torch.randn(1, *LATENT), frames=2).condition(layout, 3, CPU)
     assert condition.frames_B.tolist() == [2, 2, 2] and condition.x0_SBP.shape == (12, 3, 64)
     assert torch.equal(condition.x0_SBP[:, 0], condition.x0_SBP[:, 2])
 
@@ -70,17 +77,17 @@ def test_the_loader_is_asked_for_what_the_network_takes():
 
 def test_files_of_what_the_encoders_make(tmp_path):
     latent, embed = file(tmp_path, "latent", 16, 5, 4, 4), file(tmp_path, "embed", 1, 257, 1280)
-    files = GivenFiles(image_latent=latent, image_embed=embed)
-    check_given(run(I2V), files)
-    given = load_given(run(I2V), files)
+    files = ConditioningFiles(image_latent=latent, image_embed=embed)
+    check_conditioning(run(I2V), files)
+    given = load_conditioning(run(I2V), files)
     assert given.image_latent_BCTHW.shape == (1, *LATENT) and given.image_LBD.shape == (257, 1, 1280)
     assert given.latent_BCTHW is None and given.frames == 0
-    check_given(run(I2V_22), GivenFiles(image_latent=latent))
+    check_conditioning(run(I2V_22), ConditioningFiles(image_latent=latent))
     first = file(tmp_path, "first", 48, 1, 4, 4)
-    given = load_given(run(TI2V), GivenFiles(given=first))
+    given = load_conditioning(run(TI2V), ConditioningFiles(given=first))
     assert given.frames == 1 and given.latent_BCTHW.shape == (1, 48, 3, 4, 4) and not given.latent_BCTHW[:, :, 1:].any()
-    check_given(run(TI2V), GivenFiles())  # it also makes videos of text alone
-    check_given(run(T2V), GivenFiles())
+    check_conditioning(run(TI2V), ConditioningFiles())  # it also makes videos of text alone
+    check_conditioning(run(T2V), ConditioningFiles())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,7 @@ def test_files_of_what_the_encoders_make(tmp_path):
     [
         (T2V, {"image": "picture"}, "got --image .*, but this network takes none; leave it out"),
         (T2V, {"image_latent": "latent"}, "got --image-latent .*, but this network takes none"),
-        (T2V, {"given": "latent"}, r"got --given .*distillation.given_frames=null\); leave it out"),
+        (T2V, {"given": "latent"}, r"got --given .*distillation.conditional_frames=null\); leave it out"),
         (I2V_22, {"image_latent": "latent", "image_embed": "embed"}, "got --image-embed .* takes none"),
         (I2V, {}, "makes a video of an image: give a picture with --image, or --image-latent"),
         (I2V, {"image_latent": "latent"}, "give a picture with --image, or --image-embed"),
@@ -106,15 +113,15 @@ def test_files_of_what_the_encoders_make(tmp_path):
             {"image_latent": "missing", "image_embed": "embed"},
             "--image-latent .*missing.safetensors: .*No such file",
         ),
-        ("cosmos_predict2_2b_video2world", {}, "give its latent with --given, and --given-frames, or a picture"),
+        ("cosmos_predict2_2b_video2world", {}, "give its latent with --given, and --conditional-frames, or a picture"),
     ],
 )
 def test_what_a_network_does_not_take_or_lacks_is_named(tmp_path, name, options, message):
     file(tmp_path, "latent", 16, 3, 4, 4)
     file(tmp_path, "embed", 257, 1280)
-    files = GivenFiles(**{field: tmp_path / f"{stem}.safetensors" for field, stem in options.items()})
+    files = ConditioningFiles(**{field: tmp_path / f"{stem}.safetensors" for field, stem in options.items()})
     with pytest.raises(InputError, match=message):
-        check_given(run(name), files)
+        check_conditioning(run(name), files)
 
 
 def test_a_picture_needs_clip_where_the_network_sees_it_and_is_read_at_once(tmp_path):
@@ -122,11 +129,11 @@ def test_a_picture_needs_clip_where_the_network_sees_it_and_is_read_at_once(tmp_
     (tmp_path / "bad.png").write_text("no picture")
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     with pytest.raises(InputError, match="with encoders.image=none; set it to clip"):
-        check_given(run(I2V, *overrides), GivenFiles(image=tmp_path / "good.png"))
+        check_conditioning(run(I2V, *overrides), ConditioningFiles(image=tmp_path / "good.png"))
     for name, more in ((I2V, ["encoders.image=clip"]), (I2V_22, []), (TI2V, [])):
-        check_given(run(name, *overrides, *more), GivenFiles(image=tmp_path / "good.png"))
+        check_conditioning(run(name, *overrides, *more), ConditioningFiles(image=tmp_path / "good.png"))
         with pytest.raises(EncoderError, match=r"bad\.png cannot be used"):
-            check_given(run(name, *overrides, *more), GivenFiles(image=tmp_path / "bad.png"))
+            check_conditioning(run(name, *overrides, *more), ConditioningFiles(image=tmp_path / "bad.png"))
 
 
 @pytest.mark.parametrize(

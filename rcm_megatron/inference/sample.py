@@ -15,26 +15,26 @@ from torch import Tensor
 
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.media import to_frames, write_mp4
-from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.diffusion.trigflow import needs_guidance
-from rcm_megatron.models.encoders import VideoEncoder
-from rcm_megatron.training.encoding import InputError, check_encoders, encode_captions, load_null_text, video_encoder
-from rcm_megatron.training.given import GivenFiles, check_given, load_given
-from rcm_megatron.training.inference import (
+from rcm_megatron.inference.conditioning import ConditioningFiles, check_conditioning, load_conditioning
+from rcm_megatron.inference.encoding import InputError, check_encoders, encode_captions, load_null_text, video_encoder
+from rcm_megatron.inference.networks import (
     SampleBatches,
     Weights,
-    join,
+    init_parallel,
     load_network,
     low_noise_expert,
     resolve_checkpoint,
     student_draw,
     teacher_draw,
 )
-from rcm_megatron.training.sampling import teacher_evaluations
+from rcm_megatron.inference.sampler import teacher_evaluations
+from rcm_megatron.models.encoders import VideoEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest(GivenFiles):
+class SampleRequest(ConditioningFiles):
     """What to sample. One video for each prompt and each embedding, `copies` times with other noise; all are given the same image."""
 
     weights: Weights
@@ -57,10 +57,10 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     """
     _check(run, request)
     teacher = request.weights == "teacher"
-    groups = join(run)
+    groups = init_parallel(run)
     checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
     names, text_LBD, null_text_L1D = _conditions(run, request)
-    given = load_given(run, request)
+    given = load_conditioning(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
     if teacher:
         draw = teacher_draw(run, steps=request.steps, low_noise=low_noise_expert(run, groups))
@@ -93,7 +93,7 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
         raise InputError(
             "got --prompt with encoders.text=none; set encoders.text to umt5 or t5, or give --embedding files"
         )
-    check_given(run, request)
+    check_conditioning(run, request)
     most = len(run.sampling.student_times) + 1
     if request.weights == "teacher":
         most = request.steps
@@ -114,7 +114,7 @@ def _conditions(run: RunConfig, request: SampleRequest) -> tuple[list[str], Tens
     null_text = text[:, -1:] if own_null else load_null_text(run) if guided else None
     encoded = [text[:, : len(request.prompts)]]
     for path in request.embeddings:
-        encoded.append(load_negative_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None])
+        encoded.append(load_caption_embedding(path, text_len=model.text_len, text_dim=model.text_dim)[:, None])
     names = [*request.prompts, *(path.stem for path in request.embeddings)]
     names = [name for name in names for _ in range(request.copies)]
     return names, torch.cat(encoded, dim=1).repeat_interleave(request.copies, dim=1), null_text

@@ -98,7 +98,7 @@ def _size(run: RunConfig, kind: str) -> list[str]:
 def _kind(run: RunConfig) -> str:
     model = run.model
     if model.family == "cosmos":
-        return "v2w" if model.condition_frames else "t2i"
-    if model.condition_frames:
+        return "v2w" if model.conditional_frames else "t2i"
+    if model.conditional_frames:
         return "ti2v"
     return "i2v" if model.wan is not None and model.wan.condition_channels else "t2v"

@@ -14,16 +14,16 @@ from rcm_megatron.checkpoint.convert import DTYPES, export_diffusers, gather_ful
 from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, folder_texts
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import RunConfig
-from rcm_megatron.models.dit import DiffusionTransformer
-from rcm_megatron.training.inference import Weights, join, load_network, resolve_checkpoint
-from rcm_megatron.training.pipelines import student_companions
-from rcm_megatron.training.verify import (
+from rcm_megatron.inference.networks import Weights, init_parallel, load_network, resolve_checkpoint
+from rcm_megatron.inference.pipelines import student_companions
+from rcm_megatron.inference.verify import (
     diffusers_forward,
     network_forward,
     random_input,
     relative_error,
     require_bound,
 )
+from rcm_megatron.models.dit import DiffusionTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ExportRequest:
 def export(run: RunConfig, request: ExportRequest) -> None:
     """Write the diffusers folder with a README; call on all ranks of any layout. Weights come from fp32 values."""
     check_target(request.output, force=request.force)
-    groups = join(run)
+    groups = init_parallel(run)
     checkpoint = None if request.weights == "teacher" else resolve_checkpoint(run, request.checkpoint)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint, dtype=torch.float32)
     dtype = DTYPES[request.dtype]

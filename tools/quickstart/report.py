@@ -1,9 +1,9 @@
 """Does the quick start's distillation work? Samples teacher and student from the same noise, measures, draws, and judges.
 
-    torchrun --standalone --nproc-per-node 2 tools/quickstart_report.py model_configs/quickstart.yaml
+    torchrun --standalone --nproc-per-node 2 tools/quickstart/report.py model_configs/quickstart.yaml
 
 Writes report.md (the table and the verdicts, also printed), report.json, samples.png and samples.mp4 into <output_dir>/report,
-and one MP4 for each sampler and picture column under videos/. The numbers are those of `rcm_megatron.data.digit_metrics`.
+and one MP4 for each sampler and picture column under videos/. The numbers are those of `tools.quickstart.judge`.
 
 Shapes: C channels, T frames, H, W, N videos, F features.
 """
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,23 +24,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from rcm_megatron import platform
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.config import RunConfig, load_config, validate
-from rcm_megatron.data import digit_metrics, media
-from rcm_megatron.data.synthetic import DIRECTIONS, all_captions, caption_of, make_samples
-from rcm_megatron.parallel.groups import ParallelGroups
-from rcm_megatron.training.encoding import InputError, encode_captions, load_null_text
-from rcm_megatron.training.inference import (
+from rcm_megatron.data import media
+from rcm_megatron.inference.encoding import InputError, encode_captions, load_null_text
+from rcm_megatron.inference.networks import (
     SampleBatches,
     Weights,
-    join,
+    init_parallel,
     load_network,
     resolve_checkpoint,
     student_draw,
     teacher_draw,
 )
-from rcm_megatron.training.sampling import teacher_evaluations
+from rcm_megatron.inference.sampler import teacher_evaluations
+from rcm_megatron.parallel.groups import ParallelGroups
+from tools.quickstart import judge as digit_metrics
+from tools.quickstart.digits import DIRECTIONS, all_captions, caption_of, make_samples
 
 REAL_SEED = 4_000_001
 """Of the held-out real videos that all others are compared with; the next seed draws the ones in the table."""
@@ -272,7 +276,7 @@ def report(run: RunConfig, arguments: argparse.Namespace) -> bool:
     copies = max(2, arguments.videos // len(all_captions()))  # diversity compares videos of one caption
     captions = [caption for caption in all_captions() for _ in range(copies)]
     settings = list(settings_of(run))
-    groups = join(run)
+    groups = init_parallel(run)
     checkpoint = resolve_checkpoint(run, arguments.checkpoint)
     sampled = sample_all(run, settings, captions, groups=groups, checkpoint=checkpoint, batch=arguments.batch)
     world, is_first = dist.get_world_size(), dist.get_rank() == 0

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rcm_megatron import platform
+from rcm_megatron.inference.encoding import InputError
 from rcm_megatron.parallel.broadcast import computed_once
-from rcm_megatron.training.encoding import InputError
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ PATIENCE = 150.0
 
 
 @contextlib.contextmanager
-def sole_run(folder: Path, *, patience: float | None = None) -> Iterator[None]:
+def run_lock(folder: Path, *, patience: float | None = None) -> Iterator[None]:
     """Hold ``folder`` while a run is in it; call it on all ranks. However rank 0's process ends, the lock goes with it.
 
     Raises InputError on all ranks if another process holds it for longer than ``patience`` seconds (PATIENCE).

@@ -1,6 +1,6 @@
 """Builds the quick start's dataset: captioned videos of moving digits as latent shards, their manifest, the negative embedding.
 
-    python tools/build_digits_dataset.py --output data/digits --num-samples 4096
+    python tools/quickstart/build_dataset.py --output data/digits --num-samples 4096
 
 The folder then holds shard_*.tar, manifest.json with its index, and negative_embed.pt (the embedding of the unconditional branch,
 a [L, D] tensor as in NVlabs' `umT5_wan_negative_emb.pt`). Same arguments, same bytes.
@@ -12,12 +12,15 @@ import argparse
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError, Manifest, build_manifest, load_manifest
 from rcm_megatron.data.shards import ShardWriter, TensorFormat, encode_tensor
-from rcm_megatron.data.synthetic import LATENT_SHAPE_CTHW, Split, make_sample
 from rcm_megatron.models.encoders import PixelVideoEncoder, TextEncoder, VideoEncoder, WordTextEncoder
+from tools.quickstart.digits import LATENT_SHAPE_CTHW, Split, make_sample
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from rcm_megatron.config import ParallelConfig
-from rcm_megatron.parallel.stages import Stage, stages_of_rank
+from rcm_megatron.parallel.pipeline_stages import PipelineStage, stages_of_rank
 
 LAYERS = 9
 LAYOUTS = {
@@ -40,5 +40,5 @@ def test_uneven_pieces_are_those_of_the_configuration():
 
 
 def test_a_stage_is_the_whole_network_by_default():
-    stage = Stage(range(3))
+    stage = PipelineStage(range(3))
     assert stage.is_first and stage.is_last and (stage.index, stage.count) == (0, 1)

@@ -1,9 +1,9 @@
 """Print how good a quick-start teacher is at each number of sampling steps and guidance scale.
 
-    OMP_NUM_THREADS=1 python tools/evaluate_teacher.py model_configs/quickstart_teacher --videos 200
+    OMP_NUM_THREADS=1 python tools/quickstart/evaluate_teacher.py model_configs/quickstart_teacher --videos 200
 
 One line per setting: network evaluations for one video, Fréchet distance to held-out real videos, captioned-digit
-accuracy, caption diversity (see `rcm_megatron.data.digit_metrics`). The last lines judge real videos and noise the same way.
+accuracy, caption diversity (see `tools.quickstart.judge`). The last lines judge real videos and noise the same way.
 
 Shapes: B batch, C channels, T frames, H, W, N videos, L text positions, D text width.
 """
@@ -22,9 +22,11 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rcm_megatron.data.digit_metrics import (
+from rcm_megatron.models.encoders import WordTextEncoder
+from tools.quickstart.digits import LATENT_SHAPE_CTHW, all_captions, make_samples
+from tools.quickstart.judge import (
     VideoClassifier,
     caption_diversity,
     captioned_digit_accuracy,
@@ -32,8 +34,6 @@ from rcm_megatron.data.digit_metrics import (
     train_classifier,
     video_features,
 )
-from rcm_megatron.data.synthetic import LATENT_SHAPE_CTHW, all_captions, make_samples
-from rcm_megatron.models.encoders import WordTextEncoder
 
 REAL_SEED = 4_000_001
 """Of the held-out videos that generated ones are compared with."""

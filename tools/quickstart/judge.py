@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rcm_megatron.data.synthetic import (
+from tools.quickstart.digits import (
     DIGIT_WORDS,
     DIRECTION_STEPS,
     DIRECTIONS,

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
-from rcm_megatron.data.building import BuildPlan, BuiltSample, DatasetBuild, Unit, stored, wait_for
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError
-from rcm_megatron.data.samples import load_negative_embedding
+from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.data.shards import TensorFormat, file_sha256
+from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild, Unit, stored, wait_for
+from rcm_megatron.inference.encoding import InputError
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.broadcast import computed_once
-from rcm_megatron.training.encoding import InputError
 from rcm_megatron.training.networks import DTYPES
 
 _POLL_SECONDS = 1.0
@@ -115,7 +115,7 @@ def encode_texts(
     negative_wanted = rank == 0 and bool(left) and not build.negative.exists()
     shape = {"text_len": run.model.text_len, "text_dim": run.model.text_dim}
     if negative_wanted and run.data.negative_embedding is not None:
-        build.put_negative(load_negative_embedding(run.data.negative_embedding, **shape))
+        build.put_negative(load_caption_embedding(run.data.negative_embedding, **shape))
         negative_wanted = False
     if not mine and not negative_wanted:
         return

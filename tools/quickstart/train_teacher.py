@@ -1,6 +1,6 @@
 """Train the quick start's teacher: a small Wan2.1 transformer, on moving digits, by rectified-flow matching.
 
-    OMP_NUM_THREADS=1 python tools/train_quickstart_teacher.py --output /tmp/teacher --minutes 60
+    OMP_NUM_THREADS=1 python tools/quickstart/train_teacher.py --output /tmp/teacher --minutes 60
 
 Runs on one CPU core. A run that was stopped goes on when the same command is given again. `--output` receives
 `state.pt` (to resume), `log.jsonl`, and `diffusers/`, the averaged weights in the layout that `from_pretrained` reads;
@@ -25,11 +25,11 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from rcm_megatron.data.synthetic import make_samples  # noqa: E402
 from rcm_megatron.models.encoders import PixelVideoEncoder, WordTextEncoder  # noqa: E402
+from tools.quickstart.digits import make_samples  # noqa: E402
 
 LOG_STEPS = 50
 MODEL = {
@@ -202,7 +202,7 @@ def readme(trainer: Trainer) -> str:
 
 A Wan2.1-architecture transformer ({megabytes:.1f} MB, fp32) that makes 16x16 videos of two moving digits. Trained from
 random weights on scikit-learn's bundled digit images (`sklearn.datasets.load_digits`: 1,797 images of the UCI "Optical
-Recognition of Handwritten Digits" test set, CC BY 4.0) by `tools/train_quickstart_teacher.py`; no other weights or data.
+Recognition of Handwritten Digits" test set, CC BY 4.0) by `tools/quickstart/train_teacher.py`; no other weights or data.
 
 | | |
 | --- | --- |

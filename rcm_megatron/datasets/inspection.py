@@ -18,7 +18,7 @@ import numpy as np
 from rcm_megatron.data.manifest import KINDS, MANIFEST_NAME, PROMPT, Manifest, Record, load_manifest
 from rcm_megatron.data.samples import decode_tensor
 from rcm_megatron.data.shards import ShardReader, file_sha256
-from rcm_megatron.data.statistics import Statistics
+from rcm_megatron.datasets.statistics import Statistics
 
 _THREADS = 4
 _AHEAD = 32

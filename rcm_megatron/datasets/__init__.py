@@ -1,0 +1,1 @@
+"""Building datasets: sampled from a teacher, or encoded from videos."""

@@ -1,0 +1,8 @@
+"""What a user can cause: one base class, which the command line turns into a message and a status."""
+
+
+class UserError(Exception):
+    """Bad input. The message says what was got, what is needed and what to change."""
+
+    status = 1
+    """Of the process that it ends: 1 for files and requests, 2 for a configuration."""
