@@ -83,7 +83,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from rcm_megatron.checkpoint.errors import CheckpointError
     from rcm_megatron.data.manifest import DatasetError
     from rcm_megatron.data.samples import SampleError
-    from rcm_megatron.inference.encoding import InputError
+    from rcm_megatron.errors import InputError
     from rcm_megatron.models.encoders import EncoderError
     from rcm_megatron.runtime.stopping import PREEMPTED, Preempted
     from rcm_megatron.training import trainer
@@ -180,7 +180,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _named_errors(arguments: argparse.Namespace) -> Iterator[None]:
     """Bad input as one line instead of a traceback."""
     from rcm_megatron.checkpoint.errors import CheckpointError
-    from rcm_megatron.inference.encoding import InputError
+    from rcm_megatron.errors import InputError
     from rcm_megatron.models.encoders import EncoderError
 
     try:

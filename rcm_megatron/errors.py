@@ -6,3 +6,7 @@ class UserError(Exception):
 
     status = 1
     """Of the process that it ends: 1 for files and requests, 2 for a configuration."""
+
+
+class InputError(UserError, ValueError):
+    """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""

@@ -29,7 +29,7 @@ from rcm_megatron.data.samples import SampleError
 from rcm_megatron.data.shards import TENSOR_FORMATS
 from rcm_megatron.datasets.from_teacher import TeacherRequest, build_from_teacher
 from rcm_megatron.datasets.from_videos import VideosRequest, build_from_videos
-from rcm_megatron.inference.encoding import InputError
+from rcm_megatron.errors import InputError
 from rcm_megatron.models.encoders import EncoderError
 
 

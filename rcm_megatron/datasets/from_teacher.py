@@ -29,8 +29,9 @@ from rcm_megatron.datasets.ranks import (
     report,
     text_facts,
 )
+from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import image_shapes
-from rcm_megatron.inference.encoding import InputError, check_encoders
+from rcm_megatron.inference.encoding import check_encoders
 from rcm_megatron.inference.networks import init_parallel, load_network
 from rcm_megatron.inference.sampler import Sampler
 

@@ -34,8 +34,9 @@ from rcm_megatron.datasets.ranks import (
     text_facts,
 )
 from rcm_megatron.datasets.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
+from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import image_shapes
-from rcm_megatron.inference.encoding import InputError, check_encoders, video_encoder
+from rcm_megatron.inference.encoding import check_encoders, video_encoder
 from rcm_megatron.inference.networks import init_parallel
 from rcm_megatron.models.encoders import (
     CLIPImageEncoder,

@@ -12,7 +12,8 @@ from torch import Tensor
 from rcm_megatron.config import RunConfig, WanConfig
 from rcm_megatron.config.model import WAN_MASK_CHANNELS
 from rcm_megatron.data.samples import decode_tensor, fit_image_embedding, fit_latent
-from rcm_megatron.inference.encoding import InputError, encode_image
+from rcm_megatron.errors import InputError
+from rcm_megatron.inference.encoding import encode_image
 from rcm_megatron.models.encoders import load_image
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.pipeline import Condition

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.samples import load_caption_embedding
+from rcm_megatron.errors import InputError
 from rcm_megatron.models.encoders import (
     VideoEncoder,
     build_image_encoder,
@@ -32,10 +33,6 @@ log = logging.getLogger(__name__)
 
 _STRETCH = 1.05
 """Change of a picture's proportions that is worth a word."""
-
-
-class InputError(ValueError):
-    """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""
 
 
 def check_encoders(run: RunConfig) -> None:

@@ -17,8 +17,9 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.data.media import to_frames, write_mp4
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.diffusion.trigflow import needs_guidance
+from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import ConditioningFiles, check_conditioning, load_conditioning
-from rcm_megatron.inference.encoding import InputError, check_encoders, encode_captions, load_null_text, video_encoder
+from rcm_megatron.inference.encoding import check_encoders, encode_captions, load_null_text, video_encoder
 from rcm_megatron.inference.networks import (
     SampleBatches,
     Weights,

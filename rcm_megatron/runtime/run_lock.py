@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rcm_megatron import platform
-from rcm_megatron.inference.encoding import InputError
+from rcm_megatron.errors import InputError
 from rcm_megatron.parallel.broadcast import computed_once
 
 log = logging.getLogger(__name__)

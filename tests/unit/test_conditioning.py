@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from rcm_megatron.config import ConfigError, load_config, validate
+from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import (
     Conditioning,
     ConditioningFiles,
@@ -16,7 +17,6 @@ from rcm_megatron.inference.conditioning import (
     load_conditioning,
     with_mask,
 )
-from rcm_megatron.inference.encoding import InputError
 from rcm_megatron.models.encoders import EncoderError
 from rcm_megatron.models.tokens import TokenLayout
 

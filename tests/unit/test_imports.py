@@ -12,23 +12,24 @@ PACKAGE = ROOT / "rcm_megatron"
 TOOLS = ROOT / "tools"
 KERNELS = ROOT / "kernels" / "rcm_kernels"
 
-MODELS = {"config", "dual", "parallel", "models", "rcm_kernels"}
+MODELS = {"errors", "config", "dual", "parallel", "models", "rcm_kernels"}
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
     "config": {"config", "errors", "registry"},
     "dual": set(),
     "platform": {"config"},
-    "cluster": {"config", "platform", "cluster"},
+    "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "data": {"data"},
     "parallel": {"config", "dual", "parallel", "rcm_kernels"},
     "models": MODELS,
-    "checkpoint": MODELS | {"platform", "checkpoint", "__version__"},
-    "runtime": {"config", "platform", "parallel", "runtime"},
+    "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},
+    "runtime": {"errors", "config", "platform", "parallel", "runtime"},
     "inference": MODELS
     | {"platform", "checkpoint", "diffusion", "data", "runtime", "training", "inference", "__version__"},
-    "datasets": MODELS | {"platform", "checkpoint", "data", "inference", "training", "datasets", "__version__"},
+    "datasets": MODELS
+    | {"errors", "platform", "checkpoint", "data", "inference", "training", "datasets", "__version__"},
     "training": MODELS
     | {"platform", "checkpoint", "diffusion", "data", "runtime", "inference", "training", "__version__"},
 }

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rcm_megatron.inference.encoding import InputError
+from rcm_megatron.errors import InputError
 from rcm_megatron.runtime.run_lock import LOCK_FILE, run_lock
 
 

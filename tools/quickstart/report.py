@@ -30,7 +30,8 @@ from rcm_megatron import platform
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import media
-from rcm_megatron.inference.encoding import InputError, encode_captions, load_null_text
+from rcm_megatron.errors import InputError
+from rcm_megatron.inference.encoding import encode_captions, load_null_text
 from rcm_megatron.inference.networks import (
     SampleBatches,
     Weights,
