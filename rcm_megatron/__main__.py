@@ -121,7 +121,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         "--steps", type=int, help="default: the most of sampling.student_steps, or sampling.teacher_steps"
     )
     parser.add_argument("--prompt", action="append", default=[], help="a caption; may be given several times")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="text file with a caption on each line")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=".txt with a caption a line, or .jsonl")
     parser.add_argument(
         "--embedding", action="append", default=[], type=Path, metavar="FILE", help="an encoded caption [L, D]"
     )
@@ -138,17 +138,19 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
 
 def _sample(arguments: argparse.Namespace) -> None:
     config = _load_for_inference(arguments)
+    from rcm_megatron.data.captions import read_prompts
     from rcm_megatron.inference.conditioning import ConditioningFiles
     from rcm_megatron.inference.sample import SampleRequest, sample
 
     default = config.sampling.teacher_steps if arguments.weights == "teacher" else max(config.sampling.student_steps)
-    lines = arguments.prompts.read_text().splitlines() if arguments.prompts else []
+    with _named_errors(arguments):
+        from_file = read_prompts(arguments.prompts) if arguments.prompts else []
     request = SampleRequest(
         weights=arguments.weights,
         output=arguments.output,
         steps=default if arguments.steps is None else arguments.steps,
         checkpoint=arguments.checkpoint,
-        prompts=[*arguments.prompt, *(line.strip() for line in lines if line.strip())],
+        prompts=[*arguments.prompt, *from_file],
         embeddings=arguments.embedding,
         copies=arguments.copies,
         **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ConditioningFiles)},

@@ -15,6 +15,7 @@ import yaml
 
 from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.run import RunConfig
+from rcm_megatron.text import TextError, read_text
 
 T = TypeVar("T")
 
@@ -53,11 +54,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = _parse(path.read_text())
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; name a YAML file, e.g. one of model_configs/"
-        ) from None
+        data = _parse(read_text(path))
+    except TextError as error:
+        raise ConfigError(f"{error} (need a YAML file, e.g. one of model_configs/)") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):

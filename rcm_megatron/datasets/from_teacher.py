@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
+from rcm_megatron.data.captions import read_prompts
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.datasets.build import DatasetBuild, Unit, wait_for
-from rcm_megatron.datasets.captions import read_prompts
 from rcm_megatron.datasets.ranks import (
     BuildRequest,
     Made,

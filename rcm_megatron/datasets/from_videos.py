@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
+from rcm_megatron.data.captions import CaptionError, read_caption
 from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.data.media import to_frames
+from rcm_megatron.data.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
 from rcm_megatron.datasets.build import Unit
-from rcm_megatron.datasets.captions import CaptionError, read_caption
 from rcm_megatron.datasets.ranks import (
     BuildRequest,
     Made,
@@ -33,7 +34,6 @@ from rcm_megatron.datasets.ranks import (
     report,
     text_facts,
 )
-from rcm_megatron.datasets.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
 from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders, video_encoder

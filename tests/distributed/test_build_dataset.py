@@ -215,7 +215,7 @@ def filmed(tmp_path_factory):
 
 
 def test_videos_become_the_vaes_latents(filmed):
-    from rcm_megatron.datasets.video import ClipReader
+    from rcm_megatron.data.video import ClipReader
     from rcm_megatron.models.encoders import UMT5TextEncoder, WanVideoEncoder
 
     argv, folder, _ = filmed
@@ -261,7 +261,7 @@ def test_image_to_video_networks_get_members_of_the_first_frame(filmed, tmp_path
 
     from rcm_megatron.data.manifest import IMAGE_EMBED, IMAGE_LATENT
     from rcm_megatron.data.media import to_frames
-    from rcm_megatron.datasets.video import ClipReader
+    from rcm_megatron.data.video import ClipReader
     from rcm_megatron.models.encoders import CLIPImageEncoder, WanVideoEncoder
 
     argv, *_ = filmed

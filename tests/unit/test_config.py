@@ -171,8 +171,17 @@ def test_a_file_that_is_no_configuration(tmp_path):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError, match=part):
             load_config(tmp_path / "bad.yaml")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "absent.yaml")
+    (tmp_path / "bad.yaml").write_bytes("name: été\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match="got UTF-16, need UTF-8"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
+    plain = Path(__file__).parents[2] / "model_configs" / "quickstart.yaml"
+    (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
+    assert load_config(tmp_path / "marked.yaml") == load_config(plain)
 
 
 @pytest.mark.parametrize(

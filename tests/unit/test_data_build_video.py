@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rcm_megatron.data.media import read_mp4
-from rcm_megatron.datasets.video import (
+from rcm_megatron.data.video import (
     ClipReader,
     VideoError,
     VideoFacts,

@@ -15,13 +15,14 @@ KERNELS = ROOT / "kernels" / "rcm_kernels"
 MODELS = {"errors", "config", "dual", "parallel", "models", "rcm_kernels"}
 ALLOWED = {
     "errors": set(),
+    "text": {"errors"},
     "registry": {"errors"},
-    "config": {"config", "errors", "registry"},
+    "config": {"config", "errors", "registry", "text"},
     "dual": set(),
     "platform": {"config"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
-    "data": {"data"},
+    "data": {"errors", "text", "data"},
     "parallel": {"config", "dual", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},
