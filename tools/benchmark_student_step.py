@@ -65,7 +65,7 @@ class Bench:
         return measured | {"peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
 
     def kernels(self) -> dict[str, str]:
-        from rcm_megatron.training.networks import DTYPES
+        from rcm_megatron.dtypes import DTYPES
 
         dtype = DTYPES[self.run.precision.params_dtype]
         q = torch.empty(1, 1, 1, self.run.model.head_dim, dtype=dtype, device=platform.device())

@@ -43,8 +43,8 @@ from rcm_megatron.checkpoint.writers import (
     write_safetensors,
 )
 from rcm_megatron.config import ModelConfig
+from rcm_megatron.dtypes import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 # Folder formats: how config.json and weights are written. The others are a single file.
 _FOLDERS: dict[str, tuple[Callable[[ModelConfig], dict[str, Any]], Callable[..., None]]] = {

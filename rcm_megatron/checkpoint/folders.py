@@ -19,11 +19,17 @@ import torch.distributed as dist
 
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.integrity import damaged_files, read_manifest
+from rcm_megatron.config import RunConfig
 
 log = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"iter_(\d{7,})(\.replaced)?")
 _T = TypeVar("_T")
+
+
+def checkpoint_folder(run: RunConfig) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run.output_dir) / "checkpoints"
 
 
 def final_folder(root: Path, iteration: int) -> Path:

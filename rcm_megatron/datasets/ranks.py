@@ -27,10 +27,10 @@ from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.data.shards import TensorFormat, file_sha256
 from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild, Unit, stored, wait_for
+from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import InputError
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.broadcast import computed_once
-from rcm_megatron.training.networks import DTYPES
 
 _POLL_SECONDS = 1.0
 

@@ -14,9 +14,9 @@ from rcm_megatron.config.model import WAN_MASK_CHANNELS
 from rcm_megatron.data.samples import decode_tensor, fit_image_embedding, fit_latent
 from rcm_megatron.errors import InputError
 from rcm_megatron.inference.encoding import encode_image
+from rcm_megatron.inputs import Condition
 from rcm_megatron.models.encoders import load_image
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import Condition
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

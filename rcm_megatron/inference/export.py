@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron import __version__, platform
-from rcm_megatron.checkpoint.convert import DTYPES, export_diffusers, gather_full
+from rcm_megatron.checkpoint.convert import export_diffusers, gather_full
 from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, folder_texts
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import RunConfig
+from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.inference.networks import Weights, init_parallel, load_network, resolve_checkpoint
 from rcm_megatron.inference.pipelines import student_companions
 from rcm_megatron.inference.verify import (

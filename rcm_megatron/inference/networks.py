@@ -16,17 +16,17 @@ from torch import Tensor
 from rcm_megatron import platform
 from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.folders import find_latest
+from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
+from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.training.kernels import choose_kernels
-from rcm_megatron.training.networks import DTYPES, build_chunks, load_weights
-from rcm_megatron.training.trainer import checkpoint_folder
+from rcm_megatron.training.networks import build_chunks, load_weights
 
 Weights = Literal["student", "ema", "fake_score", "teacher"]
 _STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_score": ("fake_score", "main")}

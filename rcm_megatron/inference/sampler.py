@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rcm_megatron.config import SamplingConfig
 from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.noise import SeededDraws
+from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import Condition, NetworkInput, evaluate
+from rcm_megatron.parallel.pipeline import evaluate
 from rcm_megatron.training.objectives import network_input
 
 

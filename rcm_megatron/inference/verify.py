@@ -20,10 +20,11 @@ from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES
 from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, WanConfig
 from rcm_megatron.diffusion.noise import SeededDraws
+from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.groups import initialize_parallel
-from rcm_megatron.parallel.pipeline import Condition, NetworkInput, evaluate
+from rcm_megatron.parallel.pipeline import evaluate
 from rcm_megatron.training.networks import build_chunks, load_weights
 
 BOUND = 1e-5

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import Dual, map_linear, primal_of, recomputed
+from rcm_megatron.inputs import Condition
 from rcm_megatron.models.conditional_frames import TIME_UNIT, of_tokens
 from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
 from rcm_megatron.models.dual_ops import (
@@ -37,7 +38,6 @@ from rcm_megatron.models.layers import (
 from rcm_megatron.models.rope import rope_frequencies, stretched_thetas
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
-from rcm_megatron.parallel.pipeline import Condition
 from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
 ROPE_FPS = 24.0

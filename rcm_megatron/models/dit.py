@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import Dual, as_message, from_message, map_linear, recomputed
+from rcm_megatron.inputs import Condition
 from rcm_megatron.models.conditional_frames import frame_timesteps, lead_to, where_known, with_graph
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.layers import wide_dtype
 from rcm_megatron.models.recompute import run_block
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
-from rcm_megatron.parallel.pipeline import Condition
 from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import ModelConfig, WanConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
+from rcm_megatron.inputs import Condition
 from rcm_megatron.models.conditional_frames import of_tokens
 from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu, gelu_tanh, layer_norm_modulate, silu
@@ -21,7 +22,6 @@ from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, Rep
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
-from rcm_megatron.parallel.pipeline import Condition
 from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
 

@@ -11,7 +11,6 @@ every stage: the first needs them as the next pass's input, and all stages then 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,48 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from rcm_megatron.dual import BATCH_DIM, Dual, shape_of
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """What a network is told of the video itself; which fields are there is the network's matter. Nothing in it carries a tangent."""
-
-    x0_SBP: Tensor | None = None
-    """Clean tokens of this rank; those of frames that are not given are not used."""
-    frames_B: Tensor | None = None
-    """How many latent frames of each sample are given, 0 or more; goes with ``x0_SBP``."""
-    channels_SBE: Tensor | None = None
-    """Tokens of this rank of the channels that are concatenated to the latent's, patchified as the latent is (Wan's image-to-video: a mask
-    and the image's latent); E = condition_channels * patch_volume."""
-    image_LBD: Tensor | None = None
-    """CLIP features of the image, equal on all ranks of the sample: [257, B, 1280], or 2 * 257 of first and last frame."""
-
-    def repeated(self, times: int) -> "Condition":
-        """For a batch that holds every sample ``times`` times, one after the other."""
-        return Condition(**{name: torch.cat([value] * times, dim) for name, value, dim in self._present()})
-
-    def chunk(self, parts: int) -> "list[Condition]":
-        """For a batch in ``parts`` equal parts."""
-        chunks = {name: value.chunk(parts, dim) for name, value, dim in self._present()}
-        return [Condition(**{name: values[part] for name, values in chunks.items()}) for part in range(parts)]
-
-    def _present(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Name, value and batch dimension of the fields that are there."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                yield field.name, value, 0 if field.name == "frames_B" else BATCH_DIM
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkInput:
-    """What a network sees of one micro-batch: tokens [S, B, P], timestep [1, B], text [L, B, D]; Duals for a JVP."""
-
-    x_SBP: Tensor | Dual
-    timestep_1B: Tensor | Dual
-    text_LBD: Tensor
-    condition: Condition | None = None
-
+from rcm_megatron.inputs import NetworkInput
 
 LossFunction = Callable[[Tensor | Dual], tuple[Tensor, dict[str, Tensor]]]
 """Output of the network -> (scalar loss, what it reports). Called on the last stage only."""

@@ -14,6 +14,7 @@ from rcm_megatron.checkpoint.convert import load_into
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, RunConfig
+from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.cosmos import CosmosModel
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec, local_layer_spec
@@ -29,7 +30,6 @@ from rcm_megatron.training.objectives import Networks
 from rcm_megatron.training.optimizer import wrap_ddp
 
 FAMILIES: dict[str, type[DiffusionTransformer]] = {"wan": WanModel, "cosmos": CosmosModel}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_chunks(

@@ -17,10 +17,9 @@ from rcm_megatron.config import DistillationConfig, TimeDistribution
 from rcm_megatron.diffusion import losses, samplers, timesteps, trigflow
 from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.dual import Dual
+from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.pipeline import (
-    Condition,
-    NetworkInput,
     accumulate_gradients,
     evaluate,
     share_from_last_stage,

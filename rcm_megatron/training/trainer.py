@@ -18,7 +18,7 @@ import torch.distributed as dist
 from rcm_megatron import platform
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.folders import find_latest
+from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
 from rcm_megatron.checkpoint.saver import CheckpointSaver
 from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
@@ -283,10 +283,6 @@ class Trainer:
         self.loader.load_state_dict(saved["data"])
         if dist.get_rank() == 0:
             print(f"resuming at iteration {self.progress.iteration} from {latest}", flush=True)
-
-
-def checkpoint_folder(run: RunConfig) -> Path:
-    return Path(run.output_dir) / "checkpoints"
 
 
 def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:

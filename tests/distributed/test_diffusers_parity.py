@@ -65,7 +65,7 @@ def measure(parallel, states):
 
 
 def network_input(name, chunk):
-    from rcm_megatron.parallel.pipeline import NetworkInput
+    from rcm_megatron.inputs import NetworkInput
 
     case, inputs, shard, condition = CASES[name], inputs_of(name), chunk.layout.shard, ()
     times = (

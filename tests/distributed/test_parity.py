@@ -202,7 +202,8 @@ def whole_batch(groups, values):
 def bare_network(networks):
     """v and t_v of the student for random dual inputs, on every rank."""
     from rcm_megatron.dual import Dual
-    from rcm_megatron.parallel.pipeline import NetworkInput, evaluate
+    from rcm_megatron.inputs import NetworkInput
+    from rcm_megatron.parallel.pipeline import evaluate
 
     layout, draws = networks.layout, SeededDraws(98, 0, range(3))
     x, t_x = (layout.shard(draws.normal(name, LATENT.shape_CTHW)) for name in ("x", "t_x"))

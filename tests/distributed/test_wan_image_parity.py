@@ -11,7 +11,7 @@ import torch
 
 from rcm_megatron.config import WanConfig
 from rcm_megatron.diffusion.noise import SeededDraws
-from rcm_megatron.parallel.pipeline import Condition
+from rcm_megatron.inputs import Condition
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import Layout

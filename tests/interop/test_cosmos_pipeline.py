@@ -23,8 +23,8 @@ from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import export_diffusers
 from rcm_megatron.config import ParallelConfig
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
+from rcm_megatron.inputs import Condition
 from rcm_megatron.models.encoders import T5TextEncoder, WanVideoEncoder
-from rcm_megatron.parallel.pipeline import Condition
 from tests.helpers import assert_close
 from tests.interop.pipelines import SamplersNoise
 from tests.unit.test_cosmos_model import VIDEO, Case, network_config, without_torchvision

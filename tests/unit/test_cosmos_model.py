@@ -17,7 +17,7 @@ from rcm_megatron import platform
 from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.diffusion import trigflow
 from rcm_megatron.dual import Dual
-from rcm_megatron.parallel.pipeline import Condition
+from rcm_megatron.inputs import Condition
 from tests.helpers import assert_close
 
 STOCK_BOUND, TANGENT_BOUND, GRADIENT_BOUND = 1e-5, 1e-5, 1e-5

@@ -25,8 +25,9 @@ from rcm_megatron.config import (
 )
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
+from rcm_megatron.inputs import Condition
 from rcm_megatron.parallel.groups import initialize_parallel
-from rcm_megatron.parallel.pipeline import Condition, unwrapped
+from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.training import flops as flops_module
 from rcm_megatron.training.flops import Throughput, network_flops, passes_of, peak_tflops
 from rcm_megatron.training.networks import build_chunks, build_networks, load_weights, seeded_weights

@@ -12,18 +12,20 @@ PACKAGE = ROOT / "rcm_megatron"
 TOOLS = ROOT / "tools"
 KERNELS = ROOT / "kernels" / "rcm_kernels"
 
-MODELS = {"errors", "config", "dual", "parallel", "models", "rcm_kernels"}
+MODELS = {"errors", "config", "dtypes", "dual", "inputs", "parallel", "models", "rcm_kernels"}
 ALLOWED = {
     "errors": set(),
     "text": {"errors"},
     "registry": {"errors"},
     "config": {"config", "errors", "registry", "text"},
+    "dtypes": set(),
     "dual": set(),
+    "inputs": {"dual"},
     "platform": {"config"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "data": {"errors", "text", "data"},
-    "parallel": {"config", "dual", "parallel", "rcm_kernels"},
+    "parallel": {"config", "dual", "inputs", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},
     "runtime": {"errors", "config", "platform", "parallel", "runtime"},

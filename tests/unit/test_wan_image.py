@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rcm_megatron.config import WanConfig
 from rcm_megatron.diffusion import trigflow
 from rcm_megatron.dual import Dual
+from rcm_megatron.inputs import Condition
 from rcm_megatron.models import dual_ops
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.parallel.pipeline import Condition
 from tests.helpers import assert_close
 from tests.unit import test_wan_model as plain
 from tests.unit.test_wan_model import GRADIENT_BOUND, STOCK_BOUND, TANGENT_BOUND, WIDE_SINUSOID_BOUND, groups

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rcm_kernels.benchmark import DTYPES
 from rcm_kernels.fused import gated_residual, gelu_tanh, layer_norm_modulate, rms_norm_rope
 from rcm_kernels.fused.launcher import recorded
 
@@ -25,7 +26,6 @@ SIZES = ((5120, 40, 128), (1536, 12, 128), (5120, 10, 128))
 FFN = 13824
 TOKENS = 32760
 OPTIONS = ("num_warps", "maxnreg")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def launches(dtype=torch.bfloat16, sizes=SIZES):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from rcm_megatron.config import ConfigError, EncodersConfig, WanConfig
+from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.encoders.base import EncoderError, TextEncoder, VideoEncoder
 from rcm_megatron.models.encoders.clip import CLIPImageEncoder
 from rcm_megatron.models.encoders.pretrained import folder_problems
@@ -16,7 +17,6 @@ from rcm_megatron.models.encoders.quickstart import PixelVideoEncoder, WordTextE
 from rcm_megatron.models.encoders.t5 import T5TextEncoder, UMT5TextEncoder
 from rcm_megatron.models.encoders.wan_vae import WanVideoEncoder
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CPU = torch.device("cpu")
 
 
@@ -27,7 +27,7 @@ def build_video_encoder(config: EncodersConfig, *, channels: int, device: torch.
     if config.video == "pixels":
         return PixelVideoEncoder(channels=channels)
     folder = Path(config.folder) / "vae"
-    encoder = WanVideoEncoder(folder, dtype=_DTYPES[config.vae_dtype], device=device, tiling=config.vae_tiling)
+    encoder = WanVideoEncoder(folder, dtype=DTYPES[config.vae_dtype], device=device, tiling=config.vae_tiling)
     if encoder.latent_channels != channels:
         raise EncoderError(
             f"{folder} has latents of {encoder.latent_channels} channels, need {channels}; use its sibling"
@@ -51,7 +51,7 @@ def build_text_encoder(
     encoder = build(
         config.folder,
         text_len=text_len,
-        dtype=_DTYPES[name],
+        dtype=DTYPES[name],
         device=device,
         negative_prompt=config.negative_prompt,
     )
