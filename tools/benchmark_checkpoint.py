@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcm_megatron import platform
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 
-platform.install()
+prepare_megatron()
 
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint  # noqa: E402
 from rcm_megatron.checkpoint.folders import find_latest  # noqa: E402
@@ -65,7 +66,7 @@ class Training:
         self.networks = build_networks(run, self.groups)
         self.optimizer = build_optimizer(self.networks["student"], run.student_optimizer)
         self.ema = PowerEMA(self.optimizer, 0.1)
-        draws, device = SeededDraws(0, 0, [self.groups.dp_rank]), platform.device()
+        draws, device = SeededDraws(0, 0, [self.groups.dp_rank]), this_device()
         text = draws.normal("text", (run.model.text_len, run.model.text_dim)).transpose(0, 1).to(device)
         latent = self.networks.layout.shard(draws.normal("latent", run.latent.shape_CTHW).to(device))
         self.batch = MicroBatch(latent, text, torch.zeros_like(text), draws)
@@ -102,7 +103,7 @@ def save(training: Training, saver: CheckpointSaver, iteration: int) -> dict[str
 
 def everywhere(condition: bool) -> bool:
     """Whether it holds on all ranks."""
-    held = torch.tensor(int(condition), device=platform.device())
+    held = torch.tensor(int(condition), device=this_device())
     dist.all_reduce(held, dist.ReduceOp.MIN)
     return bool(held)
 
@@ -158,7 +159,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = provenance()
-    platform.init_distributed()
+    init_distributed()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         shared = [temporary]
         dist.broadcast_object_list(shared, src=0)

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcm_megatron import platform
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 
-platform.install()
+prepare_megatron()
 
 from rcm_megatron.config import (  # noqa: E402
     LossWeights,
@@ -91,7 +92,7 @@ class Rank:
 
     def _batch(self) -> MicroBatch:
         layout, model, rank = self.networks["resident"].layout, self.run.model, self.groups.dp_rank
-        draws, device = SeededDraws(0, 0, [rank]), platform.device()
+        draws, device = SeededDraws(0, 0, [rank]), this_device()
         text = draws.normal("text", (model.text_len, model.text_dim)).transpose(0, 1).to(device)
         latent = draws.normal("latent", self.run.latent.shape_CTHW).to(device)
         return MicroBatch(layout.shard(latent), text, torch.zeros_like(text), draws)
@@ -250,7 +251,7 @@ def main() -> None:
         sys.exit(start_ranks(args.ranks))
     torch.set_num_threads(1)
     source = provenance() | {"date": time.strftime("%Y-%m-%d")}
-    platform.init_distributed()
+    init_distributed()
     result = {"provenance": source, **measure(args)}
     if dist.get_rank() == 0:
         args.output.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")

@@ -27,12 +27,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcm_kernels.fused import select_ops
-from rcm_megatron import platform
 from rcm_megatron.config import LatentConfig, ParallelConfig
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.groups import initialize_parallel
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 from tools.measuring import TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model
 
@@ -47,7 +48,7 @@ class Bench:
         chunks = build_chunks(model, latent, ParallelConfig(), groups=groups, params_dtype=DTYPES[args.dtype])
         load_weights(chunks, seeded_weights(model, seed=0))
         self.network: WanModel = chunks[0]
-        generator, device = torch.Generator().manual_seed(1), platform.device()
+        generator, device = torch.Generator().manual_seed(1), this_device()
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device)
@@ -149,8 +150,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     check_sizes(hidden=args.hidden, head_dim=args.head_dim, tokens=args.tokens)
     select_ops(args.fused)
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     result = {**measure(args), **provenance()}
     print(json.dumps(result, indent=2))
     if args.output:

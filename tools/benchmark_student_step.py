@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from rcm_kernels import flash_attention, flash_attention_jvp, fused  # noqa: E402
-from rcm_megatron import platform  # noqa: E402
 from rcm_megatron.config import load_config  # noqa: E402
+from rcm_megatron.platform.device import init_distributed, this_device  # noqa: E402
+from rcm_megatron.platform.megatron import prepare_megatron  # noqa: E402
 from tools.scaling_points import STEPS, make_points  # noqa: E402
 
 SETTINGS = ("none", "all", *(f"all-{op}" for op in fused.OPS))
@@ -68,7 +69,7 @@ class Bench:
         from rcm_megatron.dtypes import DTYPES
 
         dtype = DTYPES[self.run.precision.params_dtype]
-        q = torch.empty(1, 1, 1, self.run.model.head_dim, dtype=dtype, device=platform.device())
+        q = torch.empty(1, 1, 1, self.run.model.head_dim, dtype=dtype, device=this_device())
         return {
             "attention": flash_attention.backend_for(q).name,
             "attention_with_tangent": flash_attention_jvp.backend_for(q),
@@ -132,8 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() and args.settings != ["none"]:
         sys.exit("got no CUDA device; need one for the fused kernels; fix: run this on a GPU, or --settings none")
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     from tools.measuring import provenance
 
     result = measure(args) | {"provenance": provenance()}

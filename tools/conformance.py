@@ -20,10 +20,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcm_megatron import platform
+from rcm_megatron.platform.device import init_distributed
+from rcm_megatron.platform.megatron import prepare_megatron
 from tools.golden import Golden, GoldenCase, ReplayDraws, load_golden, relative_error
 
-platform.install()
+prepare_megatron()
 
 from rcm_megatron.checkpoint.convert import gather_full  # noqa: E402
 from rcm_megatron.checkpoint.formats import from_internal  # noqa: E402
@@ -237,7 +238,7 @@ def build(golden: Golden, parallel: ParallelConfig) -> Networks:
 def conform(path: str, parallel: ParallelConfig, *, micro_batch_size: int = 1, cases: list[str] | None = None) -> dict:
     """Errors per case name, as this rank sees them (gradients where they are gathered, outputs of losses on the last stage)."""
     golden = load_golden(path)
-    platform.init_distributed()
+    init_distributed()
     networks = build(golden, parallel)
     chosen = [case for case in golden.cases if not cases or case.name in cases]
     report = {"network": list(network_errors(golden, networks))}

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 
-platform.install()
+prepare_megatron()
 
 from rcm_megatron.config import InitConfig  # noqa: E402
 from rcm_megatron.data.dali import micro_batch_indices  # noqa: E402
@@ -75,7 +76,7 @@ class Rank:
             self._step(stage.name)
 
     def _micro_batch(self, index: int) -> MicroBatch:
-        size, model, device = self.run.trainer.micro_batch_size, self.run.model, platform.device()
+        size, model, device = self.run.trainer.micro_batch_size, self.run.model, this_device()
         place = {"micro_batch_size": size, "dp_rank": self.groups.dp_rank, "dp_size": self.groups.dp_size}
         draws = SeededDraws(0, 0, micro_batch_indices(first=0, micro_batch=index, **place))
         latent, *text = (
@@ -167,7 +168,7 @@ def serve(connection: Connection, spec: dict[str, Any], environment: dict[str, s
     os.environ.update(environment)
     torch.set_num_threads(threads)
     try:
-        platform.init_distributed()
+        init_distributed()
         rank = Rank(point_from_dict(spec))
         connection.send(rank.facts())
         while (name := connection.recv()) is not None:
@@ -181,7 +182,7 @@ def serve(connection: Connection, spec: dict[str, Any], environment: dict[str, s
 
 def run_alone(spec: dict[str, Any], *, repeats: int, output: Path, provenance: dict[str, Any]) -> None:
     """A rank that torchrun or srun starts: measures the point by itself; rank 0 writes ``output``."""
-    platform.init_distributed()
+    init_distributed()
     point = point_from_dict(spec)
     rank = Rank(point)
     steps: dict[str, list[dict[str, Any]]] = {stage.name: [] for stage in point.run.stages}

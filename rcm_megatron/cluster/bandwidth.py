@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
+from rcm_megatron.platform.device import this_device
 
 REPEATS = 6
 """The best of them counts; the first also connects the ranks."""
@@ -50,7 +50,7 @@ def neighbours(nodes: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
 def _bus_bandwidth(group: dist.ProcessGroup) -> float:
     """GB/s on each link of a ring: 2 (n - 1) / n of the bytes pass it."""
     size = group.size()
-    numbers = torch.empty(2**24 if torch.cuda.is_available() else 2**18, device=platform.device())
+    numbers = torch.empty(2**24 if torch.cuda.is_available() else 2**18, device=this_device())
     best = float("inf")
     for _ in range(REPEATS):
         numbers.fill_(1.0)

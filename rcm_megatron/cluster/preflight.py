@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
 from rcm_megatron.cluster.bandwidth import measure
 from rcm_megatron.cluster.report import Report, look, node_name
 from rcm_megatron.cluster.verdict import Findings, nodes_of_ranks
 from rcm_megatron.config import RunConfig
+from rcm_megatron.platform.device import backend
 
 BAD_NODE = 3
 """Exit status when a node is not fit to train on."""
@@ -168,7 +168,7 @@ def _measure(store: dist.Store, nodes: Sequence[str], rank: int, *, timeout: flo
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         dist.init_process_group(
-            platform.backend(),
+            backend(),
             store=dist.PrefixStore("group", store),
             rank=rank,
             world_size=len(nodes),

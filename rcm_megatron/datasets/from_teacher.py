@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.captions import read_prompts
 from rcm_megatron.data.samples import load_caption_embedding
@@ -34,6 +33,7 @@ from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders
 from rcm_megatron.inference.networks import init_parallel, load_network
 from rcm_megatron.inference.sampler import Sampler
+from rcm_megatron.platform.device import this_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
 
 @torch.no_grad()
 def _draw(request: TeacherRequest, network: list, unit: Unit, text_BLD: Tensor, null_L1D: Tensor) -> Tensor:
-    device = platform.device()
+    device = this_device()
     null_LBD = null_L1D.to(device).expand(-1, len(unit.indices), -1)
     text_LBD = text_BLD.transpose(0, 1).to(device)
     sampler = Sampler(network, network[0].layout, text_LBD, null_LBD, request.seed, list(unit.indices))

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.captions import CaptionError, read_caption
 from rcm_megatron.data.manifest import DatasetError
@@ -46,6 +45,7 @@ from rcm_megatron.models.encoders import (
     image_latent,
 )
 from rcm_megatron.models.encoders.wan_vae import latent_size
+from rcm_megatron.platform.device import this_device
 
 VIDEOS_NAME = "videos.txt"
 """Line i names the video of key i."""
@@ -83,7 +83,7 @@ def build_from_videos(run: RunConfig, request: VideosRequest) -> None:
         encode_texts(run, build, left, lambda unit: [_caption_or_empty(videos[index]) for index in unit.indices])
         if dist.get_rank() == 0:
             build.put_file(VIDEOS_NAME, "".join(f"{_name(request, path)}\n" for path in videos).encode())
-        reader = ClipReader(**size, fps=request.fps, device=platform.device())
+        reader = ClipReader(**size, fps=request.fps, device=this_device())
         with video_encoder(run) as encoder, _image_encoder(run) as clip:
             maker = _Maker(run, request, videos, reader, encoder, clip)
 
@@ -142,7 +142,7 @@ def _image_encoder(run: RunConfig) -> Iterator[CLIPImageEncoder | None]:
     if image_shapes(run)["image_embed_shape"] is None:
         yield None
         return
-    with closing(build_image_encoder(run.encoders, run.model.wan, device=platform.device())) as encoder:
+    with closing(build_image_encoder(run.encoders, run.model.wan, device=this_device())) as encoder:
         yield encoder
 
 
@@ -194,7 +194,7 @@ def _find_videos(folder: Path) -> list[Path]:
     reasons = []
     for path in videos[:_PROBED]:
         try:
-            check_codec(probe(path).codec, on_gpu=platform.device().type == "cuda")
+            check_codec(probe(path).codec, on_gpu=this_device().type == "cuda")
             read_caption(path)
             return videos
         except (VideoError, CaptionError) as error:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError
 from rcm_megatron.data.samples import load_caption_embedding
@@ -31,6 +30,7 @@ from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import InputError
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.broadcast import computed_once
+from rcm_megatron.platform.device import this_device
 
 _POLL_SECONDS = 1.0
 
@@ -103,7 +103,7 @@ def open_build(
             raise InputError(str(error)) from error
 
     units = plan.units()
-    return build, [units[number] for number in computed_once(prepare, device=platform.device()).tolist()]
+    return build, [units[number] for number in computed_once(prepare, device=this_device()).tolist()]
 
 
 def encode_texts(
@@ -119,7 +119,7 @@ def encode_texts(
         negative_wanted = False
     if not mine and not negative_wanted:
         return
-    with closing(build_text_encoder(run.encoders, **shape, device=platform.device())) as encoder:
+    with closing(build_text_encoder(run.encoders, **shape, device=this_device())) as encoder:
         if negative_wanted:
             build.put_negative(encoder.encode([encoder.negative_prompt])[0])
         for unit in tqdm(mine, "captions", unit="batch", disable=rank > 0, mininterval=_bar_interval()):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.errors import InputError
@@ -24,6 +23,7 @@ from rcm_megatron.models.encoders import (
     image_pixels,
 )
 from rcm_megatron.parallel.broadcast import computed_once
+from rcm_megatron.platform.device import this_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,13 +50,13 @@ def encode_captions(run: RunConfig, captions: Sequence[str | None], *, group: Pr
     """
 
     def encode() -> Tensor:
-        model, device = run.model, platform.device()
+        model, device = run.model, this_device()
         encoder = build_text_encoder(run.encoders, text_len=model.text_len, text_dim=model.text_dim, device=device)
         with closing(encoder):
             return encoder.encode([encoder.negative_prompt if text is None else text for text in captions])
 
     try:
-        return computed_once(encode, device=platform.device(), group=group).float().transpose(0, 1)
+        return computed_once(encode, device=this_device(), group=group).float().transpose(0, 1)
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -67,7 +67,7 @@ def encode_image(run: RunConfig, image: Image, *, group: ProcessGroup | None = N
     T is the run's, with grey after the picture; or 1 for a network that is given frames. Call on all ranks of `group` (default: all
     ranks): its first one loads the run's encoders one after the other and frees them. InputError on all of them where that fails.
     """
-    model, device = run.model, platform.device()
+    model, device = run.model, this_device()
 
     def latent() -> Tensor:
         _, frames, height, width = run.latent.shape_CTHW
@@ -113,5 +113,5 @@ def video_encoder(run: RunConfig, *, wanted: bool = True) -> Iterator[VideoEncod
     if run.encoders.video == "none" or not wanted:
         yield None
         return
-    with closing(build_video_encoder(run.encoders, channels=run.latent.channels, device=platform.device())) as encoder:
+    with closing(build_video_encoder(run.encoders, channels=run.latent.channels, device=this_device())) as encoder:
         yield encoder

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import __version__, platform
+from rcm_megatron import __version__
 from rcm_megatron.checkpoint.convert import export_diffusers, gather_full
 from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, folder_texts
 from rcm_megatron.checkpoint.writers import check_target
@@ -25,6 +25,7 @@ from rcm_megatron.inference.verify import (
     require_bound,
 )
 from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.platform.device import this_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class _Comparison:
         self._conclude(0.0)
 
     def _conclude(self, error: float) -> None:
-        found = torch.tensor([error], dtype=torch.float64, device=platform.device())
+        found = torch.tensor([error], dtype=torch.float64, device=this_device())
         dist.broadcast(found, src=0)
         what = f"what was exported, in {DIFFUSERS_CLASSES[self._model.family]},"
         require_bound(float(found), what=what, reference=f"the trained network on {self._ranks} rank(s)")

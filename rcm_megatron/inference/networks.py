@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
 
-from rcm_megatron import platform
 from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
@@ -25,6 +24,8 @@ from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.networks import build_chunks, load_weights
 
@@ -35,8 +36,8 @@ _STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_scor
 
 def init_parallel(run: RunConfig) -> ParallelGroups:
     """Join the process group of the environment and form the groups of ``run``; quiet on all ranks but the first."""
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
     return initialize_parallel(run.parallel)
 
@@ -111,7 +112,7 @@ class SampleBatches:
         self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """(sample indices, latents [B, C, T, H, W]) of each batch; `draw` calls one of `Sampler`'s methods."""
-        layout, device = network[0].layout, platform.device()
+        layout, device = network[0].layout, this_device()
         mine = list(range(layout.groups.dp_rank, self.text_LBD.shape[1], layout.groups.dp_size))
         for start in range(0, len(mine), self.batch_size):
             indices = mine[start : start + self.batch_size]

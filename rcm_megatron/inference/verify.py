@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm_megatron import platform
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES
@@ -25,6 +24,8 @@ from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import evaluate
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training.networks import build_chunks, load_weights
 
 BOUND = 1e-5
@@ -94,7 +95,7 @@ def network_forward(network: Sequence[DiffusionTransformer], given: Input, *, dt
     for chunk in network:
         for parameter in chunk.parameters():
             parameter.copy_(parameter.to(dtype or parameter.dtype))
-    device, layout = platform.device(), network[0].layout
+    device, layout = this_device(), network[0].layout
     x_SBP = layout.shard(given.x_BCTHW.to(device))
     text_LBD = given.text_BLD.transpose(0, 1).to(device)
     network_input = NetworkInput(x_SBP, given.timestep_B[None].to(device), text_LBD, _condition(given, layout, device))
@@ -191,8 +192,8 @@ def _one_rank() -> Iterator:
     """Process groups of this process alone."""
     from megatron.core import parallel_state
 
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     try:
         yield initialize_parallel(ParallelConfig())
     finally:

@@ -13,9 +13,9 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from rcm_megatron import platform
 from rcm_megatron.errors import InputError
 from rcm_megatron.parallel.broadcast import computed_once
+from rcm_megatron.platform.device import this_device
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run_lock(folder: Path, *, patience: float | None = None) -> Iterator[None]:
         held.append(_locked(folder / LOCK_FILE, PATIENCE if patience is None else patience))
         return torch.zeros(())
 
-    computed_once(take, device=platform.device())
+    computed_once(take, device=this_device())
     try:
         yield
     finally:

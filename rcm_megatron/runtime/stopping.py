@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
+from rcm_megatron.platform.device import this_device
 
 PREEMPTED = 85
 """Exit status of a run that was told to stop and has saved a checkpoint: start it again."""
@@ -32,7 +32,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether a signal has reached any rank: one answer on all. Call it on all ranks, at the end of a step."""
-        noted = torch.tensor(int(self.noted), device=platform.device())
+        noted = torch.tensor(int(self.noted), device=this_device())
         dist.all_reduce(noted, op=dist.ReduceOp.MAX)
         return bool(noted)
 

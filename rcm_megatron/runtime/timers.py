@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
-from rcm_megatron import platform
 from rcm_megatron.parallel.pipeline import unwrapped
+from rcm_megatron.platform.device import this_device
 
 PHASES = {
     "data": "waiting for the loader",
@@ -156,7 +156,7 @@ def step_seconds(seconds: dict[str, float]) -> dict[str, float]:
     communication = sum(seconds[name] for name in COMMUNICATION)
     named = present | {"communication": communication, "step": sum(seconds.values())}
     if dist.get_world_size() > 1:
-        slowest = torch.tensor(list(seconds.values()), dtype=torch.float64, device=platform.device())
+        slowest = torch.tensor(list(seconds.values()), dtype=torch.float64, device=this_device())
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         of_all = zip(seconds, slowest.tolist(), strict=True)
         named |= {f"max/{name}": value for name, value in of_all if value > 0}

@@ -5,8 +5,8 @@ import logging
 import torch
 
 from rcm_kernels import flash_attention, flash_attention_jvp, fused
-from rcm_megatron import platform
 from rcm_megatron.config import ModelConfig, PrecisionConfig
+from rcm_megatron.platform.device import this_device
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def choose_kernels(model: ModelConfig, precision: PrecisionConfig, *, dtype: tor
     warning.
     """
     fused.select_ops(precision.fused_ops)
-    q = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=platform.device())
+    q = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=this_device())
     plain, dual = flash_attention.backend_for(q).name, flash_attention_jvp.backend_for(q)
     ops = [op for op in fused.OPS if fused.kernel_for(op, q) is not None]
     log.info("attention: %s; with tangent: %s; fused operations: %s", plain, dual, ", ".join(ops) or "none")

@@ -17,10 +17,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-from rcm_megatron import platform
 from rcm_megatron.config import ConfigError, RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.parallel.optimizer_shards import owned_shards
+from rcm_megatron.platform.device import this_device
 
 
 def check_memory(run: RunConfig, *, has_cuda: bool) -> None:
@@ -56,7 +56,7 @@ def shard_weights(
     """
     if group.size() == 1 and not offload:
         return list(chunks)
-    mesh = DeviceMesh.from_group(group, platform.device().type)
+    mesh = DeviceMesh.from_group(group, this_device().type)
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for chunk in chunks:
         for module in (*chunk.blocks.values(), chunk):

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import load_into
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
@@ -23,6 +22,8 @@ from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline_stages import stages_of_rank
+from rcm_megatron.parallel.transformer_config import transformer_config
+from rcm_megatron.platform.device import this_device
 from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.kernels import choose_kernels
 from rcm_megatron.training.memory import check_memory, shard_weights
@@ -49,7 +50,7 @@ def build_chunks(
     tokens of a rank are a multiple; the same for all networks of a run (`PrecisionConfig.token_multiple`).
     """
     spec = spec or local_layer_spec()
-    config = platform.transformer_config(model, parallel, params_dtype=params_dtype, perform_initialization=False)
+    config = transformer_config(model, parallel, params_dtype=params_dtype, perform_initialization=False)
     config = spec.adapt(config)
     layout = TokenLayout(latent.shape_CTHW, model.patch_size, groups=groups, multiple_of=token_multiple)
     context = ContextParallel(ring_group=groups.ring, ulysses_group=groups.ulysses)
@@ -60,7 +61,7 @@ def build_chunks(
         )
         for stage in stages
     ]
-    return [chunk.to(platform.device()) for chunk in chunks]
+    return [chunk.to(this_device()) for chunk in chunks]
 
 
 def load_weights(chunks: Sequence[DiffusionTransformer], source: Mapping[str, Tensor]) -> list[DiffusionTransformer]:

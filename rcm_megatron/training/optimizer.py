@@ -21,8 +21,9 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from torch import Tensor, nn
 
-from rcm_megatron import platform
 from rcm_megatron.parallel.optimizer_shards import owned_shards
+from rcm_megatron.platform.device import this_device
+from rcm_megatron.platform.megatron import use_adam
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -107,7 +108,7 @@ def build_optimizer(ddp_chunks: list[DistributedDataParallel], config: Optimizer
 
     Weight decay acts on every parameter: Megatron's scheduler, not used here, exempts biases and one-dimensional ones
     through groups of their own, so the optimizer is told to make none."""
-    platform.use_adam(FusedAdam)
+    use_adam(FusedAdam)
     dtypes = {parameter.dtype for chunk in ddp_chunks for parameter in chunk.module.parameters()}
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -193,7 +194,7 @@ def global_gradient_norm(optimizer: MegatronOptimizer, groups: ParallelGroups) -
 
     Parameters replicated over tp count on tp rank 0; those replicated over stages (marked `pipeline_parallel`) count in the
     first stage's first chunk. Non-finite if and only if some gradient is."""
-    total = torch.zeros((), dtype=torch.float64, device=platform.device())
+    total = torch.zeros((), dtype=torch.float64, device=this_device())
     counted_replicas: set[tuple[str, int]] = set()
     for shard in owned_shards(optimizer):
         parameter = shard.parameter

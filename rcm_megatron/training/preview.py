@@ -8,7 +8,6 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rcm_megatron import platform
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
@@ -16,6 +15,7 @@ from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.encoding import video_encoder
 from rcm_megatron.inference.sampler import Sampler, student_videos
 from rcm_megatron.models.encoders import VideoEncoder
+from rcm_megatron.platform.device import this_device
 from rcm_megatron.runtime.stopping import StopRequest
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.objectives import Networks
@@ -39,9 +39,9 @@ def write_previews(
     minutes before a time limit.
     """
     count = min(run.sampling.num_samples, len(batch.prompts))
-    text_LBD = batch.text_LBD[:, :count].to(platform.device())
+    text_LBD = batch.text_LBD[:, :count].to(this_device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    condition = _given(run, batch, count).condition(networks.layout, count, platform.device())
+    condition = _given(run, batch, count).condition(networks.layout, count, this_device())
     seed = run.sampling.seed
     sampler = Sampler(networks["student"], networks.layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}

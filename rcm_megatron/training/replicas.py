@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.parallel.groups import ParallelGroups
+from rcm_megatron.platform.device import this_device
 
 
 def require_same_rows(batches: Sequence[Batch], groups: ParallelGroups) -> None:
@@ -16,7 +16,7 @@ def require_same_rows(batches: Sequence[Batch], groups: ParallelGroups) -> None:
 
     One reduction of a few integers over tp*cp and one over pp; names are exchanged only when there is something to name."""
     rows = torch.cat([batch.dataset_rows for batch in batches])
-    spread = torch.cat([rows, -rows]).to(platform.device())
+    spread = torch.cat([rows, -rows]).to(this_device())
     for group in (groups.tp_cp, groups.pp):
         dist.all_reduce(spread, op=dist.ReduceOp.MAX, group=group)
     highest, lowest = spread[: len(rows)], -spread[len(rows) :]

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
@@ -28,6 +27,8 @@ from rcm_megatron.inference.conditioning import Conditioning, image_shapes
 from rcm_megatron.inference.encoding import check_encoders, load_null_text
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.parallel.pipeline import reduce_gradients
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.runtime.run_lock import run_lock
 from rcm_megatron.runtime.stopping import Preempted, StopRequest
 from rcm_megatron.runtime.timers import Timers, attach, step_seconds
@@ -80,7 +81,7 @@ class Trainer:
     def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
         self.run, self.groups, self.progress, self.timers = run, groups, Progress(), Timers()
         self.stop = StopRequest()
-        self.null_text_L1D = load_null_text(run).to(platform.device())  # first: a text encoder needs room of its own
+        self.null_text_L1D = load_null_text(run).to(this_device())  # first: a text encoder needs room of its own
         self.networks = build_networks(run, groups)
         self.layout = self.networks.layout
         self.optimizers = {"student": build_optimizer(self.networks["student"], run.student_optimizer)}
@@ -244,7 +245,7 @@ class Trainer:
         self.logger.log(iteration, record)
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        device, samples = platform.device(), batch.latent_BCTHW.shape[0]
+        device, samples = this_device(), batch.latent_BCTHW.shape[0]
         micro_batch = MicroBatch(
             self.layout.shard(batch.latent_BCTHW.to(device)),
             batch.text_LBD.to(device),
@@ -260,7 +261,7 @@ class Trainer:
         return replace(micro_batch, condition=draw_condition(micro_batch, conditional_frames=conditional_frames))
 
     def _sum_over_dp(self, value: int) -> int:
-        total = torch.tensor(value, device=platform.device())
+        total = torch.tensor(value, device=this_device())
         dist.all_reduce(total, group=self.groups.dp)
         return int(total)
 
@@ -305,15 +306,15 @@ def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
         num_threads=run.data.num_threads,
         prefetch=run.data.prefetch,
         on_error=on_error,
-        device=platform.device(),
+        device=this_device(),
     )
 
 
 def main(run: RunConfig) -> None:
     """Train ``run`` on the ranks of the environment (torchrun, srun or one process)."""
     check_encoders(run)
-    platform.install()
-    platform.init_distributed(timeout=_collective_timeout(run))
+    prepare_megatron()
+    init_distributed(timeout=_collective_timeout(run))
     logging.basicConfig(level=logging.WARNING if dist.get_rank() == 0 else logging.ERROR, format="%(message)s")
     logging.getLogger("rcm_megatron").setLevel(logging.INFO if dist.get_rank() == 0 else logging.ERROR)
     groups = initialize_parallel(run.parallel)

@@ -190,9 +190,10 @@ def main():
     """`python -m rcm_megatron train` whose rank 1 kills itself in iteration 13, while the others reduce gradients; once."""
     import sys
 
-    from rcm_megatron import __main__, platform
+    from rcm_megatron import __main__
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.training import trainer
 
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

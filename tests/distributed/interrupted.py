@@ -35,9 +35,10 @@ KINDS = {"wait": wait, "signal": signal_twice, "hang": hang_in_step}
 
 
 def main():
-    from rcm_megatron import __main__, platform
+    from rcm_megatron import __main__
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.training.trainer import Trainer
 
     kind, iteration = os.environ.get("RCM_TEST_FAULT", "none:0").split(":")

@@ -46,9 +46,9 @@ def diffusers_network(name):
 
 def measure(parallel, states):
     """{name: (velocity, tangent), whole} of our networks with the weights of diffusers' on this layout."""
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.parallel.pipeline import evaluate
     from rcm_megatron.training.networks import build_chunks, load_weights

@@ -93,9 +93,9 @@ def test_policies_change_no_number(layout):
 
 def kept_and_repeated(parallel):
     """{policy: (bytes that a plain forward of 256 tokens keeps for its backward, operations of that backward that selective spares)}."""
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from rcm_megatron.config import LatentConfig
@@ -147,9 +147,9 @@ def test_less_is_kept_for_the_backward(layout):
 
 def train(config_path, overrides, away):
     """A tiny run of this rank; `away`: optimizer state waits on the host, which is where it was, and idle gradients are freed."""
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.memory import Residency
     from rcm_megatron.training.trainer import Trainer
@@ -206,9 +206,9 @@ def test_a_run_with_every_policy_is_the_same(tiny, tmp_path):
 
 
 def refusal(config_path, overrides):
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.config import ConfigError
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.networks import build_networks

@@ -94,9 +94,9 @@ def stage_of(weights):
 
 def build(parallel, dtype, *, num_layers):
     """Three different networks on this rank, student and fake score under DDP."""
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
     from rcm_megatron.training.objectives import Networks

@@ -131,9 +131,9 @@ def test_a_checkpoint_holds_the_state_of_one_rank(runs, layout):
 
 def replicas(parallel):
     """(key, place, replica id) of every tensor that this rank would store."""
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.config import LatentConfig, ParallelConfig
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.networks import build_chunks

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rcm_megatron import platform
 from rcm_megatron.config import ParallelConfig
+from rcm_megatron.parallel.transformer_config import transformer_config
+from rcm_megatron.platform import megatron_cpu
+from rcm_megatron.platform.megatron import MEGATRON_VERSION, prepare_megatron
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what is replaced is replaced only without CUDA")
@@ -18,18 +20,16 @@ MODEL = types.SimpleNamespace(num_layers=3, hidden_size=24, num_heads=4, ffn_hid
 
 
 def config(parallel=None, **options):
-    return platform.transformer_config(
-        MODEL, parallel or ParallelConfig(), **{"params_dtype": torch.bfloat16} | options
-    )
+    return transformer_config(MODEL, parallel or ParallelConfig(), **{"params_dtype": torch.bfloat16} | options)
 
 
 # ---- failing loudly: in fresh ranks, because install() acts on the process
 
 
 def install_twice():
-    platform.install()
+    prepare_megatron()
     before = torch.cuda.current_device
-    platform.install()
+    prepare_megatron()
     from megatron.core.optimizer import distrib_optimizer
 
     code = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups.__code__
@@ -52,7 +52,7 @@ def install_another_version():
 
 
 def install_with_other_counts():
-    platform.REWRITTEN_FUNCTIONS["megatron.core.optimizer.clip_grads"] = 4
+    megatron_cpu.REWRITTEN_FUNCTIONS[MEGATRON_VERSION]["megatron.core.optimizer.clip_grads"] = 4
     first, second = _error_of_install(), _error_of_install()
     return first, second, torch.cuda.synchronize.__module__
 
@@ -66,7 +66,7 @@ def install_without_a_function():
 
 def _error_of_install():
     with pytest.raises(RuntimeError) as caught:
-        platform.install()
+        prepare_megatron()
     return str(caught.value)
 
 
@@ -98,7 +98,7 @@ def random_states():
 
     from rcm_megatron.parallel.groups import initialize_parallel
 
-    platform.install()
+    prepare_megatron()
     initialize_parallel(ParallelConfig(tp=2))
     model_parallel_cuda_manual_seed(3)
     outside = torch.rand(2)
@@ -122,14 +122,15 @@ def test_the_tracker_forks_the_cpu_generator():
 # ---- one process, no torchrun
 
 SINGLE = """
-from rcm_megatron import platform
-platform.init_distributed()
-platform.init_distributed()
-platform.install()
+from rcm_megatron.platform.device import backend, init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
+init_distributed()
+init_distributed()
+prepare_megatron()
 import torch, torch.distributed as dist
 x = torch.ones(1)
 dist.all_reduce(x)
-print(dist.get_world_size(), dist.get_backend(), platform.backend(), platform.device(), x.item())
+print(dist.get_world_size(), dist.get_backend(), backend(), this_device(), x.item())
 """
 
 

@@ -30,13 +30,13 @@ def run_config(**parallel):
 
 def sample_on_layout(parallel):
     """{name: latents [N, C, T, H, W]} from seeded random weights; imports here, as the harness asks."""
-    from rcm_megatron import platform
     from rcm_megatron.inference.encoding import encode_captions, load_null_text
     from rcm_megatron.inference.networks import SampleBatches, student_draw, teacher_draw
     from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.platform.megatron import prepare_megatron
     from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 
-    platform.install()
+    prepare_megatron()
     run = run_config(**parallel)
     groups = initialize_parallel(run.parallel)
     network = build_chunks(

@@ -52,14 +52,14 @@ def calls_of_networks(config):
     """Of each call of a network in a run: (network, stacked tangent or not, rows by micro-batch, whether its condition is the samples')."""
     import torch
 
-    from rcm_megatron import platform
     from rcm_megatron.config import load_config
     from rcm_megatron.dual import Dual
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.parallel.pipeline import unwrapped
+    from rcm_megatron.platform.megatron import prepare_megatron
     from rcm_megatron.training.trainer import Trainer
 
-    platform.install()
+    prepare_megatron()
     run = load_config(config, [f"stages={EVERY_OBJECTIVE}", "trainer.global_batch_size=2"])
     trainer = Trainer(run, initialize_parallel(run.parallel))
     given, calls = [], []

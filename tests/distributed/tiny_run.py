@@ -81,9 +81,9 @@ def train(config_path, overrides, fault=None):
 
     `fault` names a function of tests.distributed.faults, called with the trainer before it starts.
     """
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.trainer import Trainer
     from tests.distributed import faults

@@ -16,9 +16,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import nn
 
-from rcm_megatron import platform
 from rcm_megatron.config import OptimizerConfig, ParallelConfig
 from rcm_megatron.parallel.groups import initialize_parallel
+from rcm_megatron.parallel.transformer_config import transformer_config
+from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, set_learning_rate, wrap_ddp, zero_gradients
 
 HIDDEN, FFN, TOKENS, SAMPLES = 23, 20, 12, 4
@@ -98,12 +99,12 @@ class ToyRun:
     """The toy, wrapped and optimized on this rank of a layout, and its fixed stream of batches."""
 
     def __init__(self, *, tp=1, cp=1, dtype=torch.float32, optimizer=OPTIMIZER):
-        platform.install()
+        prepare_megatron()
         parallel = ParallelConfig(tp=tp, ring=cp)
         self.groups = initialize_parallel(parallel)
         model_parallel_cuda_manual_seed(1)
         shape = types.SimpleNamespace(num_layers=1, hidden_size=12, num_heads=2, ffn_hidden_size=FFN, eps=1e-6)
-        self.config = platform.transformer_config(shape, parallel, params_dtype=dtype)
+        self.config = transformer_config(shape, parallel, params_dtype=dtype)
         self._build(optimizer)
 
     def _build(self, optimizer):

@@ -160,9 +160,9 @@ class Run:
 
 def attempt(config_path, overrides, faults):
     """Train on this rank; (digest of its weights and counters, how often it touched the folder of checkpoints)."""
-    from rcm_megatron import platform
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     from rcm_megatron.config import load_config
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.trainer import Trainer

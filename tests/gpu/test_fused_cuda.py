@@ -57,12 +57,13 @@ def step(request):
     """(what tools/benchmark_scm_step.py times, its results with the rules, the bound)."""
     from megatron.core import parallel_state
 
-    from rcm_megatron import platform
+    from rcm_megatron.platform.device import init_distributed
+    from rcm_megatron.platform.megatron import prepare_megatron
     from tools.benchmark_scm_step import Bench
 
     dtype, rel = request.param
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     bench = Bench(argparse.Namespace(hidden=512, head_dim=128, layers=2, tokens=1024, batch=2, dtype=dtype))
     yield bench, network_results(bench, "none"), rel
     select_ops("auto")

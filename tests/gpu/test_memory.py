@@ -70,12 +70,13 @@ def one_rank():
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from rcm_megatron import platform
     from rcm_megatron.config import ParallelConfig
     from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.platform.device import init_distributed
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     yield initialize_parallel(ParallelConfig())
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

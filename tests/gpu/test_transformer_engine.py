@@ -49,12 +49,13 @@ def groups():
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from rcm_megatron import platform
     from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.platform.device import init_distributed
+    from rcm_megatron.platform.megatron import prepare_megatron
 
-    platform.install()
+    prepare_megatron()
     started = not dist.is_initialized()
-    platform.init_distributed()
+    init_distributed()
     parallel_state.destroy_model_parallel()
     yield initialize_parallel(ParallelConfig())
     parallel_state.destroy_model_parallel()

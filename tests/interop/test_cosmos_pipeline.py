@@ -19,12 +19,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from rcm_megatron import platform
 from rcm_megatron.checkpoint.convert import export_diffusers
 from rcm_megatron.config import ParallelConfig
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.encoders import T5TextEncoder, WanVideoEncoder
+from rcm_megatron.platform.device import init_distributed
+from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import assert_close
 from tests.interop.pipelines import SamplersNoise
 from tests.unit.test_cosmos_model import VIDEO, Case, network_config, without_torchvision
@@ -58,12 +59,12 @@ class KnownVideo(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def groups():
-    platform.install()
+    prepare_megatron()
     from megatron.core import parallel_state
 
     from rcm_megatron.parallel.groups import initialize_parallel
 
-    platform.init_distributed()
+    init_distributed()
     yield initialize_parallel(ParallelConfig())
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from rcm_kernels.fused import OPS, select_ops
-from rcm_megatron import platform
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.dual import Dual
+from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.megatron import prepare_megatron
 from tests.distributed.harness import run_ranks
 from tests.helpers import assert_close
 
@@ -34,13 +35,13 @@ BATCH = 2
 @pytest.fixture(scope="module")
 def network():
     """One block on one rank, norms and biases at random too."""
-    platform.install()
+    prepare_megatron()
     from megatron.core import parallel_state
 
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 
-    platform.init_distributed()
+    init_distributed()
     groups = initialize_parallel(ParallelConfig())
     chunks = build_chunks(MODEL, LATENT, ParallelConfig(), groups=groups, params_dtype=torch.float32)
     (model,) = load_weights(chunks, seeded_weights(MODEL, seed=0))
@@ -60,7 +61,7 @@ def results(network, setting):
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(platform.device())
+        return torch.randn(shape, generator=generator).to(this_device())
 
     shape = (network.layout.local_tokens, BATCH, network.layout.patch_features)
     x, t_x, weight = normal(*shape), normal(*shape), normal(*shape)
@@ -89,7 +90,7 @@ def norm_on_a_rank(setting):
     from rcm_megatron.models.dual_ops import rms_norm_across_heads
     from rcm_megatron.parallel.mappings import all_reduce_sum
 
-    platform.install()
+    prepare_megatron()
     select_ops(setting)
     generator = torch.Generator().manual_seed(4)
     x, weight = torch.randn(5, 4, 4, 6, generator=generator), torch.randn(4, 6, generator=generator)

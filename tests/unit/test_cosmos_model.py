@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm_megatron import platform
 from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.diffusion import trigflow
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition
+from rcm_megatron.platform.device import init_distributed
+from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import assert_close
 
 STOCK_BOUND, TANGENT_BOUND, GRADIENT_BOUND = 1e-5, 1e-5, 1e-5
@@ -75,12 +76,12 @@ CASES = {
 @pytest.fixture(scope="module")
 def groups():
     """Process groups of one rank, in this process, until the module's last test."""
-    platform.install()
+    prepare_megatron()
     from megatron.core import parallel_state
 
     from rcm_megatron.parallel.groups import initialize_parallel
 
-    platform.init_distributed()
+    init_distributed()
     yield initialize_parallel(ParallelConfig())
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from rcm_kernels.flash_attention.backends import select_backend
-from rcm_megatron import platform
 from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.config import (
     CosmosConfig,
@@ -28,6 +27,8 @@ from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import unwrapped
+from rcm_megatron.platform.device import init_distributed
+from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training import flops as flops_module
 from rcm_megatron.training.flops import Throughput, network_flops, passes_of, peak_tflops
 from rcm_megatron.training.networks import build_chunks, build_networks, load_weights, seeded_weights
@@ -62,10 +63,10 @@ BATCH = 2
 @pytest.fixture(scope="module")
 def groups():
     """Process groups of one rank, in this process, and the attention whose products PyTorch counts."""
-    platform.install()
+    prepare_megatron()
     from megatron.core import parallel_state
 
-    platform.init_distributed()
+    init_distributed()
     select_backend("reference")
     yield initialize_parallel(ParallelConfig())
     select_backend("auto")

@@ -21,7 +21,7 @@ ALLOWED = {
     "dtypes": set(),
     "dual": set(),
     "inputs": {"dual"},
-    "platform": {"config"},
+    "platform": {"platform"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "data": {"errors", "text", "data"},

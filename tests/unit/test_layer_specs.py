@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rcm_megatron import platform
 from rcm_megatron.config import (
     ConfigError,
     LatentConfig,
@@ -27,6 +26,8 @@ from rcm_megatron.models.layer_specs import (
     local_layer_spec,
     transformer_engine_layer_spec,
 )
+from rcm_megatron.platform.device import init_distributed
+from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -250,8 +251,8 @@ def report() -> None:
     from rcm_megatron.parallel.groups import initialize_parallel
     from tests.unit import transformer_engine_double as double
 
-    platform.install()
-    platform.init_distributed()
+    prepare_megatron()
+    init_distributed()
     groups = initialize_parallel(ParallelConfig())
     local = measure(local_layer_spec(), groups, double.CALLS)
     result = {}

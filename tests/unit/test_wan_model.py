@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm_megatron import platform
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.dual import Dual
+from rcm_megatron.platform.device import init_distributed
+from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import assert_close
 
 STOCK_BOUND, WIDE_SINUSOID_BOUND, TANGENT_BOUND, GRADIENT_BOUND = 1e-5, 2e-6, 1e-5, 1e-5
@@ -73,12 +74,12 @@ CASES = {
 @pytest.fixture(scope="module")
 def groups():
     """Process groups of one rank, in this process, until the module's last test."""
-    platform.install()
+    prepare_megatron()
     from megatron.core import parallel_state
 
     from rcm_megatron.parallel.groups import initialize_parallel
 
-    platform.init_distributed()
+    init_distributed()
     yield initialize_parallel(ParallelConfig())
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

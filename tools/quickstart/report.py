@@ -26,7 +26,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rcm_megatron import platform
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import media
@@ -43,6 +42,7 @@ from rcm_megatron.inference.networks import (
 )
 from rcm_megatron.inference.sampler import teacher_evaluations
 from rcm_megatron.parallel.groups import ParallelGroups
+from rcm_megatron.platform.device import this_device
 from tools.quickstart import judge as digit_metrics
 from tools.quickstart.digits import DIRECTIONS, all_captions, caption_of, make_samples
 
@@ -297,7 +297,7 @@ def report(run: RunConfig, arguments: argparse.Namespace) -> bool:
     verdicts = judge_student(settings, rows, weights=arguments.weights)
     layout = f"tp={run.parallel.tp} ring={run.parallel.ring} ulysses={run.parallel.ulysses}"
     facts = {"checkpoint": str(checkpoint), "videos": len(captions), "processes": world, "layout": layout}
-    facts |= {"device": str(platform.device()), "torch": torch.__version__}
+    facts |= {"device": str(this_device()), "torch": torch.__version__}
     write_report(folder, [*rows, judge.real_row(len(captions))], verdicts, run=run, facts=facts)
     videos = [videos for videos, _ in sampled]
     shown = picture_rows(settings, rows, videos, captions, judge=judge, weights=arguments.weights)

@@ -1,0 +1,68 @@
+"""Megatron-Core as the program needs it: a version whose internals are known, runnable without CUDA, with an Adam that resumes.
+
+Import this module before any other that imports `megatron.core`: it also silences warnings that are no news.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+
+import torch
+
+from rcm_megatron.platform import megatron_cpu
+
+log = logging.getLogger(__name__)
+
+MEGATRON_VERSION = "0.16.1"
+
+_NO_NEWS = (
+    r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls
+    r"`torch\.jit\.script",
+    "`load_state_dict` is deprecated",  # Megatron's dist_checkpointing calls it on torch's
+)
+_NO_NEWS_ON_CPU = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "When using sequence parallelism it is recommended to set",
+)
+for _message in _NO_NEWS if torch.cuda.is_available() else _NO_NEWS + _NO_NEWS_ON_CPU:
+    warnings.filterwarnings("ignore", message=_message)
+
+
+@functools.cache
+def prepare_megatron() -> None:
+    """Check Megatron's version and, without CUDA, make it run on the CPU. Call before building anything; idempotent.
+
+    Raises RuntimeError for a Megatron that is not the one this was written for."""
+    _check_version()
+    if not torch.cuda.is_available():
+        megatron_cpu.install(MEGATRON_VERSION)
+
+
+def _check_version() -> None:
+    import megatron.core
+
+    if megatron.core.__version__ != MEGATRON_VERSION:
+        raise RuntimeError(
+            f"got megatron-core {megatron.core.__version__}; need {MEGATRON_VERSION}, whose internals "
+            f"rcm_megatron/platform knows; fix: pip install megatron-core=={MEGATRON_VERSION}"
+        )
+
+
+def use_adam(adam_class: type[torch.optim.Optimizer]) -> None:
+    """Make Megatron's optimizers build `adam_class` where neither Apex nor Transformer Engine is installed, CUDA or not.
+
+    Megatron then falls back on torch's AdamW, whose per-parameter `step` it merges into one on loading: a resumed
+    run silently diverges. `adam_class` keeps Apex's contract (`step` in the parameter group), and Megatron is told so."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    if torch.cuda.is_available():
+        log.info("neither Apex nor Transformer Engine is installed: Adam is %s", adam_class.__name__)
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = adam_class, False
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE = adam_class, True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True

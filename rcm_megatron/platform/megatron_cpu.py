@@ -1,0 +1,115 @@
+"""What makes Megatron-Core run on CPU/Gloo; nothing here is needed, or done, where there is CUDA.
+
+Megatron-Core has no CPU device. It asks for one in three ways, and `install()` answers each:
+`torch.cuda.*` functions (replaced), random-state helpers of `tensor_parallel.random` (replaced), and the literals
+"cuda" and "torch.cuda.FloatTensor" inside functions (rewritten in those functions' constants: no cost at run time, and
+the same in every thread, autograd's too). Each replaced place is counted, and other counts are an error: upstream tests
+none of this on CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+LITERALS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+REWRITTEN_FUNCTIONS = {
+    "0.16.1": {
+        "megatron.core.optimizer.optimizer": 3,
+        "megatron.core.optimizer.distrib_optimizer": 2,
+        "megatron.core.optimizer.clip_grads": 3,
+        "megatron.core.pipeline_parallel.schedules": 4,
+        "megatron.core.utils": 3,
+        "megatron.core.dist_checkpointing.exchange_utils": 2,
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver": 1,
+    },
+}
+"""Version of megatron-core -> module -> how many of its functions hold one of LITERALS."""
+
+
+def install(version: str) -> None:
+    """Count, rewrite and replace what megatron-core `version` needs; once in a process, by `megatron.prepare_megatron`.
+
+    Raises RuntimeError, with nothing changed, where a module does not have as many places as that version."""
+    need = REWRITTEN_FUNCTIONS[version]
+    rewritten = {name: _rewritten_functions(importlib.import_module(name)) for name in need}
+    for name, functions in rewritten.items():
+        _check_count(name, got=len(functions), need=need[name], version=version)
+    _replace_random_state(version)
+    _replace_cuda_functions()
+    for functions in rewritten.values():
+        for function, code in functions.items():
+            function.__code__ = code
+
+
+def _check_count(module_name: str, *, got: int, need: int, version: str) -> None:
+    if got != need:
+        raise RuntimeError(
+            f"{module_name}: got {got} functions with CUDA literals; need {need}, as in megatron-core "
+            f"{version}; fix: pip install --force-reinstall megatron-core=={version}, or, for a "
+            "new version, review that module and megatron_cpu.REWRITTEN_FUNCTIONS"
+        )
+
+
+def _replace_cuda_functions() -> None:
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # Megatron passes its result on as device=...
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _replace_random_state(version: str) -> None:
+    """Megatron's tracker and `checkpoint` then save, set and restore the CPU generator's state."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
+        if not hasattr(random, name):
+            raise RuntimeError(f"{random.__name__}: got no {name}; need it to be there to replace it; fix: install "
+                               f"megatron-core=={version}")  # fmt: skip
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # On the CPU both generators are one, so the tracker's check that they are two always fires.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _rewritten_functions(module: types.ModuleType) -> dict[types.FunctionType, types.CodeType]:
+    """The functions of `module` that hold one of LITERALS, each with its code for the CPU."""
+    rewritten = {function: _with_cpu_literals(function.__code__) for function in _functions_of(module)}
+    return {function: code for function, code in rewritten.items() if code is not function.__code__}
+
+
+def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
+    """Functions and methods (properties, class methods and decorated ones too) that `module` itself defines."""
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    for owner in (module, *classes):
+        for value in vars(owner).values():
+            for candidate in (value, getattr(value, "fget", None), getattr(value, "__func__", None)):
+                function = inspect.unwrap(candidate) if callable(candidate) else None
+                if isinstance(function, types.FunctionType) and function.__module__ == module.__name__:
+                    yield function
+
+
+def _with_cpu_literals(constant: Any) -> Any:
+    """`constant` (of a code object; code objects and tuples nest) with LITERALS replaced; itself if it holds none."""
+    if isinstance(constant, str):
+        return LITERALS.get(constant, constant)
+    if isinstance(constant, tuple):
+        replaced = tuple(map(_with_cpu_literals, constant))
+        return constant if all(new is old for new, old in zip(replaced, constant, strict=True)) else replaced
+    if isinstance(constant, types.CodeType):
+        constants = _with_cpu_literals(constant.co_consts)
+        return constant if constants is constant.co_consts else constant.replace(co_consts=constants)
+    return constant
