@@ -25,7 +25,7 @@ ALLOWED = {
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "data": {"errors", "text", "data"},
-    "parallel": {"config", "dual", "inputs", "parallel", "rcm_kernels"},
+    "parallel": {"config", "dual", "inputs", "platform", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},
     "runtime": {"errors", "config", "platform", "parallel", "runtime"},
