@@ -54,6 +54,8 @@ on_all_processes() {
 step 1 "installing into .venv (nothing to do if it is up to date)"
 bash launch/setup_venv.sh
 export PATH="$PWD/.venv/bin:$PATH"
+# shellcheck disable=SC1091
+. launch/environment.sh
 export OMP_NUM_THREADS="$cores"
 python -m rcm_megatron check --world-size "$processes" "${settings[@]}" >/dev/null
 output="$(setting output_dir)"

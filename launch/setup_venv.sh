@@ -6,6 +6,7 @@ set -euo pipefail
 # One function, so that bash has read all of it before it starts: the file may change under a long installation.
 main() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    unset PYTHONPATH PYTHONHOME # pip takes packages of a site's module that are in the former for installed ones
 
     python="${PYTHON:-python3}"
     got="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo "none: '$python' does not run")"

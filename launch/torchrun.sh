@@ -10,6 +10,8 @@ fi
 nproc="$1"
 shift
 
+# shellcheck disable=SC1091
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # One connection keeps Megatron's overlapped tensor-parallel communication in order on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

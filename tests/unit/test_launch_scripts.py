@@ -101,6 +101,54 @@ def test_pyxis_gets_the_image_in_every_step(tmp_path):
     assert started.environment["PYTHONNOUSERSITE"] == "1", "Apptainer mounts the home, and with it ~/.local"
 
 
+@pytest.fixture
+def site(tmp_path):
+    """What a site's module puts into PYTHONPATH: packages of the run's names that cannot be imported, and one of its own."""
+    folder = tmp_path / "site"
+    for name in ("torch", "yaml", "rcm_kernels", "rcm_megatron", "only_here"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(
+            "" if name == "only_here" else "raise SystemExit(f'the site has {__name__}')"
+        )
+    return str(folder)
+
+
+def interpreter(folder, isolated):
+    """A `python` in `folder`; without packages of its own when `isolated`."""
+    folder.mkdir()
+    (folder / "python").write_text(f'#!/bin/bash\nexec {sys.executable} {"-S" if isolated else ""} "$@"\n')
+    (folder / "python").chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_sites_pythonpath_does_not_shadow_the_runs_packages(tmp_path, site):
+    started = start(tmp_path, PYTHONPATH=site, PYTHONHOME="/nowhere")
+    assert started.status == 0, started.output
+    assert started.environment["PYTHONPATH"] == f"{ROOT}:{ROOT}/kernels" and "PYTHONHOME" not in started.environment
+
+
+def test_nor_under_torchrun(tmp_path, site):
+    """torchrun is a stand-in that imports what a run would."""
+    imports = "import yaml, rcm_kernels, torch; print(rcm_kernels.__file__)"
+    (tmp_path / "torchrun").write_text(f"#!/bin/bash\n{sys.executable} -c '{imports}'\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", f"{ROOT}/launch/torchrun.sh", "1", "model_configs/quickstart.yaml"]
+    environment = os.environ | {"PYTHONPATH": site, "PATH": path}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(ROOT / "kernels/rcm_kernels/__init__.py"), done.stderr
+
+
+def test_a_python_without_torch_keeps_the_sites_packages_behind_the_runs(tmp_path, site):
+    """A module that is the site's whole Python stack."""
+    path = interpreter(tmp_path / "bare", isolated=True)
+    script = f". {ROOT}/launch/environment.sh && echo $PYTHONPATH"
+    done = subprocess.run(
+        ["bash", "-c", script], env={"PATH": path, "PYTHONPATH": site}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"{ROOT}:{ROOT}/kernels:{site}", done.stderr
+
+
 def test_apptainer_runs_inside_the_task(tmp_path):
     for call in calls_of(tmp_path, CONTAINER="image.sif", PREFLIGHT="0", CONTAINER_MOUNTS="/lustre:/lustre"):
         start = call.index("apptainer")
