@@ -253,7 +253,8 @@ class LoggingConfig:
     """Metrics go to <output_dir>/metrics.jsonl, and to Weights & Biases."""
 
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online when an API key is set and the service answers, else offline."""
+    """auto: what WANDB_MODE says; without it online when there is an API key or a login and the service answers, else offline. WANDB_MODE
+    can make the others quieter, never louder."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
     peak_tflops: float | None = None

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from rcm_megatron.config import RunConfig, as_dict
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.training.objectives import ObjectiveResult
+from rcm_megatron.training.wandb_mode import wandb_mode
 
 log = logging.getLogger(__name__)
 
@@ -157,9 +158,7 @@ def _drop_records_from(path: Path, *, iteration: int) -> int:
 
 
 def _start_wandb(run: RunConfig, folder: Path):
-    mode = run.logging.wandb_mode
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    mode = wandb_mode(run.logging.wandb_mode)
     if mode == "disabled":
         return None
     import wandb

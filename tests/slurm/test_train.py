@@ -217,7 +217,7 @@ def test_a_sweep_is_an_array_whose_tasks_are_requeued_alone(jobs):
 def test_a_sweep_needs_a_folder_for_each_line(jobs):
     lines = jobs.folder / "same.txt"
     lines.write_text("seed=1 output_dir=a\nseed=2 output_dir=a\n")
-    with pytest.raises(RuntimeError, match="got 2 lines with 1 different output_dir"):
+    with pytest.raises(RuntimeError, match="output_dir a is also that of line 1"):
         jobs.call("bash", "launch/slurm/sweep.sh", str(lines), "--", str(jobs.runs.config))
 
 

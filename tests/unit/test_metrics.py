@@ -8,7 +8,7 @@ import signal
 import pytest
 import wandb
 
-from rcm_megatron.config import RunConfig, build
+from rcm_megatron.config import ConfigError, RunConfig, build
 from rcm_megatron.training import metrics
 from rcm_megatron.training.metrics import MetricLogger, read_records
 from tests.distributed.tiny_run import tiny_config
@@ -56,7 +56,9 @@ def fake(monkeypatch):
     monkeypatch.setattr(metrics.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(wandb, "init", fake.init)
     monkeypatch.setattr(wandb, "teardown", fake.teardown)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nowhere")
     return fake
 
 
@@ -143,6 +145,58 @@ def test_without_a_network_auto_works_offline_and_says_so(tmp_path, fake, monkey
 def test_auto_is_offline_without_a_key(tmp_path, fake):
     logger(tmp_path, mode="auto").close()
     assert [start["mode"] for start in fake.starts] == ["offline"]
+
+
+@pytest.mark.parametrize(
+    ("configured", "variable", "modes"),
+    [
+        ("auto", "dryrun", ["offline"]),
+        ("auto", "Disabled", []),
+        ("auto", "run", ["online"]),
+        ("auto", "", ["online"]),
+        ("online", "offline", ["offline"]),
+        ("online", "disabled", []),
+        ("offline", "online", ["offline"]),
+        ("disabled", "online", []),
+    ],
+)
+def test_wandb_mode_of_the_environment_is_obeyed(tmp_path, fake, monkeypatch, configured, variable, modes):
+    """With a key, which alone would mean online."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", variable)
+    logger(tmp_path, mode=configured).close()
+    assert [start["mode"] for start in fake.starts] == modes
+
+
+def test_a_wandb_mode_that_there_is_not_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "of")
+    with pytest.raises(ConfigError, match="got WANDB_MODE=of; need one of online"):
+        logger(tmp_path, mode="auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "server", "mode"),
+    [
+        ("machine api.wandb.ai\n  login user\n  password secret\n", None, "online"),
+        ("machine github.com login me password token\n", None, "offline"),
+        ("machine wandb.site.org:8080 login user password secret", "http://wandb.site.org:8080", "online"),
+        ("machine api.wandb.ai login user password secret", "https://wandb.site.org", "offline"),
+        ("machine api.wandb.ai login user password ''\n\x00 {", None, "offline"),
+    ],
+)
+@pytest.mark.parametrize("place", ["NETRC", ".netrc", "_netrc"])
+def test_a_login_counts_as_a_key(tmp_path, fake, monkeypatch, text, server, mode, place):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC")
+    if server:
+        monkeypatch.setenv("WANDB_BASE_URL", server)
+    file = tmp_path / (place if place != "NETRC" else "elsewhere")
+    file.write_text(text)
+    file.chmod(0o600)
+    if place == "NETRC":
+        monkeypatch.setenv("NETRC", str(file))
+    logger(tmp_path, mode="auto").close()
+    assert [start["mode"] for start in fake.starts] == [mode]
 
 
 def test_an_error_of_wandb_does_not_end_the_run(tmp_path, fake, capsys):
