@@ -1,4 +1,4 @@
-"""Text files that people bring: UTF-8, with or without a byte order mark; a line ends at \\n or \\r\\n and nowhere else."""
+"""Text that people bring: files in UTF-8, with or without a byte order mark, whose lines end at \\n or \\r\\n; names of files."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ def read_lines(path: Path) -> list[str]:
     """
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     return lines if lines[-1] else lines[:-1]
+
+
+def printable(name: str) -> str:
+    """A name of a file as it can be shown and stored: bytes of it that are not UTF-8 become `\\xe9`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name of a file, as Python decodes it, is UTF-8 on the disk."""
+    return printable(name) == name

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rcm_megatron.data.manifest import LATENT, DatasetError
+from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.data.media import contact_sheet, to_frames, write_png
 from rcm_megatron.data.samples import decode_tensor
+from rcm_megatron.data.scan import LATENT
 from rcm_megatron.data.shards import ShardReader
 from rcm_megatron.datasets.inspection import Inspection, inspect_dataset
 from rcm_megatron.models.encoders import EncoderError, WanVideoEncoder

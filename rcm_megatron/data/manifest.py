@@ -6,11 +6,11 @@ per sample, memory-mapped when read, so that ten million samples cost neither pa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,39 +22,27 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 import torch
 
-from rcm_megatron.data.shards import PROMPT_SUFFIX, TENSOR_FORMATS, file_sha256
+from rcm_megatron.data.scan import FORMATS, KINDS, NEEDED, Member, ShardScan, find_shards, scan_shard
+from rcm_megatron.data.shards import file_sha256
+from rcm_megatron.errors import UserError
+from rcm_megatron.text import printable
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
-LATENT, EMBED, PROMPT, IMAGE_LATENT, IMAGE_EMBED = range(5)
-KINDS = ("latent", "embed", "prompt", "image_latent", "image_embed")
-_NEEDED = (LATENT, EMBED, PROMPT)
-"""What every sample has. Only networks that are given an image ask for the other two."""
-_VERSIONS = {len(_NEEDED): 1, len(KINDS): 2}
-"""Of the manifest, by the kinds of members in its index: datasets without images have manifests as they always had."""
-_FORMATS = (*TENSOR_FORMATS, "txt")
-_TENSORS = (LATENT, EMBED, IMAGE_LATENT, IMAGE_EMBED)
-_SUFFIXES = {f"{KINDS[kind]}.{name}": (kind, name) for kind in _TENSORS for name in TENSOR_FORMATS}
-_SUFFIXES[PROMPT_SUFFIX] = (PROMPT, "txt")
-_TAR_BLOCK = 512
+_VERSION = 3
 _SCAN_THREADS = 8  # a scan waits for the file system, not for the processor
 
 
-class DatasetError(RuntimeError):
+class DatasetError(UserError, RuntimeError):
     """A dataset folder that cannot be used; the message names the shard and what is wrong with it."""
 
 
-class Member(NamedTuple):
-    """One file inside a shard."""
-
-    name: str
-    format: str
-    offset: int
-    size: int
+class StaleManifestError(DatasetError):
+    """A manifest whose shards are others now."""
 
 
-_ABSENT = Member("", TENSOR_FORMATS[0], 0, -1)
+_ABSENT = Member("", FORMATS[0], 0, -1)
 
 
 class Record(NamedTuple):
@@ -74,6 +62,8 @@ class Shard:
     name: str
     size: int
     num_samples: int
+    content: str
+    """Digest of its members' names, places, and first and last bytes."""
     sha256: str | None = None
     """Only if the scan was asked for it: it reads the whole shard."""
 
@@ -98,7 +88,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Changes whenever a shard or a sample does; part of the data position of a checkpoint."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([(shard.name, shard.size) for shard in self.shards]).encode())
+        digest.update(json.dumps([(shard.name, shard.size, shard.content) for shard in self.shards]).encode())
         digest.update(np.ascontiguousarray(self.index).view(np.uint8))
         return digest.hexdigest()
 
@@ -109,7 +99,7 @@ class Manifest:
         key = entry["key"].decode("utf-8")
         members: list[Member | None] = [None] * len(KINDS)
         for kind in np.flatnonzero(entry["size"] >= 0):
-            member_format = _FORMATS[int(entry["format"][kind])]
+            member_format = FORMATS[int(entry["format"][kind])]
             name = f"{key}.{KINDS[kind]}.{member_format}"
             members[kind] = Member(name, member_format, int(entry["offset"][kind]), int(entry["size"][kind]))
         return Record(shard.name, shard.size, key, tuple(members))
@@ -132,7 +122,7 @@ class Manifest:
         """Write `manifest.json` and its index into the folder, each atomically; returns the path of the former."""
         index_file = f"manifest-{self.fingerprint[:12]}.npy"
         header = {
-            "version": _VERSIONS[self.index["size"].shape[1]],
+            "version": _VERSION,
             "num_samples": len(self),
             "index_file": index_file,
             "fingerprint": self.fingerprint,
@@ -161,23 +151,42 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def load_manifest(folder: str | os.PathLike[str], *, on_error: Literal["skip", "raise"] = "skip") -> Manifest:
-    """Read the manifest of `folder`.
+    """The manifest of `folder`. StaleManifestError if a shard is not the one that was scanned.
 
     With on_error="raise", a manifest that lists problems is an error, and so are shards that came or went since the scan; with
     "skip" both are logged (samples of a vanished shard are then skipped when their turn comes).
     """
+    manifest = read_manifest(folder)
+    if changed := changed_shards(manifest):
+        raise StaleManifestError(
+            f"{manifest.folder / MANIFEST_NAME} is older than {len(changed)} of its shards: {'; '.join(changed[:5])}; restore them, "
+            f"or delete {MANIFEST_NAME} to have it built again"
+        )
+    _report([*manifest.problems, *_came_or_went(manifest)], on_error=on_error)
+    return manifest
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """What the manifest says, with no look at the shards."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; build it with build_manifest({str(folder)!r}).save()")
-    header = json.loads(path.read_text(encoding="utf-8"))
-    if header.get("version") not in _VERSIONS.values():
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        if header.get("version") != _VERSION:
+            raise DatasetError(
+                f"{path} has version {header.get('version')}, need {_VERSION}; delete it to have it built again"
+            )
+        index = np.load(folder / header["index_file"], mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         raise DatasetError(
-            f"{path} has version {header.get('version')}, need {max(_VERSIONS.values())}; build it again"
-        )
-    index = np.load(folder / header["index_file"], mmap_mode="r", allow_pickle=False)
+            f"{path} cannot be read ({error}); restore it, or delete it to have it built again"
+        ) from error
     if len(index) != header["num_samples"]:
-        raise DatasetError(f"{path} says {header['num_samples']} samples, its index has {len(index)}; build it again")
+        raise DatasetError(
+            f"{path} says {header['num_samples']} samples, its index has {len(index)}; delete it to have it built again"
+        )
     manifest = Manifest(
         folder=folder,
         shards=tuple(Shard(**shard) for shard in header["shards"]),
@@ -186,17 +195,47 @@ def load_manifest(folder: str | os.PathLike[str], *, on_error: Literal["skip", "
         description=header["description"],
     )
     manifest.__dict__["fingerprint"] = header["fingerprint"]  # so that no rank has to hash the index again
-    _report([*manifest.problems, *_changes_since_scan(manifest)], on_error=on_error)
     return manifest
 
 
-def _changes_since_scan(manifest: Manifest) -> Iterator[str]:
+def changed_shards(manifest: Manifest) -> list[str]:
+    """Which shards are not those that were scanned, and why; nothing of those that are gone.
+
+    A shard that has not changed its place or content since the manifest was written needs no look. Others (a whole dataset just copied)
+    are scanned; if they are the same, the manifest's time says so to the next start.
+    """
+    path = manifest.folder / MANIFEST_NAME
+    written, times = path.stat().st_mtime_ns, {}
+    for shard in manifest.shards:
+        with contextlib.suppress(OSError):
+            times[shard] = os.stat(
+                manifest.folder / shard.name
+            ).st_ctime_ns  # unlike mtime, no copying program sets it back
+    newer = [shard for shard, time in times.items() if time >= written]
+    with ThreadPoolExecutor(_SCAN_THREADS) as threads:
+        scans = list(threads.map(lambda shard: scan_shard(manifest.folder / shard.name), newer))
+    changes = list(filter(None, map(_change, newer, scans)))
+    if newer and not changes:
+        with contextlib.suppress(OSError):
+            os.utime(path, ns=(max(times.values()) + 1,) * 2)
+    return changes
+
+
+def _change(shard: Shard, scan: ShardScan) -> str | None:
+    if scan.size != shard.size:
+        return f"shard {shard.name}: got {scan.size} bytes, need {shard.size}"
+    return None if scan.content == shard.content else f"shard {shard.name}: other content"
+
+
+def _came_or_went(manifest: Manifest) -> Iterator[str]:
     known = {shard.name for shard in manifest.shards}
-    present = {path.name for path in manifest.folder.glob("*.tar")}
+    present = {path.name for path in find_shards(manifest.folder) if path.exists()}
     for name in sorted(known - present):
         yield f"shard {name}: listed in the manifest, but gone from {manifest.folder}"
     for name in sorted(present - known):
-        yield f"shard {name}: not in the manifest of {manifest.folder}; delete {MANIFEST_NAME} to have it built again"
+        yield (
+            f"shard {printable(name)}: not in the manifest of {manifest.folder}; delete {MANIFEST_NAME} to have it built again"
+        )
 
 
 def build_manifest(
@@ -206,35 +245,44 @@ def build_manifest(
     checksums: bool = False,
     description: Mapping[str, object] | None = None,
 ) -> Manifest:
-    """Scan the tar headers of every `*.tar` in `folder`, in the order of their names. Members' contents are not read.
+    """Scan the tar headers of every shard in `folder`, in the order of their names, and the ends of their members.
 
-    Truncated or unreadable shards and samples that lack a member are named: an error with on_error="raise", otherwise left out,
-    logged and listed in `problems` (a truncated shard keeps the samples that are whole). Raises DatasetError if nothing is left.
+    Truncated or unreadable shards and samples that lack a member, or have one twice, are named: an error with on_error="raise", otherwise
+    left out, logged and listed in `problems` (a truncated shard keeps the samples that are whole). DatasetError if nothing is left.
     """
     folder = Path(folder)
-    paths = sorted(folder.glob("*.tar"))
+    paths = find_shards(folder)
     if not paths:
         raise DatasetError(f"{folder} holds no *.tar shard; check the path, or build a dataset there")
     with ThreadPoolExecutor(_SCAN_THREADS) as threads:
         scans = list(threads.map(scan_shard, paths))
-        hashes = list(threads.map(file_sha256, paths)) if checksums else [None] * len(paths)
-    problems = tuple(problem for _, found in scans for problem in found)
-    _report(problems, on_error=on_error)
+        problems = tuple(problem for scan in scans for problem in scan.problems)
+        _report(problems, on_error=on_error)
+        readable = [(path, scan) for path, scan in zip(paths, scans, strict=True) if scan.size is not None]
+        hashes = list(threads.map(lambda found: file_sha256(found[0]) if checksums else None, readable))
     shards = tuple(
-        Shard(name=path.name, size=path.stat().st_size, num_samples=len(samples), sha256=sha256)
-        for path, (samples, _), sha256 in zip(paths, scans, hashes, strict=True)
+        Shard(name=path.name, size=scan.size, num_samples=len(scan.samples), content=scan.content, sha256=sha256)
+        for (path, scan), sha256 in zip(readable, hashes, strict=True)
     )
-    index = _index_of([samples for samples, _ in scans])
+    index = _index_of([scan.samples for _, scan in readable])
     if not len(index):
         raise DatasetError(f"{folder} holds no whole sample in {len(paths)} shards; first problem: {problems[:1]}")
     return Manifest(folder=folder, shards=shards, index=index, problems=problems, description=description or {})
 
 
 def load_or_build_manifest(folder: str | os.PathLike[str], *, on_error: Literal["skip", "raise"] = "skip") -> Manifest:
-    """The saved manifest, or else a new one, saved if the folder allows. Several processes may call this at once."""
+    """The saved manifest, or else a new one, saved if the folder allows. Several processes may call this at once.
+
+    A manifest that is older than its shards is built again, unless the builder of the dataset wrote it: StaleManifestError.
+    """
     folder = Path(folder)
     if (folder / MANIFEST_NAME).is_file():
-        return load_manifest(folder, on_error=on_error)
+        try:
+            return load_manifest(folder, on_error=on_error)
+        except StaleManifestError as error:
+            if read_manifest(folder).description:
+                raise
+            logger.warning("%s: it is built again", error)
     manifest = build_manifest(folder, on_error=on_error)
     try:
         manifest.save()
@@ -254,8 +302,8 @@ def _report(problems: list[str] | tuple[str, ...], *, on_error: Literal["skip", 
 
 def _index_of(scans: list[dict[str, dict[int, Member]]]) -> np.ndarray:
     key_bytes = max((len(key.encode("utf-8")) for samples in scans for key in samples), default=1)
-    has_images = any(len(members) > len(_NEEDED) for samples in scans for members in samples.values())
-    kinds = len(KINDS) if has_images else len(_NEEDED)
+    has_images = any(len(members) > len(NEEDED) for samples in scans for members in samples.values())
+    kinds = len(KINDS) if has_images else len(NEEDED)
     fields = [("key", f"S{key_bytes}"), ("shard", "<i4")]
     fields += [("offset", "<i8", kinds), ("size", "<i8", kinds), ("format", "u1", kinds)]
     index = np.zeros(sum(map(len, scans)), dtype=fields)
@@ -263,50 +311,8 @@ def _index_of(scans: list[dict[str, dict[int, Member]]]) -> np.ndarray:
     for shard, samples in enumerate(scans):
         for key, members in samples.items():
             ordered = [members.get(kind, _ABSENT) for kind in range(kinds)]
-            formats = [_FORMATS.index(member.format) for member in ordered]
+            formats = [FORMATS.index(member.format) for member in ordered]
             offsets, sizes = [member.offset for member in ordered], [member.size for member in ordered]
             index[row] = (key.encode("utf-8"), shard, offsets, sizes, formats)
             row += 1
     return index
-
-
-def scan_shard(path: Path) -> tuple[dict[str, dict[int, Member]], list[str]]:
-    """The whole samples of one shard, {key: {kind: Member}} in their order, and what is wrong with it, naming it."""
-    samples: dict[str, dict[int, Member]] = {}
-    problems: list[str] = []
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for name, offset, size in _members(tar, os.fstat(file.fileno()).st_size):
-                folder, _, base = name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                if key and suffix in _SUFFIXES:
-                    kind, member_format = _SUFFIXES[suffix]
-                    key = f"{folder}/{key}" if folder else key
-                    samples.setdefault(key, {})[kind] = Member(name, member_format, offset, size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        problems.append(f"shard {path.name}: {error}")
-    whole = {key: members for key, members in samples.items() if members.keys() >= set(_NEEDED)}
-    for key, members in samples.items():
-        for kind in sorted(set(_NEEDED) - members.keys()):
-            problems.append(f"shard {path.name}, key {key}: no member {key}.{KINDS[kind]}.* in the shard")
-    return whole, problems
-
-
-def _members(tar: tarfile.TarFile, file_size: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the regular files of a tar; ReadError where it is cut off or damaged.
-
-    tarfile itself takes a bad or missing header after the first for the end of the archive, hence the check of the end mark.
-    """
-    while (header := tar.next()) is not None:
-        end = header.offset_data + header.size
-        if end > file_size:
-            raise tarfile.ReadError(f"truncated: {header.name} would end at byte {end}, the shard at {file_size}")
-        if header.isfile():
-            yield header.name.removeprefix("./"), header.offset_data, header.size
-        tar.members.clear()  # or it keeps every header
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(_TAR_BLOCK)
-    if len(block) < _TAR_BLOCK:
-        raise tarfile.ReadError(f"truncated: no end-of-archive mark at byte {tar.offset}")
-    if any(block):
-        raise tarfile.ReadError(f"damaged: the header at byte {tar.offset} is not one of tar")

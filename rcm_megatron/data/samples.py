@@ -28,8 +28,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rcm_megatron.data.manifest import EMBED, IMAGE_EMBED, IMAGE_LATENT, KINDS, LATENT, PROMPT, Manifest, Record
+from rcm_megatron.data.manifest import Manifest, Record
+from rcm_megatron.data.scan import EMBED, IMAGE_EMBED, IMAGE_LATENT, KINDS, LATENT, PROMPT
 from rcm_megatron.data.shards import ShardReader, TensorFormat
+from rcm_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ _MOST_REPLACEMENTS = 1000
 _IMAGE_FIELDS = {IMAGE_LATENT: "image_latent_CTHW", IMAGE_EMBED: "image_embed_LD"}
 
 
-class SampleError(RuntimeError):
+class SampleError(UserError, RuntimeError):
     """A sample that cannot be used; the message names shard, key and member."""
 
 
@@ -246,7 +248,7 @@ class SampleSource:
             embed = self._tensor(record, EMBED)
             fields["embed_LD"] = fit_embedding(embed, text_len=self._text_len, text_dim=self._text_dim)
             kind = PROMPT
-            fields["prompt"] = self._bytes(record, PROMPT).decode("utf-8")
+            fields["prompt"] = self._bytes(record, PROMPT).decode("utf-8-sig")
             for kind, (shape, fit) in self._images.items():
                 fields[_IMAGE_FIELDS[kind]] = fit(self._tensor(record, kind), shape)
         except (OSError, ValueError) as error:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rcm_megatron.data.manifest import KINDS, MANIFEST_NAME, PROMPT, Manifest, Record, load_manifest
+from rcm_megatron.data.manifest import MANIFEST_NAME, Manifest, Record, read_manifest
 from rcm_megatron.data.samples import decode_tensor
+from rcm_megatron.data.scan import KINDS, PROMPT, find_shards, scan_shard
 from rcm_megatron.data.shards import ShardReader, file_sha256
 from rcm_megatron.datasets.statistics import Statistics
 
@@ -57,7 +58,7 @@ class Inspection:
 
 def inspect_dataset(folder: str | os.PathLike[str], *, progress: Callable[[Iterator], Iterable] = iter) -> Inspection:
     """Read everything. `progress` wraps the iteration over samples, as tqdm does."""
-    manifest = load_manifest(folder)
+    manifest = read_manifest(folder)
     problems = [*manifest.problems, *_shard_problems(manifest)]
     statistics, samples = Statistics(), []
     for found in progress(_read_samples(manifest)):
@@ -83,7 +84,7 @@ def inspect_dataset(folder: str | os.PathLike[str], *, progress: Callable[[Itera
 
 def _shard_problems(manifest: Manifest) -> Iterator[str]:
     known = {shard.name for shard in manifest.shards}
-    for path in sorted(manifest.folder.glob("*.tar")):
+    for path in find_shards(manifest.folder):
         if path.name not in known:
             yield f"shard {path.name}: not in {MANIFEST_NAME}; delete it, or the manifest to have it built again"
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -97,6 +98,8 @@ def _shard_problem(folder: Path, shard) -> str | None:
             return f"shard {shard.name}: got {size} bytes, need {shard.size}; restore it"
         if shard.sha256 is not None and file_sha256(folder / shard.name) != shard.sha256:
             return f"shard {shard.name}: its SHA-256 is not that of the manifest; restore it"
+        if shard.sha256 is None and scan_shard(folder / shard.name).content != shard.content:
+            return f"shard {shard.name}: other content than when {MANIFEST_NAME} was written; restore it, or delete the manifest"
     except OSError as error:
         return f"shard {shard.name}: {error}"
     return None
@@ -125,7 +128,7 @@ def _read_sample(reader: ShardReader, record: Record, row: int) -> tuple[SampleF
             name = member.name
             data = reader.read(record.shard, offset=member.offset, size=member.size, shard_size=record.shard_size)
             if kind == PROMPT:
-                prompt = data.decode("utf-8")
+                prompt = data.decode("utf-8-sig")
                 continue
             arrays[KINDS[kind]] = array = decode_tensor(data, member.format)
             bad = array.size - int(np.isfinite(array).sum())

@@ -259,8 +259,8 @@ def test_image_to_video_networks_get_members_of_the_first_frame(filmed, tmp_path
     """What the VAE and CLIP make of the first frame of the clip, by the encoders themselves."""
     from PIL import Image
 
-    from rcm_megatron.data.manifest import IMAGE_EMBED, IMAGE_LATENT
     from rcm_megatron.data.media import to_frames
+    from rcm_megatron.data.scan import IMAGE_EMBED, IMAGE_LATENT
     from rcm_megatron.data.video import ClipReader
     from rcm_megatron.models.encoders import CLIPImageEncoder, WanVideoEncoder
 

@@ -80,6 +80,16 @@ def test_damage_to_shards_is_named(tmp_path, capsys, damage, named):
     assert output.endswith("damaged\n")
 
 
+def test_shards_made_again_are_named_without_a_checksum_too(tmp_path):
+    for number in range(2):
+        folder = write(tmp_path / str(number), changed={5: {"latent_CTHW": latent(5 + number)}})
+    build_manifest(folder).save()
+    assert inspect_dataset(folder).problems == ()
+    (folder / "shard_000001.tar").write_bytes((tmp_path / "0" / "shard_000001.tar").read_bytes())
+    (problem,) = inspect_dataset(folder).problems
+    assert "shard shard_000001.tar: other content" in problem
+
+
 BAD = {
     "nan": ({"latent_CTHW": latent(5).index_fill(0, torch.tensor([1]), torch.nan)}, "48 of 768 values are NaN"),
     "shape": ({"latent_CTHW": latent(5)[:, :1]}, "got shapes ((16, 1, 4, 6), (8,)), need ((16, 2, 4, 6), (8,))"),

@@ -6,16 +6,13 @@ import pytest
 import torch
 
 from rcm_megatron.data.manifest import (
-    EMBED,
-    IMAGE_EMBED,
-    IMAGE_LATENT,
     MANIFEST_NAME,
-    PROMPT,
     DatasetError,
     build_manifest,
     load_manifest,
 )
 from rcm_megatron.data.samples import SampleError
+from rcm_megatron.data.scan import EMBED, IMAGE_EMBED, IMAGE_LATENT, PROMPT
 from rcm_megatron.data.shards import ShardWriter
 from tests.unit.test_data_loader import SHAPE, dataset, embed, latent, loader
 
@@ -80,11 +77,11 @@ def test_a_network_takes_what_it_is_given_and_nothing_else(tmp_path):
     assert batch.image_latent_BCTHW is not None and batch.image_LBD is None
 
 
-def test_a_dataset_without_images_is_indexed_as_it_always_was(tmp_path):
+def test_a_dataset_without_images_is_indexed_without_them(tmp_path):
     manifest = dataset(tmp_path)
     assert manifest.index["size"].shape == (10, 3)
     manifest.save()
-    assert json.loads((tmp_path / MANIFEST_NAME).read_text())["version"] == 1
+    assert json.loads((tmp_path / MANIFEST_NAME).read_text())["version"] == 3
     assert manifest.record(0).members[IMAGE_LATENT:] == (None, None)
     for kind, shape in IMAGES.items():
         with pytest.raises(DatasetError, match=f"holds no {kind.removesuffix('_shape')} members, which this network"):

@@ -1,6 +1,8 @@
 """Writing shards, scanning them into a manifest, reading members by offset, and the order of samples."""
 
 import io
+import os
+import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 
+from rcm_megatron.data import manifest as manifest_module
 from rcm_megatron.data import shards as shards_module
 from rcm_megatron.data.manifest import (
-    LATENT,
     MANIFEST_NAME,
     DatasetError,
+    StaleManifestError,
     build_manifest,
     load_manifest,
     load_or_build_manifest,
 )
 from rcm_megatron.data.samples import decode_tensor
+from rcm_megatron.data.scan import LATENT, scan_shard
 from rcm_megatron.data.shards import ShardReader, ShardWriter
 
 
@@ -99,11 +103,11 @@ def test_offsets_give_the_members_contents(tmp_path, member_format):
 
 
 def test_scan_reads_tars_of_other_writers(tmp_path):
-    """PAX headers, folders, members of other kinds, files added in two goes, a member written twice (the last one counts)."""
+    """PAX headers, folders, members of other kinds, files added in two goes."""
     names = ["./s/a.latent.pt", "s/a.embed.npy", "s/a.mp4", "s/a.prompt.txt", "._x", "s/" + "b" * 120 + ".latent.pt"]
     for mode, some in (
         ("w", names),
-        ("a", ["s/" + "b" * 120 + ".embed.pt", "s/" + "b" * 120 + ".prompt.txt", names[3]]),
+        ("a", ["s/" + "b" * 120 + ".embed.pt", "s/" + "b" * 120 + ".prompt.txt"]),
     ):
         with tarfile.open(tmp_path / "x.tar", mode, format=tarfile.PAX_FORMAT) as tar:
             for name in some:
@@ -114,7 +118,7 @@ def test_scan_reads_tars_of_other_writers(tmp_path):
     assert keys(manifest) == ["s/a", "s/" + "b" * 120]
     latent_member, embed_member, prompt_member = manifest.record(0).members[:3]
     assert (latent_member.format, embed_member.format, prompt_member.format) == ("pt", "npy", "txt")
-    assert prompt_member.offset > manifest.record(1).members[2].offset
+    assert prompt_member.offset < manifest.record(1).members[2].offset
 
 
 def offset_of(path, name):
@@ -192,6 +196,86 @@ def test_saved_manifest_is_the_same(tmp_path, caplog):
     assert build_manifest(tmp_path, checksums=True).shards[0].sha256 == shards_module.file_sha256(
         tmp_path / "shard_000000.tar"
     )
+
+
+def rewritten(folder, *, offset):
+    """The shards again under their names, with the same keys, sizes and captions, and other numbers."""
+    for path in folder.glob("shard_*.tar"):
+        path.unlink()
+    with ShardWriter(folder, samples_per_shard=3, member_format="npy") as writer:
+        for index in range(7):
+            embed = torch.full((4, 6), float(index))
+            writer.add(f"{index:09d}", latent_CTHW=latent(index + offset), embed_LD=embed, prompt=f"prompt {index} é")
+    return folder
+
+
+def first_latent(manifest):
+    record = manifest.record(0)
+    member = record.members[LATENT]
+    reader = ShardReader(manifest.folder)
+    data = reader.read(record.shard, offset=member.offset, size=member.size, shard_size=record.shard_size)
+    return decode_tensor(data, member.format)
+
+
+@pytest.mark.parametrize("times", ["newer", "preserved"])
+def test_a_manifest_older_than_its_shards_is_built_again(tmp_path, caplog, times):
+    """`preserved`: as rsync -t and cp -p set them, older than the manifest."""
+    before = load_or_build_manifest(rewritten(tmp_path, offset=0)).fingerprint
+    stamps = {path: path.stat() for path in tmp_path.glob("*.tar")}
+    rewritten(tmp_path, offset=50)
+    for path, stamp in stamps.items() if times == "preserved" else ():
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        assert path.stat().st_size == stamp.st_size
+    with pytest.raises(StaleManifestError, match=r"older than 3 of its shards: shard shard_000000.tar: other content"):
+        load_manifest(tmp_path)
+    manifest = load_or_build_manifest(tmp_path, on_error="raise")
+    assert "it is built again" in caplog.text
+    np.testing.assert_array_equal(first_latent(manifest), latent(50).numpy())
+    assert manifest.fingerprint != before
+    assert load_manifest(tmp_path, on_error="raise").fingerprint == manifest.fingerprint
+
+
+def test_other_captions_of_the_same_length_change_the_fingerprint(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, word in zip(folders, ("left", "down"), strict=True):
+        with ShardWriter(folder) as writer:
+            writer.add("a", latent_CTHW=latent(0), embed_LD=torch.zeros(1, 1), prompt=word)
+    assert len({build_manifest(folder).fingerprint for folder in folders}) == 2
+
+
+def test_a_builders_manifest_is_not_replaced(tmp_path):
+    build_manifest(rewritten(tmp_path, offset=0), checksums=True, description={"build": {}}).save()
+    rewritten(tmp_path, offset=1)
+    with pytest.raises(StaleManifestError, match=r"restore them, or delete manifest.json"):
+        load_or_build_manifest(tmp_path, on_error="skip")
+    (tmp_path / MANIFEST_NAME).unlink()
+    np.testing.assert_array_equal(first_latent(load_or_build_manifest(tmp_path)), latent(1).numpy())
+
+
+def test_a_copied_dataset_is_looked_at_once(tmp_path, monkeypatch):
+    """Its shards are newer than the manifest that came with them, and the same."""
+    built = load_or_build_manifest(write(tmp_path / "a"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / MANIFEST_NAME, ns=(1, 1))
+    scanned = []
+    monkeypatch.setattr(manifest_module, "scan_shard", lambda path: scanned.append(path) or scan_shard(path))
+    for _ in range(3):
+        assert load_manifest(tmp_path / "b", on_error="raise").fingerprint == built.fingerprint
+        assert len(scanned) == 3
+    (tmp_path / "b" / MANIFEST_NAME).unlink()
+    assert build_manifest(tmp_path / "b").fingerprint == built.fingerprint
+
+
+def test_a_broken_manifest_is_a_message(tmp_path):
+    built = build_manifest(write(tmp_path))
+    path = built.save()
+    (tmp_path / f"manifest-{built.fingerprint[:12]}.npy").unlink()
+    with pytest.raises(DatasetError, match="manifest.json cannot be read .*delete it"):
+        load_manifest(tmp_path)
+    for text in ("{", "[]", "{}", '{"version": 2}'):
+        path.write_text(text)
+        with pytest.raises(DatasetError, match="delete it to have it built again"):
+            load_or_build_manifest(tmp_path)
 
 
 def test_shards_that_came_or_went_since_the_scan_are_named(tmp_path, caplog):
