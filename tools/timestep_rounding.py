@@ -18,11 +18,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcm_megatron.config import load_config  # noqa: E402
-from rcm_megatron.diffusion import losses, timesteps, trigflow  # noqa: E402
-from rcm_megatron.dual import Dual  # noqa: E402
-from rcm_megatron.inference.networks import init_parallel, load_network  # noqa: E402
-from tools.quickstart.digits import make_samples  # noqa: E402
+from rcm_megatron.config import load_config
+from rcm_megatron.diffusion import losses, timesteps, trigflow
+from rcm_megatron.dual import Dual
+from rcm_megatron.inference.networks import init_parallel, load_network
+from tools.quickstart.digits import make_samples
 
 SAMPLES = 256
 
