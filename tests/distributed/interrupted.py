@@ -4,6 +4,7 @@ Before that iteration of the first attempt (later ones run undisturbed):
     wait     every rank waits until a signal reaches it, five minutes at most
     signal   rank 1 sends itself two SIGUSR1
     hang     rank 1 sleeps for ever
+    slow     every rank takes five minutes, whatever signals come
 """
 
 import os
@@ -31,7 +32,14 @@ def hang_in_step(trainer):
         time.sleep(3600)
 
 
-KINDS = {"wait": wait, "signal": signal_twice, "hang": hang_in_step}
+def slow(trainer):
+    print("a slow step begins", flush=True)
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        time.sleep(0.05)
+
+
+KINDS = {"wait": wait, "signal": signal_twice, "hang": hang_in_step, "slow": slow}
 
 
 def main():

@@ -1,6 +1,7 @@
 """Told to stop, or hanging, under torchrun: what the processes leave behind, and that the run goes on as if nothing had been."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,51 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_a_restart_goes_on(
     status, output = end(start(runs, "signal", fault="none:0"))
     assert status == 0 and "resuming at iteration 8" in output, output[-3000:]
     assert_same_curves(lines, records(runs.folder / "signal"), rel=0.0)
+
+
+def start_alone(runs, name, fault):
+    """The run as one process, as somebody at a terminal starts it."""
+    command = [sys.executable, "-m", "tests.distributed.interrupted", "train", str(runs.config)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "RCM_TEST_FAULT": fault,
+    }
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, f"output_dir={runs.folder / name}"], cwd=ROOT, env=environment, **pipe)
+
+
+def wait_for_records(folder, count, patience=120):
+    end = time.monotonic() + patience
+    while not (folder / "metrics.jsonl").exists() or len(records(folder)) < count:
+        assert time.monotonic() < end, f"{folder}: no {count} records"
+        time.sleep(0.05)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(runs):
+    process = start_alone(runs, "ctrl_c", "wait:6")
+    wait_for_records(runs.folder / "ctrl_c", 6)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    status, output = end(process)
+    assert status == 85 and "told to stop; saved after 7 of 20" in output and "Traceback" not in output, output[-3000:]
+    assert "Ctrl-C again ends at once" in output
+    status, output = end(start_alone(runs, "ctrl_c", "none:0"))
+    assert status == 0 and "resuming at iteration 7" in output, output[-3000:]
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_ctrl_c_ends_at_once(runs, torchrun):
+    name = f"twice_{torchrun}"
+    process = start(runs, name, fault="slow:2") if torchrun else start_alone(runs, name, "slow:2")
+    wait_for_records(runs.folder / name, 2)
+    for _ in range(2):
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    status, output = end(process, timeout=60)
+    assert time.monotonic() - begin < 15 and status == (1 if torchrun else 130), (status, output[-3000:])
 
 
 def test_a_hang_shows_where_each_rank_stood_and_the_restart_finishes(runs):
