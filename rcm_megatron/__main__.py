@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, load_config, to_yaml, validate
+from rcm_megatron.config import ConfigError, RunConfig, load_config, to_yaml
 
 CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "nvidia", "internal", "torch_dist")
 
@@ -68,9 +68,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(arguments: argparse.Namespace, world_size: int) -> RunConfig:
-    config = load_config(arguments.config, arguments.overrides)
-    validate(config, world_size)
-    return config
+    return load_config(arguments.config, arguments.overrides, world_size=world_size)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -101,11 +99,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _load_for_inference(arguments: argparse.Namespace) -> RunConfig:
     """The run's configuration; one process needs no parallel layout, for checkpoints load on any."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = load_config(arguments.config, arguments.overrides)
-    if world_size == 1:
-        config = dataclasses.replace(config, parallel=ParallelConfig())
-    validate(config, world_size)
-    return config
+    alone = ["parallel={}"] if world_size == 1 else []
+    return load_config(arguments.config, [*arguments.overrides, *alone], world_size=world_size)
 
 
 def _add_weights(parser: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:

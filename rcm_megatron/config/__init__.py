@@ -1,7 +1,7 @@
 """Run configuration: frozen dataclasses, a strict loader, checks that need no weights. Imports no torch."""
 
 from rcm_megatron.config.errors import ConfigError
-from rcm_megatron.config.loader import apply_overrides, as_dict, build, load_config, to_yaml
+from rcm_megatron.config.loader import apply_overrides, as_dict, load_config, to_yaml, validate
 from rcm_megatron.config.model import (
     CosmosConfig,
     LatentConfig,
@@ -10,6 +10,7 @@ from rcm_megatron.config.model import (
     PrecisionConfig,
     WanConfig,
 )
+from rcm_megatron.config.reading import build
 from rcm_megatron.config.run import (
     DataConfig,
     DcmConfig,
@@ -28,7 +29,6 @@ from rcm_megatron.config.run import (
     TimeDistribution,
     TrainerConfig,
 )
-from rcm_megatron.config.validate import validate
 
 __all__ = [
     "ConfigError",

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
+from rcm_megatron.config.describe import describe
 from rcm_megatron.config.errors import ConfigError
+from rcm_megatron.config.reading import read
 from rcm_megatron.config.run import RunConfig
+from rcm_megatron.config.validate import problems_of
 from rcm_megatron.text import TextError, read_text
-
-T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,9 +45,23 @@ _Dumper.add_representer(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run configuration and apply `overrides` ("trainer.log_every=10", "stages.0.steps=5")."""
-    return build(RunConfig, apply_overrides(_read(Path(path)), overrides))
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
+    """Read a run configuration and apply `overrides` ("trainer.log_every=10", "stages.0.steps=5").
+
+    Raises ConfigError with every reason why it cannot run on ``world_size`` processes; without that number, with what is wrong within its
+    sections alone, for a caller that goes on to change it."""
+    data, problems = _overridden(_read(Path(path)), overrides)
+    config, refused = read(RunConfig, data)
+    if problems := [*problems, *refused, *problems_of(config, world_size)]:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError with every reason why `config`, made in whatever way, cannot run on `world_size` processes."""
+    config, refused = read(RunConfig, as_dict(config))
+    if problems := [*refused, *problems_of(config, world_size)]:
+        raise ConfigError("\n".join(problems))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -60,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: got {_describe(data)}, need a mapping of configuration keys")
+        raise ConfigError(f"{path}: got {describe(data)}, need a mapping of configuration keys")
     return data
 
 
@@ -72,17 +84,26 @@ def _parse(text: str) -> Any:
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `data` with each `key.sub=value` set; the value is read as YAML, a list is entered by its index."""
-    result = _copy(data)
+    """A copy of `data` with each `key.sub=value` set; the value is read as YAML, a list is entered by its index. Raises ConfigError."""
+    result, problems = _overridden(data, overrides)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return result
+
+
+def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A copy with the overrides that can be set, and what is wrong with the others."""
+    result, problems = _copy(data), []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r} is not key=value; write e.g. trainer.log_every=10")
+            problems.append(f"override {override!r} is not key=value; write e.g. trainer.log_every=10")
+            continue
         try:
             _set(result, key.split("."), _parse(text))
         except ConfigError as error:
-            raise ConfigError(f"override {override!r}: {error}") from None
-    return result
+            problems.append(f"override {override!r}: {error}")
+    return result, problems
 
 
 def _copy(value: Any) -> Any:
@@ -97,7 +118,7 @@ def _set(node: Any, keys: Sequence[str], value: Any) -> None:
         if isinstance(node, list):
             key = _index(node, key)
         elif not isinstance(node, dict):
-            raise ConfigError(f"{'.'.join(keys[:depth])} is {_describe(node)}, it has no keys")
+            raise ConfigError(f"{'.'.join(keys[:depth])} is {describe(node)}, it has no keys")
         elif not last and node.get(key) is None:
             node[key] = {}
         if last:
@@ -110,120 +131,6 @@ def _index(items: list[Any], key: str) -> int:
     if key.isdigit() and int(key) < len(items):
         return int(key)
     raise ConfigError(f"got index {key!r} into a list of {len(items)}; use 0 to {len(items) - 1}")
-
-
-def build(cls: type[T], data: Mapping[str, Any], *, path: str = "", root: type | None = None) -> T:
-    """An instance of dataclass `cls` from plain data. ConfigError names the full dotted path of what is wrong."""
-    root = root or cls
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in data:
-        if key not in fields:
-            raise ConfigError(_unknown_key(cls, str(key), path, root))
-    hints = get_type_hints(cls)
-    missing = [name for name, field in fields.items() if name not in data and _is_required(field)]
-    if missing:
-        needed = ", ".join(f"{_join(path, name)} ({_type_name(hints[name])})" for name in missing)
-        raise ConfigError(f"missing required {needed}; add it to the configuration")
-    return cls(**{key: _convert(value, hints[key], _join(path, key), root) for key, value in data.items()})
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _convert(value: Any, hint: Any, path: str, root: type, *, accepts_null: bool = False) -> Any:
-    """`value` as type `hint`, or ConfigError. Only an int widens (to float) and a list becomes a tuple."""
-    origin = get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, Mapping):
-            return build(hint, value, path=path, root=root)
-    elif origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (option for option in get_args(hint) if option is not type(None))
-        return _convert(value, inner, path, root, accepts_null=True)
-    elif origin is Literal:
-        if any(value == option and type(value) is type(option) for option in get_args(hint)):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return _convert_tuple(value, hint, path, root)
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    elif type(value) is hint and hint is not float:
-        return value
-    or_null = ", or null" if accepts_null else ""
-    raise ConfigError(f"{path}: got {_describe(value)}, need {_type_name(hint)}{or_null}{_hint_for(value, hint)}")
-
-
-def _convert_tuple(items: Sequence[Any], hint: Any, path: str, root: type) -> tuple[Any, ...]:
-    inner = get_args(hint)
-    if inner[-1] is Ellipsis:
-        inner = (inner[0],) * len(items)
-    if len(items) != len(inner):
-        raise ConfigError(f"{path}: got {len(items)} values {list(items)}, need {_type_name(hint)}")
-    return tuple(
-        _convert(item, item_hint, f"{path}.{i}", root)
-        for i, (item, item_hint) in enumerate(zip(items, inner, strict=True))
-    )
-
-
-def _describe(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true/false"}
-    if value is None:
-        return "null"
-    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    return f"{shown} ({names.get(type(value), type(value).__name__)})"
-
-
-def _type_name(hint: Any) -> str:
-    origin, inner = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        required = [field.name for field in dataclasses.fields(hint) if _is_required(field)]
-        return f"a mapping with {', '.join(required)}" if required else "a mapping"
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, inner))
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if option is type(None) else _type_name(option) for option in inner)
-    if origin is tuple:
-        count = "a list" if inner[-1] is Ellipsis else f"a list of {len(inner)}"
-        return f"{count}, each {_type_name(inner[0])}"
-    return {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}[hint]
-
-
-def _hint_for(value: Any, hint: Any) -> str:
-    if hint is str and isinstance(value, int | float):
-        return f"; put it in quotes: '{value}'"
-    if get_origin(hint) is Literal and (near := difflib.get_close_matches(str(value), map(str, get_args(hint)), n=1)):
-        return f"; did you mean {near[0]}?"
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return f"; write {int(value)}"
-    return ""
-
-
-def _unknown_key(cls: type, key: str, path: str, root: type) -> str:
-    """Names the nearest key of the same class, else one of that name anywhere in the configuration."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    near = [_join(path, name) for name in difflib.get_close_matches(key, names, n=1)]
-    if not near:
-        leaves = {dotted.rsplit(".", 1)[-1]: dotted for dotted in reversed(list(_dotted_paths(root)))}
-        near = [leaves[name] for name in difflib.get_close_matches(key, leaves, n=1)]
-    advice = f"did you mean {near[0]}?" if near else f"keys of {path or 'the configuration'}: {', '.join(names)}"
-    return f"unknown key {_join(path, key)}; {advice}"
-
-
-def _dotted_paths(cls: type, path: str = "") -> Iterator[str]:
-    for name, hint in get_type_hints(cls).items():
-        dotted = _join(path, name)
-        yield dotted
-        child = f"{dotted}.0" if get_origin(hint) is tuple else dotted
-        for inner in (hint, *get_args(hint)):
-            if dataclasses.is_dataclass(inner):
-                yield from _dotted_paths(inner, child)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

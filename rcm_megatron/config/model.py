@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
+
+from rcm_megatron.config.advice import multiples_near
+from rcm_megatron.config.declare import Change, NotNegative, Positive, PositiveFloat, Problem, until_refused
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosmosConfig:
     """What a Cosmos-Predict2 transformer has beside ModelConfig's fields (names as in diffusers' CosmosTransformer3DModel)."""
 
-    adaln_lora_dim: int = 256
+    adaln_lora_dim: Positive = 256
     """Rank of each sublayer's modulation by the time embedding."""
-    rope_scale: tuple[float, float, float]
+    rope_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """(frames, rows, columns) by which RoPE is stretched: base 10000 * scale ** (d / (d - 2)) for d channels of an axis."""
-    rope_fps: float | None = None
+    rope_fps: PositiveFloat | None = None
     """Frames a second of the latents' videos: time runs in steps of 24 / rope_fps. null: one a frame, as NVIDIA's release has it for images
     and videos; diffusers' Video2World pipeline does the same when it is called with fps=24."""
-    max_size: tuple[int, int, int] = (128, 240, 240)
+    max_size: tuple[Positive, Positive, Positive] = (128, 240, 240)
     """Largest latent (frames, height, width); with learnable_positions the size of their tables."""
     conditional_frames: bool = False
     """Video2World: a channel says which latent frames are given, and each frame has a timestep of its own."""
-    condition_sigma: float = 1e-4
+    condition_sigma: PositiveFloat = 1e-4
     """Noise level that the given frames are announced to have (diffusers' sigma_conditioning)."""
     padding_mask: bool = True
     """A channel that marks borders of the picture without content. Here it is always zero: latents are whole pictures."""
     learnable_positions: bool = False
     """Normalised learned positions added before every block (Cosmos 1.0; not in Predict2)."""
-    qk_norm_eps: float = 1e-5
+    qk_norm_eps: PositiveFloat = 1e-5
     """diffusers' value; NVIDIA's release computes with 1e-6."""
 
     @property
@@ -48,11 +52,11 @@ CLIP_TOKENS = 257
 class WanConfig:
     """How a Wan transformer is given images (its other fields are ModelConfig's). null, like all defaults, is plain text-to-video."""
 
-    condition_channels: int = 0
+    condition_channels: NotNegative = 0
     """Channels concatenated to the latent's before the patch embedding. Image-to-video: 20, a mask of 4 and the image's latent of 16."""
-    image_dim: int | None = None
+    image_dim: Positive | None = None
     """Width of the CLIP features of an image, which blocks attend to beside the text (Wan2.1 image-to-video: 1280). null: none."""
-    image_positions: int | None = None
+    image_positions: Positive | None = None
     """CLIP tokens that have a learned position (diffusers' pos_embed_seq_len; first and last frame: 2 * 257). null: no positions."""
     conditional_frames: bool = False
     """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
@@ -61,6 +65,14 @@ class WanConfig:
     def image_tokens(self) -> int:
         """CLIP tokens that blocks attend to: 257 of one image (ViT-H/14 at 224 x 224), or as many as have a position."""
         return 0 if self.image_dim is None else self.image_positions or CLIP_TOKENS
+
+    def check(self, path: str) -> Iterator[str]:
+        """Positions are of CLIP tokens."""
+        if self.image_positions is not None and self.image_dim is None:
+            yield (
+                f"{path}.image_positions={self.image_positions} places CLIP tokens, but {path}.image_dim=null has none; set it (1280), or "
+                "image_positions to null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +85,24 @@ class ModelConfig:
     """Required by the family cosmos, null for any other."""
     wan: WanConfig | None = None
     """Image conditions of the family wan; null for text-to-video and for any other family."""
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    ffn_hidden_size: int
-    in_channels: int
-    out_channels: int
-    patch_size: tuple[int, int, int]
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    ffn_hidden_size: Positive
+    in_channels: Positive
+    out_channels: Positive
+    patch_size: tuple[Positive, Positive, Positive]
     """(frames, rows, columns) of latent that make one token."""
-    text_dim: int
+    text_dim: Positive
     """Width of the text encoder's output (UMT5-XXL: 4096)."""
-    text_len: int
+    text_len: Positive
     """Text positions; shorter captions are padded with zeros, which the network attends to as Wan's does."""
-    freq_dim: int = 256
+    freq_dim: Positive = 256
     """Width of the sinusoid that embeds the timestep. Cosmos: hidden_size."""
-    eps: float = 1e-6
+    eps: PositiveFloat = 1e-6
     cross_attn_norm: bool = True
     """Affine LayerNorm before cross-attention (Wan's norm3). Cosmos: false."""
-    rope_max_seq_len: int = 1024
+    rope_max_seq_len: Positive = 1024
     """Most tokens along one of the three axes."""
 
     @property
@@ -119,15 +131,74 @@ class ModelConfig:
         """Whether the network takes clean latent frames (`Condition.x0_SBP` and `frames_B`)."""
         return any(own is not None and own.conditional_frames for own in (self.cosmos, self.wan))
 
+    def check(self, path: str) -> Iterator[str | Problem]:
+        """Sizes that must fit each other, and what the family asks of the shared fields."""
+        yield from until_refused(self._heads(path))
+        if self.freq_dim % 2:
+            yield Problem(
+                f"{path}.freq_dim={self.freq_dim} must be even (sines and cosines)",
+                (Change(f"{path}.freq_dim", (self.freq_dim + 1, self.hidden_size)),),
+            )
+        if self.in_channels != self.out_channels:
+            yield (
+                f"{path}.out_channels={self.out_channels} must equal {path}.in_channels={self.in_channels}: "
+                "the network predicts a velocity of its input's shape"
+            )
+        yield from until_refused(self._frames(path))
+        yield from until_refused(self._family(path))
+
+    def _heads(self, path: str) -> Iterator[Problem]:
+        sizes = f"{path}.hidden_size={self.hidden_size}", f"{path}.num_heads={self.num_heads}"
+        changes = (
+            Change(f"{path}.hidden_size", multiples_near(self.hidden_size, self.num_heads)),
+            Change(
+                f"{path}.num_heads", sorted(range(1, self.hidden_size), key=lambda heads: abs(heads - self.num_heads))
+            ),
+        )
+        if self.hidden_size % self.num_heads:
+            yield Problem(f"{sizes[0]} must divide by {sizes[1]}", changes)
+        elif self.head_dim % 2 or self.head_dim < 6:
+            yield Problem(
+                f"{sizes[0]} / {sizes[1]} = {self.head_dim} must be even and at least 6 "
+                "(rotary embedding turns pairs of channels on three axes)",
+                changes,
+            )
+
+    def _frames(self, path: str) -> Iterator[str]:
+        if self.conditional_frames and self.patch_size[0] != 1:
+            yield f"{path}.patch_size={list(self.patch_size)} must begin with 1 with conditional_frames: each frame has its timestep"
+
+    def _family(self, path: str) -> Iterator[str | Problem]:
+        if (self.family == "cosmos") != (self.cosmos is not None):
+            given, fix = (
+                ("null", f"give at least {path}.cosmos.rope_scale")
+                if self.cosmos is None
+                else ("given", f"remove {path}.cosmos, or set family: cosmos")
+            )
+            yield f"{path}.family={self.family} with {path}.cosmos={given}; {fix}"
+        if self.wan is not None and self.family != "wan":
+            yield f"{path}.family={self.family} with {path}.wan given; remove {path}.wan, or set family: wan"
+        if self.family != "cosmos" or self.cosmos is None:
+            return
+        if self.freq_dim != self.hidden_size:
+            yield Problem(
+                f"{path}.freq_dim={self.freq_dim} must equal {path}.hidden_size={self.hidden_size} for family cosmos",
+                (Change(f"{path}.freq_dim", (self.hidden_size,)),),
+            )
+        if self.cross_attn_norm:
+            yield f"{path}.cross_attn_norm=true is Wan's; family cosmos modulates before cross-attention: set it to false"
+        if self.head_dim < 12:
+            yield f"{path}.hidden_size / num_heads = {self.head_dim} must be at least 12 to stretch RoPE; lower {path}.num_heads"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
     """Size of one latent video, [channels, frames, height, width], after the VAE (Wan: 4x in time, 8x in space)."""
 
-    channels: int
-    frames: int
-    height: int
-    width: int
+    channels: Positive
+    frames: Positive
+    height: Positive
+    width: Positive
 
     @property
     def shape_CTHW(self) -> tuple[int, int, int, int]:
@@ -143,18 +214,18 @@ class LatentConfig:
 class ParallelConfig:
     """Degrees of model parallelism; data parallelism is what remains of the world size."""
 
-    tp: int = 1
+    tp: Positive = 1
     """Tensor parallel; sequence parallelism is on whenever tp > 1."""
-    ring: int = 1
+    ring: Positive = 1
     """Context parallel by ring attention; cp = ring * ulysses."""
-    ulysses: int = 1
+    ulysses: Positive = 1
     """Context parallel by all-to-all over heads; must divide num_heads / tp."""
-    pp: int = 1
+    pp: Positive = 1
     """Pipeline stages."""
-    vpp: int = 1
+    vpp: Positive = 1
     """Virtual pipeline chunks on each stage (interleaved schedule: a smaller bubble, vpp times the messages); 1 is no
     interleaving. Chunk c of rank p is the network's piece c * pp + p."""
-    chunk_layers: tuple[int, ...] | None = None
+    chunk_layers: tuple[Positive, ...] | None = None
     """Blocks of each of the pp * vpp pieces, in the network's order; null: as even as possible, the larger ones in the middle
     (the first piece also embeds patches, the last one projects and computes the loss)."""
 
@@ -182,6 +253,14 @@ class ParallelConfig:
     def dp(self, world_size: int) -> int:
         """Data parallel degree in a world of `world_size` ranks (which model_parallel_size must divide)."""
         return world_size // self.model_parallel_size
+
+    def check(self, path: str) -> Iterator[Problem]:
+        """Chunks need stages between which they are dealt."""
+        if self.vpp > 1 and self.pp == 1:
+            yield Problem(
+                f"{path}.vpp={self.vpp} interleaves the chunks of 2 or more stages, got {path}.pp=1",
+                (Change(f"{path}.vpp", (1,)),),
+            )
 
 
 def _even_split(total: int, parts: int) -> tuple[int, ...]:
@@ -217,3 +296,16 @@ class PrecisionConfig:
     def token_multiple(self) -> int:
         """Of what the tokens of a rank must be a multiple. One number for all networks: they share the layout of tokens."""
         return FP8_ALIGNMENT if self.fp8 else 1
+
+    def check(self, path: str) -> Iterator[str]:
+        """What Transformer Engine can do with a dtype."""
+        if self.linear_layers == "transformer_engine" and self.params_dtype == "fp32":
+            yield (
+                f"{path}.linear_layers=transformer_engine with params_dtype=fp32 would multiply in TF32 (Transformer Engine has no other "
+                "way); set linear_layers to auto or local, or params_dtype to bf16"
+            )
+        fp8 = f"{path}.fp8={list(self.fp8)}"
+        if self.fp8 and self.linear_layers == "local":
+            yield f"{fp8} needs Transformer Engine's linears, got {path}.linear_layers=local; set it to auto, or fp8 to []"
+        if self.fp8 and self.params_dtype != "bf16":
+            yield f"{fp8} needs {path}.params_dtype=bf16, got {self.params_dtype}; set that, or fp8 to []"

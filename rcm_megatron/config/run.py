@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from rcm_megatron.config.declare import (
+    Bounds,
+    Fraction,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    until_refused,
+)
 from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
 
 
@@ -31,19 +42,34 @@ class TimeDistribution:
     kind: Literal["lognormal", "uniform_shift"]
     mean: float | None = None
     """lognormal only, and required there."""
-    std: float | None = None
+    std: PositiveFloat | None = None
     """lognormal only, and required there."""
-    shift: float | None = None
+    shift: PositiveFloat | None = None
     """uniform_shift only, and required there; 1 is uniform in RF time."""
+
+    def check(self, path: str) -> Iterator[str]:
+        """Each kind has its own parameters."""
+        belongs = {"lognormal": ("mean", "std"), "uniform_shift": ("shift",)}[self.kind]
+        for name in ("mean", "std", "shift"):
+            value = getattr(self, name)
+            if name in belongs and value is None:
+                yield f"{path}.{name} is required when {path}.kind={self.kind}; set it"
+            elif name not in belongs and value is not None:
+                yield f"{path}.{name}={value} has no meaning when {path}.kind={self.kind}; remove it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DcmConfig:
     """Discrete consistency: `skip` teacher Euler steps on a grid of `total_steps` times."""
 
-    total_steps: int = 48
-    skip: int = 1
-    shift: float = 5.0
+    total_steps: Positive = 48
+    skip: Positive = 1
+    shift: PositiveFloat = 5.0
+
+    def check(self, path: str) -> Iterator[str]:
+        """A skip is a part of the grid."""
+        if self.skip > self.total_steps:
+            yield f"{path}.skip={self.skip} must be at most {path}.total_steps={self.total_steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +77,7 @@ class FlowConfig:
     """Flow matching, to train or finetune a teacher."""
 
     times: TimeDistribution = TimeDistribution(kind="uniform_shift", shift=1.0)
-    caption_dropout: float = 0.1
+    caption_dropout: Fraction = 0.1
     """Fraction of samples trained on the empty caption, which classifier-free guidance needs."""
 
 
@@ -59,39 +85,52 @@ class FlowConfig:
 class DistillationConfig:
     """What the objectives of all stages share (symbols as in rCM, arXiv 2510.08431)."""
 
-    teacher_guidance: float
+    teacher_guidance: PositiveFloat
     """Classifier-free guidance of the teacher, uncond + w (cond - uncond); 1 takes one conditional pass."""
     p_g: TimeDistribution
     """Times of sCM and dCM."""
     p_d: TimeDistribution
     """Times of DMD and the critic, and of the rollout's intermediate steps."""
-    max_rollout_steps: int = 4
+    max_rollout_steps: Positive = 4
     """Backward simulation takes 1 to this many student steps, in turn."""
     fixed_rollout_times: tuple[float, ...] | None = None
     """TrigFlow times between rollout steps, e.g. [1.5, 1.4, 1.0]; null draws them from p_d."""
     jvp_kind: Literal["exact", "semicontinuous", "finite_difference"] = "exact"
     """exact: forward-mode JVP in latents and time. semicontinuous: JVP in latents, difference in time."""
-    fd_size: float = 1e-4
+    fd_size: PositiveFloat = 1e-4
     """Step in TrigFlow time of the two difference variants; not used by `exact`."""
     scale_jvp_by_warmup: bool = False
     """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
-    expert_boundary: float | None = None
+    expert_boundary: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """RF time at which `init.teacher` takes over from `init.teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
-    conditional_frames: tuple[int, ...] | None = None
+    conditional_frames: tuple[NotNegative, ...] | None = None
     """Video2World (model.cosmos.conditional_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
     dcm: DcmConfig = DcmConfig()
     flow: FlowConfig = FlowConfig()
+
+    def check(self, path: str) -> Iterator[str]:
+        """Times of a rollout's steps."""
+        if self.fixed_rollout_times is not None:
+            yield from check_step_times(f"{path}.fixed_rollout_times", self.fixed_rollout_times, self.max_rollout_steps)
+
+
+def check_step_times(path: str, times: tuple[float, ...], steps: int) -> Iterator[str]:
+    """TrigFlow times between ``steps`` steps fall from below pi/2 to above 0."""
+    if len(times) < steps - 1:
+        yield f"{path}={list(times)}: got {len(times)} times, need at least {steps - 1} for {steps} steps; add some"
+    if not all(a > b for a, b in zip((math.pi / 2, *times), (*times, 0.0), strict=True)):
+        yield f"{path}={list(times)} must fall from below pi/2 to above 0, e.g. [1.5, 1.4, 1.0]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Weights of the objectives whose sum trains the student; 0 leaves one out. DMD brings the critic with it."""
 
-    scm: float = 0.0
-    dmd: float = 0.0
-    dcm: float = 0.0
-    flow: float = 0.0
+    scm: NotNegativeFloat = 0.0
+    dmd: NotNegativeFloat = 0.0
+    dcm: NotNegativeFloat = 0.0
+    flow: NotNegativeFloat = 0.0
     """Flow matching stands alone: it trains the student network as a teacher."""
 
 
@@ -101,30 +140,50 @@ class StageConfig:
     the iteration `i` that warm-up and alternation look at starts at 0 in each."""
 
     name: str
-    steps: int
+    steps: Positive
     """Iterations, student and critic steps together."""
     losses: LossWeights
-    tangent_warmup: int = 0
+    tangent_warmup: NotNegative = 0
     """Iterations over which r rises from 0 to 1 (sCM). All are student steps, without DMD."""
-    student_update_freq: int = 1
+    student_update_freq: Positive = 1
     """After the warm-up one iteration in this many trains the student, the others the critic. 1: no critic."""
-    student_lr: float | None = None
+    student_lr: NotNegativeFloat | None = None
     """null: student_optimizer.lr."""
-    fake_score_lr: float | None = None
+    fake_score_lr: NotNegativeFloat | None = None
     """null: fake_score_optimizer.lr."""
+
+    def check(self, path: str) -> Iterator[str]:
+        """Objectives against each other and the alternation of student and critic."""
+        losses, where = self.losses, f"{path} ({self.name})"
+        if not (losses.scm or losses.dmd or losses.dcm or losses.flow):
+            yield f"{where}.losses are all 0; give scm, dmd, dcm or flow a weight"
+        if losses.flow and (losses.scm or losses.dmd or losses.dcm):
+            yield f"{where}.losses: flow={losses.flow} trains a teacher and needs a stage of its own; split this one"
+        yield from until_refused(self._alternation(where))
+        if self.tangent_warmup and not losses.scm:
+            yield f"{where}.tangent_warmup={self.tangent_warmup} needs an scm weight; set tangent_warmup to 0"
+
+    def _alternation(self, where: str) -> Iterator[str]:
+        if self.losses.dmd and self.student_update_freq == 1:
+            yield f"{where}.student_update_freq=1 never trains the critic that DMD needs; set 2 or more (5 for Wan 1.3B)"
+        if not self.losses.dmd and self.student_update_freq != 1:
+            yield f"{where}.student_update_freq={self.student_update_freq} trains a critic for no DMD; set 1, or losses.dmd"
+
+
+Beta = Annotated[float, Bounds(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW; weight decay acts on every parameter, biases and norms included."""
 
-    lr: float
-    betas: tuple[float, float] = (0.0, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    lr_warmup_steps: int = 100
+    lr: NotNegativeFloat
+    betas: tuple[Beta, Beta] = (0.0, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NotNegativeFloat = 0.01
+    lr_warmup_steps: NotNegative = 100
     """Updates of this network over which lr rises linearly from 0."""
-    clip_grad: float = 0.0
+    clip_grad: NotNegativeFloat = 0.0
     """Largest gradient norm; 0 does not clip, which rCM's authors call crucial."""
 
 
@@ -133,7 +192,7 @@ class EmaConfig:
     """Power-function EMA of the student (EDM2, arXiv 2312.02696)."""
 
     enabled: bool = True
-    relative_width: float = 0.1
+    relative_width: Annotated[float, Bounds(gt=0, lt=0.28, note="0.1 is usual")] = 0.1
     """Width of the averaging window as a fraction of the updates so far."""
 
 
@@ -162,6 +221,21 @@ class EncodersConfig:
     vae_tiling: bool = False
     """Work on overlapping tiles of 256 pixels: fits small GPUs, takes longer, and changes the numbers slightly at seams."""
 
+    def check(self, path: str) -> Iterator[str]:
+        """What reads the folder, and what encodes the negative prompt."""
+        for name in ("video", "text", "image"):
+            value = getattr(self, name)
+            if value in ("wan_vae", "umt5", "t5", "clip") and self.folder is None:
+                yield (
+                    f"{path}.folder=null, but {path}.{name}={value} reads it; name a local diffusers checkpoint with vae/, "
+                    "text_encoder/ and tokenizer/"
+                )
+        if self.text == "none" and self.negative_prompt is not None:
+            yield (
+                f"{path}.negative_prompt={self.negative_prompt!r} needs a text encoder, got {path}.text=none; remove it "
+                f"or set {path}.text"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -173,8 +247,8 @@ class DataConfig:
     """File with the text embedding of the unconditional branch. null: the text encoder's (which must not be `none`)."""
     on_error: Literal["skip", "raise"] = "raise"
     """skip: an unreadable shard or member is named, counted and replaced by the next sample."""
-    num_threads: int = 2
-    prefetch: int = 2
+    num_threads: Positive = 2
+    prefetch: Positive = 2
     """Batches decoded ahead of the step."""
 
 
@@ -182,28 +256,36 @@ class DataConfig:
 class TrainerConfig:
     """Batch and checkpoints. Order of data, noise and times follow from the run's seed, not from ranks."""
 
-    global_batch_size: int
+    global_batch_size: Positive
     """Samples of one update, over all data-parallel ranks and micro-batches."""
-    micro_batch_size: int = 1
-    log_every: int = 1
-    sample_every: int = 0
+    micro_batch_size: Positive = 1
+    log_every: Positive = 1
+    sample_every: Annotated[int, Bounds(ge=0, note="0: no samples")] = 0
     """Iterations between sample videos; 0: none."""
-    checkpoint_every: int
-    keep_checkpoints: int = 2
+    checkpoint_every: Positive
+    keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept; older ones are deleted after a new one is complete. With 1 there is none to go back to when its
     files are damaged."""
-    keep_every: int = 0
+    keep_every: Annotated[int, Bounds(ge=0, note="0: none")] = 0
     """Checkpoints of iterations divisible by this are never deleted; a multiple of checkpoint_every, or 0: none."""
     async_checkpoint: bool = True
     """Train on while a checkpoint is written: a step waits for a copy of the rank's part of it in host memory (pinned, with CUDA), which
     is needed until it is on disk. False: wait for the disk, and copy nothing."""
     resume: bool = True
     """Continue from the newest complete checkpoint under output_dir, if there is one."""
-    stop_after: int | None = None
+    stop_after: Positive | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
-    hang_timeout: float | None = 1800.0
+    hang_timeout: Annotated[float, Bounds(gt=0)] | None = 1800.0
     """Seconds without a step (or a checkpoint) after which every rank writes its stacks to output_dir/stacks and ends with status 86;
     what comes before the end of the first step may take three times as long. null: wait for ever."""
+
+    def check(self, path: str) -> Iterator[str]:
+        """What is kept must have been written."""
+        if self.keep_every % self.checkpoint_every:
+            yield (
+                f"{path}.keep_every={self.keep_every} must be a multiple of {path}.checkpoint_every={self.checkpoint_every}, or no such "
+                "checkpoint is ever written; 0 keeps none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,21 +313,25 @@ class MemoryConfig:
 class SamplingConfig:
     """Defaults of `sample` and of the samples written during training."""
 
-    student_steps: tuple[int, ...] = (1, 2, 4)
+    student_steps: Annotated[tuple[Positive, ...], Bounds(count=1)] = (1, 2, 4)
     """Step counts to sample the student with, each 1 to 4."""
     student_times: tuple[float, ...] = (1.5, 1.4, 1.0)
     """TrigFlow times between the student's steps; n steps use the first n - 1."""
-    sigma_max: float = 80.0
+    sigma_max: PositiveFloat = 80.0
     """Noise level the student starts at, t = atan(sigma_max). Training draws are not bounded by it."""
     teacher_sampler: Literal["euler", "unipc"] = "unipc"
-    teacher_steps: int = 50
-    teacher_shift: float = 5.0
+    teacher_steps: Positive = 50
+    teacher_shift: PositiveFloat = 5.0
     """Shift of the teacher's RF time grid."""
-    guidance: float = 5.0
+    guidance: PositiveFloat = 5.0
     """Classifier-free guidance of the teacher when it is sampled."""
-    num_samples: int = 4
+    num_samples: Positive = 4
     seed: int = 0
-    fps: int = 16
+    fps: Positive = 16
+
+    def check(self, path: str) -> Iterator[str]:
+        """A time between every two steps of the longest sampling."""
+        yield from check_step_times(f"{path}.student_times", self.student_times, max(self.student_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +343,7 @@ class LoggingConfig:
     can make the others quieter, never louder."""
     wandb_project: str = "rcm_megatron"
     progress_bar: bool = True
-    peak_tflops: float | None = None
+    peak_tflops: PositiveFloat | None = None
     """Dense peak of one device, TFLOP/s, of which MFU is a share. null: that of the GPU if it is known and the run is bf16; else no MFU."""
 
 

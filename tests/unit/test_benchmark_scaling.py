@@ -37,9 +37,9 @@ def test_a_layout_is_its_degrees_and_ranks_their_product():
     [
         ({"strong": ["tpp=2"]}, "did you mean tp?"),
         ({"strong": ["tp=0"]}, "write e.g. tp=2"),
-        ({"strong": ["tp=3"]}, "set parallel.tp to 1, 2 or 4"),
-        ({"strong": ["pp=4"]}, "lower parallel.pp"),
-        ({"strong": ["dp=1", "dp=4"]}, "set it to 4"),
+        ({"strong": ["tp=3"]}, "it divides by 1, 2, 4, each of which"),
+        ({"strong": ["pp=4"]}, "set parallel.pp to 2"),
+        ({"strong": ["dp=1", "dp=4"]}, "set trainer.global_batch_size to 4"),
         ({"weak_tokens": ["ring=2", "ring=3"]}, "need a multiple of 2"),
     ],
 )

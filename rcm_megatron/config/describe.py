@@ -1,0 +1,110 @@
+"""Values, types and keys of a configuration in the words of its error messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rcm_megatron.config.declare import Bounds, ByName, Variants
+
+
+def join(path: str, name: str) -> str:
+    """Dotted path of ``name`` in the section at ``path``."""
+    return f"{path}.{name}" if path else name
+
+
+def plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A declared type without its annotations, and the annotations."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+def describe(value: Any) -> str:
+    """`3 (an integer)`."""
+    names = {dict: "a mapping", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true/false"}
+    if value is None:
+        return "null"
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+    return f"{shown} ({names.get(type(value), type(value).__name__)})"
+
+
+def type_name(hint: Any, bounds: Sequence[Bounds] = ()) -> str:
+    """`an integer greater than 0`."""
+    hint, notes = plain(hint)
+    limits = " ".join(f" {note}" for note in (*bounds, *notes) if isinstance(note, Bounds))
+    origin, inner = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        required = [field.name for field in dataclasses.fields(hint) if _is_required(field)]
+        return f"a mapping with {', '.join(required)}" if required else "a mapping"
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if option is type(None) else type_name(option) for option in inner)
+    if origin is tuple:
+        count = "a list" if inner[-1] is Ellipsis else f"a list of {len(inner)}"
+        return f"{count}{limits}, each {type_name(inner[0])}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping of names"
+    return {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}[hint] + limits
+
+
+def hint_for(value: Any, hint: Any) -> str:
+    """What was probably meant, as the end of a sentence; or nothing."""
+    if hint is str and isinstance(value, int | float):
+        return f"; put it in quotes: '{value}'"
+    if get_origin(hint) is Literal and (near := difflib.get_close_matches(str(value), map(str, get_args(hint)), n=1)):
+        return f"; did you mean {near[0]}?"
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    return ""
+
+
+def missing_key(path: str, hint: Any) -> str:
+    """The message for a required key that is not there."""
+    return f"{path}: got nothing, need {type_name(hint)}; add it to the configuration"
+
+
+def unknown_key(owner: type | Sequence[str], key: str, path: str, root: type) -> str:
+    """Names the nearest key of ``owner`` (a dataclass or its keys), else one of that name anywhere in the configuration."""
+    names = [field.name for field in dataclasses.fields(owner)] if isinstance(owner, type) else list(owner)
+    near = [join(path, name) for name in difflib.get_close_matches(key, names, n=1)]
+    if not near:
+        leaves = {dotted.rsplit(".", 1)[-1]: dotted for dotted in reversed(list(_dotted_paths(root)))}
+        near = [leaves[name] for name in difflib.get_close_matches(key, leaves, n=1)]
+    where = path or "the configuration"
+    return f"{join(path, key)}: unknown key; " + (
+        f"did you mean {near[0]}?" if near else f"need one of {where}'s: {', '.join(names)}"
+    )
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _dotted_paths(cls: type, path: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        dotted = join(path, name)
+        yield dotted
+        for inner, key in _inner_classes(hint):
+            yield from _dotted_paths(inner, join(dotted, key) if key else dotted)
+
+
+def _inner_classes(hint: Any) -> Iterator[tuple[type, str]]:
+    """Dataclasses within a declared type, each with the key or index that leads there ("" for the section itself)."""
+    hint, notes = plain(hint)
+    for note in notes:
+        if isinstance(note, Variants | ByName):
+            named = isinstance(note, ByName)
+            yield from ((cls, name if named else "") for name, cls in note.classes().items())
+            return
+    if dataclasses.is_dataclass(hint):
+        yield hint, ""
+    elif get_origin(hint) is tuple:
+        yield from ((inner, "0") for inner, _ in _inner_classes(get_args(hint)[0]))
+    elif isinstance(get_origin(hint), type) and issubclass(get_origin(hint), Mapping):
+        yield from ((inner, "NAME") for inner, _ in _inner_classes(get_args(hint)[1]))
+    else:
+        for option in get_args(hint):
+            yield from _inner_classes(option)
