@@ -52,7 +52,7 @@ CASES = {
 }
 
 
-def milliseconds(fn: Callable[[], Any], repeats: int) -> float:
+def milliseconds(fn, repeats):
     """Median time of `fn` on the GPU, after two calls that warm up."""
     times = []
     for i in range(repeats + 2):
@@ -66,13 +66,13 @@ def milliseconds(fn: Callable[[], Any], repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def matmul_peak(dtype: torch.dtype, repeats: int, size: int = 8192) -> float:
+def matmul_peak(dtype, repeats, size=8192):
     """TFLOP/s of torch.matmul."""
     a, b = torch.randn(2, size, size, device="cuda").to(dtype).unbind(0)
     return 2 * size**3 / milliseconds(functools.partial(torch.matmul, a, b), repeats) / 1e9
 
 
-def peak_memory(fn: Callable[[], Any]) -> float:
+def peak_memory(fn):
     """MiB that one call needs at most beside its inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -86,7 +86,7 @@ NVLABS_FILE = Path("rcm/utils/flash_attention_jvp_triton.py")
 NVLABS_ARGUMENTS = ["q", "k", "v", "tq", "tk", "tv"]
 
 
-def load_nvlabs(path: str | Path) -> Callable[..., Any]:
+def load_nvlabs(path):
     """The attention function of NVlabs/rcm (as of commit 5b41aa9) in the user's own checkout: [b, n, s, d] tensors -> (o, to).
 
     Its file takes the backward from flash-attn, which is not timed here: where that is not installed, an empty module stands in.
@@ -119,7 +119,7 @@ def load_nvlabs(path: str | Path) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _flash_attn_or_stand_in() -> Iterator[None]:
+def _flash_attn_or_stand_in():
     names = ("flash_attn", "flash_attn.flash_attn_interface")
     stand_in = importlib.util.find_spec(names[0]) is None
     if stand_in:
@@ -133,21 +133,21 @@ def _flash_attn_or_stand_in() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _no_backward(*args: Any, **kwargs: Any) -> NoReturn:
+def _no_backward(*args, **kwargs):
     raise RuntimeError("the backward of NVlabs/rcm needs flash-attn, which is not installed")
 
 
-def nvlabs_call(function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor | None, tv: Tensor | None) -> Callable[[], Any]:
+def nvlabs_call(function, q, k, v, tq, tk, tv):
     """Its call on [s, b, n, d] views: it has no way to leave tk and tv out, and wants tangents with the strides of their primals."""
     zeros = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_() for x in (k, v)]
     tk, tv = (zero if tangent is None else tangent for tangent, zero in zip((tk, tv), zeros, strict=True))
     return functools.partial(function, *(x.permute(1, 2, 0, 3) for x in (q, k, v, tq, tk, tv)))
 
 
-def make_inputs(case: Case, dtype: torch.dtype, device: str = "cuda") -> Inputs:
+def make_inputs(case, dtype, device="cuda"):
     """q, k, v, tq, tk, tv as a training step has them: halves of stacked duals [s, 2b, n, d]."""
 
-    def stack(length: int) -> tuple[Tensor, Tensor]:
+    def stack(length):
         dual = torch.randn(length, 2 * case.batch, case.heads, case.head_dim, device=device, dtype=dtype)
         return dual[:, : case.batch], dual[:, case.batch :]
 
@@ -155,7 +155,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cuda") -> Inputs:
     return (q, k, v, tq, tk, tv) if case.key_tangents else (q, k, v, tq, None, None)
 
 
-def other_libraries() -> dict[str, Backend]:
+def other_libraries():
     """{name: Backend} of plain attention beside torch's flash attention, where they run; says which do not."""
     from rcm_kernels.flash_attention import backends
 
@@ -168,7 +168,7 @@ def other_libraries() -> dict[str, Backend]:
     return found
 
 
-def candidates(case: Case, inputs: Inputs, nvlabs: Callable[..., Any] | None, libraries: Mapping[str, Backend]) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+def candidates(case, inputs, nvlabs, libraries):
     """(implementation, operations per s*l*d, function) to be timed."""
     from rcm_kernels.flash_attention import backends
     from rcm_kernels.flash_attention_jvp import triton_impl
@@ -194,7 +194,7 @@ def candidates(case: Case, inputs: Inputs, nvlabs: Callable[..., Any] | None, li
             yield f"{name}, backward", 10, functools.partial(library.backward, do, q, k, v, o, lse, scale)
 
 
-def environment() -> dict[str, str]:
+def environment():
     """Columns that say where a row comes from."""
     import triton
 
@@ -206,7 +206,7 @@ def environment() -> dict[str, str]:
     return columns | {"triton": triton.__version__, "commit": commit or "unknown"}
 
 
-def measure(name: str, case: Case, dtype: torch.dtype, peak: float, repeats: int, nvlabs: Callable[..., Any] | None, libraries: Mapping[str, Backend]) -> Iterator[dict[str, Any]]:
+def measure(name, case, dtype, peak, repeats, nvlabs, libraries):
     """Rows of the table for one case."""
     inputs, plain_ms = make_inputs(case, dtype), None
     for implementation, operations, fn in candidates(case, inputs, nvlabs, libraries):
@@ -219,7 +219,7 @@ def measure(name: str, case: Case, dtype: torch.dtype, peak: float, repeats: int
         yield row | {"ratio_to_aten_forward": ratio, "peak_mib": round(memory), "matmul_tflops": round(peak, 1)}
 
 
-def main() -> None:
+def main():
     """Parse the command line, measure, print, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

@@ -12,7 +12,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def check_machine() -> None:
+def check_machine():
     """Raise where Triton kernels cannot run."""
     if not INTERPRETED and not torch.cuda.is_available():
         raise RuntimeError(
@@ -20,7 +20,7 @@ def check_machine() -> None:
         )
 
 
-def check_tensors(*tensors: Tensor | None) -> None:
+def check_tensors(*tensors):
     """All tensors on one device that Triton can run on, of one dtype that it can multiply, with a head dim up to 256."""
     q = tensors[0]
     if q.dtype not in _TRITON_TYPES:
@@ -44,7 +44,7 @@ def check_tensors(*tensors: Tensor | None) -> None:
         raise ValueError(f"got head dim {q.shape[-1]}; need at most 256; fix: choose the backend 'reference'")
 
 
-def dot_types(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
+def dot_types(dtype):
     """(type to which factors of a matmul are rounded, type in which they are multiplied); the same but for the interpreter.
 
     The interpreter multiplies the bits of bf16 as integers, silently. A product of two bf16 is exact in fp32, so multiplying
@@ -54,16 +54,16 @@ def dot_types(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     return rounded, tl.float32 if INTERPRETED and dtype == torch.bfloat16 else rounded
 
 
-def dot_precision(dtype: torch.dtype) -> str:
+def dot_precision(dtype):
     """How factors in fp32 are multiplied: three tf32 products on tensor cores, as good as fp32. Means nothing for the others."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def last_dim_dense(x: Tensor | None) -> Tensor | None:
+def last_dim_dense(x):
     """`x` itself unless its last dimension is strided: the kernels take any stride for the others."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+def on_device_of(x):
     """Context in which Triton launches on x's device: it launches on the current one otherwise."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 _forced: str | None = None
 
 
-def _triton() -> AttentionJvp:
+def _triton():
     from rcm_kernels import launch
     from rcm_kernels.flash_attention_jvp import triton_impl
 
@@ -27,7 +27,7 @@ def _triton() -> AttentionJvp:
     return triton_impl.attention_jvp if launch.INTERPRETED else _checked(triton_impl.attention_jvp)
 
 
-def _checked(kernel: AttentionJvp) -> AttentionJvp:
+def _checked(kernel):
     """Refuse a kernel that this GPU, driver or Triton makes something else of: one small case against the reference."""
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = torch.randn(6, 130, 1, 2, 128, device="cuda", generator=generator).bfloat16().unbind(0)
@@ -47,7 +47,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(_LOADERS)
 
 
-def select_backend(name: str) -> None:
+def select_backend(name):
     """Force one implementation of `attention_jvp` in this process; "auto" undoes it. ValueError where it cannot run."""
     global _forced
     if name != "auto" and name not in _LOADERS:
@@ -61,7 +61,7 @@ def select_backend(name: str) -> None:
 
 
 @functools.cache
-def _load(name: str) -> AttentionJvp:
+def _load(name):
     try:
         return _LOADERS[name]()
     except (ImportError, RuntimeError) as error:
@@ -72,7 +72,7 @@ def _load(name: str) -> AttentionJvp:
 
 
 @functools.cache
-def _choose(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, AttentionJvp]:
+def _choose(device, dtype, head_dim):
     """(name, implementation) for tensors of this kind; chosen and logged once per kind."""
     fast = device == "cuda" and head_dim <= 256 and dtype in (torch.bfloat16, torch.float16, torch.float32)
     name = _forced or ("triton" if fast else "reference")
@@ -87,12 +87,12 @@ def _choose(device: str, dtype: torch.dtype, head_dim: int) -> tuple[str, Attent
     return name, backend
 
 
-def backend_for(q: Tensor) -> str:
+def backend_for(q):
     """Name of the implementation for q's device, dtype and head dim; chosen and logged once per combination."""
     return _choose(q.device.type, q.dtype, q.shape[-1])[0]
 
 
-def attention_jvp(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor | None = None, tv: Tensor | None = None, *, valid_keys: int | None = None, scale: float | None = None, carry: Carry | None = None, **options: Any) -> Carry:
+def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None, **options):
     """Softmax attention and its tangent: by Triton on a GPU, by the reference elsewhere, or as `select_backend` said.
 
     Arguments, `options` (masks, output type) and results as in `reference.attention_jvp`: `(o, to, lse, mu)`.

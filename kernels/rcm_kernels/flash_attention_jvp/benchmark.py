@@ -18,7 +18,7 @@ CPU_SHAPES = [(64, 16, 6, 32), (64, 16, 3, 32), (256, 4, 6, 32), (1024, 1, 6, 32
 CUDA_SHAPES = [(4096, 1, 12, 128), (32760, 1, 12, 128), (32760, 1, 40, 128)]
 
 
-def best_seconds(fn: Callable[[], Any], repeats: int, device: str) -> float:
+def best_seconds(fn, repeats, device):
     """Shortest of `repeats` runs after one that warms up: wall time on CUDA, time of the process on CPU."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     synchronize = torch.cuda.synchronize if device == "cuda" else int
@@ -32,7 +32,7 @@ def best_seconds(fn: Callable[[], Any], repeats: int, device: str) -> float:
     return min(times[1:])
 
 
-def main() -> None:
+def main():
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

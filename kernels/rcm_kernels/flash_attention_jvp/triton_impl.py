@@ -206,9 +206,9 @@ def forward_kernel(
 
 @torch.no_grad()
 def attention_jvp(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor | None = None, tv: Tensor | None = None, *, valid_keys: int | None = None, scale: float | None = None, carry: Carry | None = None,
-    chunk: int | None = None, q_offset: int = 0, k_offset: int = 0, out_dtype: torch.dtype | None = None, update_carry: bool = False, config: Config | None = None,
-) -> Carry:  # fmt: skip
+    q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None,
+    chunk=None, q_offset=0, k_offset=0, out_dtype=None, update_carry=False, config=None,
+):  # fmt: skip
     """`reference.attention_jvp` on a GPU (or, with TRITON_INTERPRET=1, in the interpreter): same arguments, same results.
 
     `config` overrides the table of configurations; the tuning tool uses it.
@@ -242,7 +242,7 @@ def attention_jvp(
     return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
-def _new_outputs(q: Tensor, out_dtype: torch.dtype | None) -> Carry:
+def _new_outputs(q, out_dtype):
     s, b, n, _ = q.shape
     o, to = (torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device) for _ in range(2))
     lse, mu = (torch.empty((b, n, s), dtype=torch.float32, device=q.device) for _ in range(2))

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 _setting = "auto"
 
 
-def select_ops(setting: str) -> None:
+def select_ops(setting):
     """Which ops run fused in this process: "auto" (all, on CUDA tensors), "none", "all", or names joined by commas.
 
     "all" and names are an order: a tensor that Triton cannot take is then an error. ValueError where they cannot run.
@@ -44,13 +44,13 @@ def select_ops(setting: str) -> None:
     _kernel_for.cache_clear()
 
 
-def kernel_for(op: str, x: Tensor) -> ModuleType | None:
+def kernel_for(op, x):
     """The module that computes `op` on a tensor like x, or None; chosen and logged once per op, device type and dtype."""
     return _kernel_for(op, x.device.type, x.dtype)
 
 
 @functools.cache
-def _kernel_for(op: str, device: str, dtype: torch.dtype) -> ModuleType | None:
+def _kernel_for(op, device, dtype):
     assert op in OPS, op
     wanted = dtype in DTYPES and (device == "cuda" if _setting == "auto" else op in _names(_setting))
     module = None
@@ -63,10 +63,10 @@ def _kernel_for(op: str, device: str, dtype: torch.dtype) -> ModuleType | None:
     return module
 
 
-def _names(setting: str) -> tuple[str, ...]:
+def _names(setting):
     return () if setting == "none" else OPS if setting == "all" else tuple(name.strip() for name in setting.split(","))
 
 
 @functools.cache
-def _module(op: str) -> ModuleType:
+def _module(op):
     return importlib.import_module(f"rcm_kernels.fused.{op}")

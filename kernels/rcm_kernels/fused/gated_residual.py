@@ -64,17 +64,17 @@ def backward_kernel(
     tl.store(d_gate + out_D, tl.sum(sum_SD, 0), mask=cols_D < FEATURES)
 
 
-def plain(h_SBD: Tensor, x_SBD: Tensor, gate_1BD: Tensor) -> Tensor:
+def plain(h_SBD, x_SBD, gate_1BD):
     """`h + gate x` in the dtype of h."""
     return _Plain.apply(h_SBD, x_SBD, gate_1BD)
 
 
-def dual(h_SBD: Tensor, x_SBD: Tensor, gate_1BD: Tensor) -> Tensor:
+def dual(h_SBD, x_SBD, gate_1BD):
     """The same on stacks `[s, 2b, d]`, `[1, 2b, d]`."""
     return _forward(h_SBD, x_SBD, gate_1BD, is_dual=True)
 
 
-def _forward(h: Tensor, x: Tensor, gate: Tensor, *, is_dual: bool = False) -> Tensor:
+def _forward(h, x, gate, *, is_dual=False):
     h, x, gate = prepared(h, x, gate)
     y = empty_like(h)
     batch, (tokens, _, features) = halves(h) if is_dual else h.shape[1], h.shape
@@ -86,7 +86,7 @@ def _forward(h: Tensor, x: Tensor, gate: Tensor, *, is_dual: bool = False) -> Te
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(dy, x, gate):
     """(dx, d_gate `[b, d]` in fp32)."""
     dy, x, gate = prepared(dy, x, gate)
     tokens, batch, features = x.shape
@@ -104,12 +104,12 @@ def _backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, h: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx, h, x, gate):
         ctx.save_for_backward(x, gate)
         return _forward(h, x, gate)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, dy):
         x, gate = ctx.saved_tensors
         dx, d_gate = _backward(dy, x, gate)
         return dy, dx, gradient_of(gate, d_gate)

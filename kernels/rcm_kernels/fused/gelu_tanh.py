@@ -79,17 +79,17 @@ def backward_kernel(
         tl.store(d_bias + out_F, tl.sum(sum_SF, 0), mask=cols_F < FEATURES)
 
 
-def plain(x_SBF: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def plain(x_SBF, bias_F=None):
     """`gelu(x + bias)` in the dtype of x, `[s, b, f]`."""
     return _Plain.apply(x_SBF, bias_F)
 
 
-def dual(x_SBF: Tensor, bias_F: Tensor | None = None) -> Tensor:
+def dual(x_SBF, bias_F=None):
     """The same on a stack `[s, 2b, f]`; the bias belongs to the primal alone."""
     return _forward(x_SBF, bias_F, is_dual=True)
 
 
-def _forward(x: Tensor, bias: Tensor | None, *, is_dual: bool = False) -> Tensor:
+def _forward(x, bias, *, is_dual=False):
     x, bias = prepared(x, bias)
     y = empty_like(x)
     batch, (tokens, _, features) = halves(x) if is_dual else x.shape[1], x.shape
@@ -101,7 +101,7 @@ def _forward(x: Tensor, bias: Tensor | None, *, is_dual: bool = False) -> Tensor
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _backward(dy, x, bias):
     """(dx, d_bias `[f]` in fp32 or None)."""
     dy, x, bias = prepared(dy, x, bias)
     tokens, batch, features = x.shape
@@ -118,12 +118,12 @@ def _backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x, bias):
         ctx.save_for_backward(x, bias)
         return _forward(x, bias)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, dy):
         x, bias = ctx.saved_tensors
         dx, d_bias = _backward(dy, x, bias)
         return dx, None if bias is None else gradient_of(bias, d_bias)

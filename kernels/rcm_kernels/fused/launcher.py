@@ -17,7 +17,7 @@ PROGRAMS = 512
 _records = None
 
 
-def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+def launch(kernel, grid, *arguments, **meta):
     """Run `kernel` on the device of its first argument; under `recorded` only note the launch."""
     if _records is not None:
         _records.append((kernel, grid, arguments, meta))
@@ -27,7 +27,7 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **meta: 
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded():
     """The launches made inside, as (kernel, grid, arguments, meta), without running them: for meta tensors."""
     global _records
     _records = []
@@ -37,7 +37,7 @@ def recorded() -> Iterator[list[Launch]]:
         _records = None
 
 
-def prepared(*tensors: Tensor | None) -> tuple[Any, ...]:
+def prepared(*tensors):
     """The tensors with a dense last dimension. ValueError if Triton cannot run where they are."""
     device = tensors[0].device
     if device.type != "cuda" and not INTERPRETED and _records is None:
@@ -48,7 +48,7 @@ def prepared(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def block_of(size: int) -> int:
+def block_of(size):
     """The power of two that holds `size` features in one program."""
     block = triton.next_power_of_2(size)
     if block > MAX_BLOCK:
@@ -59,22 +59,22 @@ def block_of(size: int) -> int:
     return block
 
 
-def warps_of(block: int, *, most: int = 8) -> int:
+def warps_of(block, *, most=8):
     """16 elements a thread (two 16-byte loads of bf16) until that needs more than `most` warps."""
     return min(max(block // 512, 1), most)
 
 
-def row_programs(rows: int) -> int:
+def row_programs(rows):
     """Programs that share `rows` rows, at most PROGRAMS."""
     return max(1, min(rows, PROGRAMS))
 
 
-def halves(stacked: Tensor) -> int:
+def halves(stacked):
     """Batch of the primal, which is the first half of dimension 1."""
     return stacked.shape[1] // 2
 
 
-def batch_stride(vector: Tensor) -> int:
+def batch_stride(vector):
     """Elements between the vectors of two samples: `[1, b, d]`, or one for all of them, `[1, 1, d]` or `[d]`."""
     if vector.dim() == 1:
         return 0
@@ -85,11 +85,11 @@ def batch_stride(vector: Tensor) -> int:
     return vector.stride(1) if vector.shape[1] > 1 else 0
 
 
-def gradient_of(vector: Tensor, sums: Tensor) -> Tensor:
+def gradient_of(vector, sums):
     """Gradient of a vector from fp32 sums over tokens, `[b, d]` or `[d]`, in its shape and dtype."""
     return sums.sum_to_size(vector.shape[-2:]).to(vector.dtype).view(vector.shape)
 
 
-def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like(x, dtype=None):
     """Contiguous, whatever the strides of x are."""
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)

@@ -95,17 +95,17 @@ def backward_kernel(
     tl.store(d_scale + out_D, d_scale_D, mask=mask_D)
 
 
-def plain(x_SBD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype, one: float = 1.0) -> Tensor:
+def plain(x_SBD, shift, scale, *, eps, dtype, one=1.0):
     """`layer_norm(x) * (one + scale) + shift` in `dtype`; shift and scale are `[1, b, d]`, or `[d]` for all samples."""
     return _Plain.apply(x_SBD, shift, scale, eps, dtype, one)
 
 
-def dual(x_SBD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype, one: float = 1.0, vector_tangents: bool = True) -> Tensor:
+def dual(x_SBD, shift, scale, *, eps, dtype, one=1.0, vector_tangents=True):
     """The same on a stack `[s, 2b, d]`, shift and scale being stacks `[1, 2b, d]`, or without tangents: `[d]`."""
     return _forward(x_SBD, shift, scale, eps, dtype, one, tangents=(True, vector_tangents))
 
 
-def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, one: float, *, tangents: tuple[bool, bool] = (False, False)) -> Tensor:
+def _forward(x, shift, scale, eps, dtype, one, *, tangents=(False, False)):
     x, shift, scale = prepared(x, shift, scale)
     y = empty_like(x, dtype)
     batch = halves(x) if tangents[0] else x.shape[1]
@@ -119,7 +119,7 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.d
     return y
 
 
-def _backward(dy: Tensor, x: Tensor, scale: Tensor, eps: float, one: float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dy, x, scale, eps, one):
     """(dx, d_shift, d_scale): the sums over tokens as `[b, d]` in fp32."""
     dy, x, scale = prepared(dy, x, scale)
     (tokens, batch, features), block = x.shape, block_of(x.shape[-1])
@@ -136,13 +136,13 @@ def _backward(dy: Tensor, x: Tensor, scale: Tensor, eps: float, one: float) -> t
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, one: float) -> Tensor:
+    def forward(ctx, x, shift, scale, eps, dtype, one):
         ctx.save_for_backward(x, shift, scale)
         ctx.eps, ctx.one = eps, one
         return _forward(x, shift, scale, eps, dtype, one)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dy):
         x, shift, scale = ctx.saved_tensors
         dx, *sums = _backward(dy, x, scale, ctx.eps, ctx.one)
         d_shift, d_scale = (gradient_of(v, s) for v, s in zip((shift, scale), sums, strict=True))
