@@ -30,7 +30,8 @@ def build(cls: type[T], data: Mapping[str, Any], *, path: str = "") -> T:
 def read(cls: type[T], data: Mapping[str, Any], *, path: str = "") -> tuple[T, list[str]]:
     """``cls`` from plain data with `REFUSED` for what was refused, and why. Its sections' own checks are `section_problems`."""
     reader = _Reader(cls, data)
-    return reader.section(cls, data, path), reader.problems
+    value = reader.section(cls, data, path)
+    return value, [problem for problem in reader.problems if not reader.is_repeated(problem)]
 
 
 def section_problems(value: Any, path: str = "") -> Iterator[Problem]:
@@ -55,10 +56,19 @@ class _Reader:
     def __init__(self, root: type, data: Mapping[str, Any]) -> None:
         self.root, self.data = root, data
         self.problems: list[str] = []
+        self.merged: dict[str, str] = {}
+        """Path of a section -> path of the one that it was merged onto."""
 
     def refuse(self, problem: str) -> Any:
         self.problems.append(problem)
         return REFUSED
+
+    def is_repeated(self, problem: str) -> bool:
+        """Whether it lies in what a merged section took over, and is named there."""
+        return any(
+            problem.startswith(f"{path}.") and base + problem.removeprefix(path) in self.problems
+            for path, base in self.merged.items()
+        )
 
     def section(self, cls: type[T], data: Mapping[str, Any], path: str) -> T:
         fields, hints = {field.name: field for field in dataclasses.fields(cls)}, hints_of(cls)
@@ -76,7 +86,7 @@ class _Reader:
         hint, notes = plain(hint)
         for note in notes:
             if isinstance(note, MergedOnto) and isinstance(value, Mapping):
-                value = _merged(_at(self.data, note.path), value)
+                value, self.merged[path] = _merged(_at(self.data, note.path), value), note.path
             elif isinstance(note, Variants) and isinstance(value, Mapping):
                 return self.variant(value, note.tag, note.classes(), path)
             elif isinstance(note, ByName) and isinstance(value, Mapping):

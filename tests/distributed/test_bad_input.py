@@ -66,10 +66,14 @@ def process(good, *overrides, world_size=1):
 LAYOUT_REFUSALS = {
     "unknown_key": (["trainer.global_batchsize=8"], 1, ["trainer.global_batchsize", "global_batch_size"]),
     "unknown_section": (["optimiser.lr=1"], 1, ["optimiser"]),
-    "heads_over_tp": (["parallel.tp=3"], 3, ["model.num_heads=4", "parallel.tp=3", "1, 2 or 4"]),
+    "heads_over_tp": (["parallel.tp=3"], 3, ["model.num_heads=4", "parallel.tp=3", "it divides by 1, 2, 4"]),
     "heads_over_ulysses": (["parallel.tp=2", "parallel.ulysses=4"], 8, ["model.num_heads=4", "parallel.ulysses*tp=8"]),
-    "world_size": (["parallel.ring=2"], 3, ["got 3 processes", "multiple of", "start 4 processes"]),
-    "layers_over_stages": (["parallel.pp=2", "parallel.vpp=2"], 2, ["model.num_layers=2", "pp*vpp = 2*2 = 4", "lower"]),
+    "world_size": (["parallel.ring=2"], 3, ["processes: got 3", "multiple of", "start 2 or 4 processes"]),
+    "layers_over_stages": (
+        ["parallel.pp=2", "parallel.vpp=2"],
+        2,
+        ["model.num_layers=2", "pp*vpp = 2*2 = 4", "vpp to 1"],
+    ),
     "batch_over_dp": ([], 4, ["trainer.global_batch_size=4", "micro_batch_size*dp", "8"]),
 }
 

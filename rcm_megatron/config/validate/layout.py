@@ -71,7 +71,7 @@ def _processes(config: RunConfig, world_size: int) -> Iterator[Problem]:
         degrees = f"{parallel.tp}*{parallel.ring}*{parallel.ulysses}*{parallel.pp}"
         yield Problem(
             f"processes: got {world_size}, need a multiple of tp*ring*ulysses*pp = {degrees} = {size}",
-            (Change("processes", multiples_near(world_size, size)),),
+            (Change("processes", multiples_near(world_size, size), most=2),),
             "start such a number, or lower a parallel degree",
         )
 
