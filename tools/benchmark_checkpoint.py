@@ -28,18 +28,13 @@ from rcm_megatron.platform.megatron import prepare_megatron
 
 prepare_megatron()
 
-from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint  # noqa: E402
 from rcm_megatron.checkpoint.folders import find_latest  # noqa: E402
 from rcm_megatron.checkpoint.saver import CheckpointSaver  # noqa: E402
 from rcm_megatron.config import LossWeights, PrecisionConfig, RunConfig, StageConfig  # noqa: E402
-from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
-from rcm_megatron.parallel.pipeline import reduce_gradients  # noqa: E402
-from rcm_megatron.training.ema import PowerEMA  # noqa: E402
-from rcm_megatron.training.networks import build_networks  # noqa: E402
-from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
-from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
-from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
+from rcm_megatron.training.batches import random_batches  # noqa: E402
+from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
+from rcm_megatron.training.step import Step  # noqa: E402
 from tools.measuring import provenance, wan_model, wan_run  # noqa: E402
 
 STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=False)
@@ -62,36 +57,30 @@ class Training:
     """A network that trains, and what of it a checkpoint holds."""
 
     def __init__(self, run: RunConfig) -> None:
-        self.run, self.groups = run, initialize_parallel(run.parallel)
-        self.networks = build_networks(run, self.groups)
-        self.optimizer = build_optimizer(self.networks["student"], run.student_optimizer)
-        self.ema = PowerEMA(self.optimizer, 0.1)
-        draws, device = SeededDraws(0, 0, [self.groups.dp_rank]), this_device()
-        text = draws.normal("text", (run.model.text_len, run.model.text_dim)).transpose(0, 1).to(device)
-        latent = self.networks.layout.shard(draws.normal("latent", run.latent.shape_CTHW).to(device))
-        self.batch = MicroBatch(latent, text, torch.zeros_like(text), draws)
-        self.state = {
-            "student": NetworkState(chunks=self.networks["student"], optimizer=self.optimizer, ema=self.ema.shards)
-        }
+        self.run, groups = run, initialize_parallel(run.parallel)
+        self.state = TrainState(run, build_networks(run, groups))
+        self.batches = random_batches(run, self.state.networks.layout, groups)
 
     def step(self) -> float:
         """Seconds of an update."""
         dist.barrier()
         start = time.perf_counter()
-        zero_gradients(self.optimizer)
-        accumulate_step(STEP, self.networks, [self.batch], stage=self.run.stages[0], settings=self.run.distillation)
-        reduce_gradients(self.networks["student"])
-        optimizer_step(self.optimizer, self.groups)
-        self.ema.update(1)
+        self.state.update(STEP, self.batches, stage=self.run.stages[0])
         dist.barrier()
         return time.perf_counter() - start
+
+    def save(self, saver: CheckpointSaver, iteration: int) -> None:
+        """Begin to write a checkpoint."""
+        progress = {"iteration": iteration, "networks": self.state.counters}
+        with self.state.states() as states:
+            saver.save(iteration=iteration, networks=states, progress=progress)
 
 
 def save(training: Training, saver: CheckpointSaver, iteration: int) -> dict[str, Any]:
     """Save once; seconds that the call took, until the checkpoint was complete, and of the steps meanwhile."""
     dist.barrier()
     start = time.perf_counter()
-    saver.save(iteration=iteration, networks=training.state, progress={"iteration": iteration})
+    training.save(saver, iteration)
     waited, steps = time.perf_counter() - start, []
     while not everywhere(saver.finished):
         steps.append(training.step())
@@ -124,7 +113,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name, act in {
         "compare sizes": lambda: find_latest(folder, checksums=False),
         "compare checksums": lambda: find_latest(folder),
-        "load": lambda: load_checkpoint(find_latest(folder, checksums=False), networks=training.state),
+        "load": lambda: training.state.load(find_latest(folder, checksums=False)),
     }.items():
         dist.barrier()
         start = time.perf_counter()
@@ -138,7 +127,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     meanwhile = [seconds for save in saves["background"] for seconds in save["steps"]]
     return {
-        "parameters": sum(p.numel() for chunk in training.networks["student"] for p in chunk.module.parameters()),
+        "parameters": sum(p.numel() for chunk in training.state.networks["student"] for p in chunk.module.parameters()),
         "checkpoint_bytes": sum(path.stat().st_size for path in latest.iterdir()),
         "ranks": dist.get_world_size(),
         "seconds": medians,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rcm_megatron.platform.device import init_distributed, this_device
+from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 
 prepare_megatron()
@@ -39,15 +39,15 @@ from rcm_megatron.config import (  # noqa: E402
     RunConfig,
     StageConfig,
 )
-from rcm_megatron.diffusion.noise import SeededDraws  # noqa: E402
+from rcm_megatron.networks.build import build_network, frozen  # noqa: E402
+from rcm_megatron.networks.sharding import shard_weights  # noqa: E402
+from rcm_megatron.networks.weights import initial_weights, load_weights  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
 from rcm_megatron.parallel.optimizer_shards import owned_shards  # noqa: E402
-from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped  # noqa: E402
-from rcm_megatron.training.memory import shard_weights  # noqa: E402
-from rcm_megatron.training.networks import build_chunks, build_networks, load_weights, seeded_weights  # noqa: E402
-from rcm_megatron.training.objectives import MicroBatch  # noqa: E402
-from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, zero_gradients  # noqa: E402
-from rcm_megatron.training.step import Step, accumulate_step  # noqa: E402
+from rcm_megatron.parallel.pipeline import unwrapped  # noqa: E402
+from rcm_megatron.training.batches import random_batches  # noqa: E402
+from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
+from rcm_megatron.training.step import Step  # noqa: E402
 from tools.measuring import ROOT, TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model, wan_run  # noqa: E402
 
 POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
@@ -75,36 +75,21 @@ class Rank:
     """This rank's networks, one teacher whole and one in shards, and the step on them."""
 
     def __init__(self, run: RunConfig) -> None:
-        self.run, groups = run, initialize_parallel(run.parallel)
-        self.groups = groups
-        networks = build_networks(run, groups)
-        dtype = networks["teacher"][0].config.params_dtype
-        second = build_chunks(run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype)
-        load_weights([chunk.requires_grad_(False) for chunk in second], seeded_weights(run.model, seed=run.seed))
-        sharded = shard_weights(second, group=groups.dp_cp)
-        self.networks = {"resident": networks, "sharded": networks.replace(teacher=sharded)}
-        self.student, self.fake_score = networks["student"], networks["fake_score"]
-        self.optimizers = {
-            "student": build_optimizer(self.student, run.student_optimizer),
-            "fake_score": build_optimizer(self.fake_score, run.fake_score_optimizer),
-        }
-        self.batch = self._batch()
-
-    def _batch(self) -> MicroBatch:
-        layout, model, rank = self.networks["resident"].layout, self.run.model, self.groups.dp_rank
-        draws, device = SeededDraws(0, 0, [rank]), this_device()
-        text = draws.normal("text", (model.text_len, model.text_dim)).transpose(0, 1).to(device)
-        latent = draws.normal("latent", self.run.latent.shape_CTHW).to(device)
-        return MicroBatch(layout.shard(latent), text, torch.zeros_like(text), draws)
+        self.run, self.groups = run, initialize_parallel(run.parallel)
+        self.state = TrainState(run, build_networks(run, self.groups))
+        resident = self.state.networks
+        second = frozen(build_network(run, "teacher", self.groups, recompute=run.memory.recompute))
+        load_weights(second, initial_weights(run, "teacher"))
+        sharded = shard_weights(second, group=self.groups.dp_cp)
+        self.networks = {"resident": resident, "sharded": resident.replace(teacher=sharded)}
+        self.student = resident["student"]
+        self.batches = random_batches(run, resident.layout, self.groups)
 
     def step(self, recompute: str, teacher: str) -> None:
         for chunk in self.student:
             unwrapped(chunk).recompute = recompute
-        stage, settings = self.run.stages[0], self.run.distillation
-        zero_gradients(self.optimizers["student"])
-        accumulate_step(STEP, self.networks[teacher], [self.batch], stage=stage, settings=settings)
-        reduce_gradients(self.student)
-        optimizer_step(self.optimizers["student"], self.groups)
+        self.state.networks = self.networks[teacher]
+        self.state.update(STEP, self.batches, stage=self.run.stages[0])
 
     def seconds(self, recompute: str, teacher: str) -> float:
         dist.barrier()
@@ -120,13 +105,16 @@ class Rank:
 
     def standing(self) -> dict[str, int]:
         """Bytes that stay from step to step, by what they are."""
-        found = {f"weights of the {name} teacher": weight_bytes(n.teacher) for name, n in self.networks.items()}
-        for name, chunks in (("student", self.student), ("fake score", self.fake_score)):
-            optimizer = self.optimizers[name.replace(" ", "_")]
-            found[f"weights of the {name}"] = weight_bytes(chunks)
-            found[f"gradients of the {name}"] = sum(tensor_bytes(b.grad_data) for c in chunks for b in c.buffers)
-            found[f"main parameters and moments of the {name}"] = sum(map(shard_bytes, owned_shards(optimizer)))
-        found["EMA of the student"] = sum(tensor_bytes(s.main) for s in owned_shards(self.optimizers["student"]))
+        found = {f"weights of the {name} teacher": weight_bytes(n["teacher"]) for name, n in self.networks.items()}
+        for role, network in self.state.trained.items():
+            name, shards = role.replace("_", " "), owned_shards(network.optimizer)
+            found[f"weights of the {name}"] = weight_bytes(network.chunks)
+            found[f"gradients of the {name}"] = sum(
+                tensor_bytes(b.grad_data) for c in network.chunks for b in c.buffers
+            )
+            found[f"main parameters and moments of the {name}"] = sum(map(shard_bytes, shards))
+            if network.ema is not None:
+                found[f"EMA of the {name}"] = sum(map(tensor_bytes, network.ema.shards))
         return found
 
 

@@ -31,10 +31,11 @@ from rcm_megatron.config import LatentConfig, ParallelConfig
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.dual import Dual
 from rcm_megatron.models.wan import WanModel
+from rcm_megatron.networks.build import build_chunks
+from rcm_megatron.networks.weights import load_weights, seeded_weights
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
-from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 from tools.measuring import TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model
 
 

@@ -40,10 +40,15 @@ from rcm_megatron.config import (  # noqa: E402
 )
 from rcm_megatron.dual import Dual  # noqa: E402
 from rcm_megatron.inputs import NetworkInput  # noqa: E402
+from rcm_megatron.networks.build import build_chunks  # noqa: E402
+from rcm_megatron.networks.roles import Networks  # noqa: E402
+from rcm_megatron.networks.weights import load_weights  # noqa: E402
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel  # noqa: E402
-from rcm_megatron.parallel.pipeline import evaluate, reduce_gradients  # noqa: E402
-from rcm_megatron.training.networks import build_chunks, load_weights  # noqa: E402
-from rcm_megatron.training.objectives import MicroBatch, Networks, ObjectiveResult  # noqa: E402
+from rcm_megatron.parallel.pipeline import (  # noqa: E402
+    evaluate,
+    reduce_gradients,
+)
+from rcm_megatron.training.objectives import MicroBatch, ObjectiveResult  # noqa: E402
 from rcm_megatron.training.optimizer import gather_main_grads, wrap_ddp  # noqa: E402
 from rcm_megatron.training.step import Step, accumulate_step, plan_step  # noqa: E402
 

@@ -253,7 +253,8 @@ def plot(runs: Sequence[Run], target: Path) -> None:
 
 def describe(run: Run) -> str:
     last = run.records[-1]
-    counted = {"student_updates": "student updates", "fake_score_updates": "critic updates", "restarts": "restarts"}
+    counted = {key: f"updates of {key.removeprefix('updates/')}" for key in last if key.startswith("updates/")}
+    counted["restarts"] = "restarts"
     parts = [f"{last[key]} {label}" for key, label in counted.items() if key in last]
     return ", ".join([f"{run.name}: {last['iteration'] + 1} iterations", *parts])
 

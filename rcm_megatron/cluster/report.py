@@ -142,8 +142,10 @@ def _disk_problems(run: RunConfig, free_gib: float, token: str) -> Iterator[str]
 
 def checkpoint_gib(run: RunConfig) -> float:
     """About what a checkpoint takes: parameter, fp32 main copy and two moments of each trained network, and the EMA."""
-    networks = 2 if run.needs_fake_score else 1
-    return _block_parameters(run.model) * (16 * networks + 4 * run.ema.enabled) / 2**30
+    total = 0
+    for role in run.trained_roles:
+        total += _block_parameters(run.model_of(role)) * (16 if run.networks[role].ema is None else 20)
+    return total / 2**30
 
 
 def _block_parameters(model: ModelConfig) -> int:
@@ -152,13 +154,10 @@ def _block_parameters(model: ModelConfig) -> int:
 
 
 def _path_problems(run: RunConfig) -> Iterator[str]:
-    for key, path in (
-        ("teacher", run.init.teacher),
-        ("student", run.init.student),
-        ("fake_score", run.init.fake_score),
-    ):
+    for role in run.roles:
+        path = run.networks[role].init
         if path is not None and not os.access(path, os.R_OK):
-            yield f"init.{key}: cannot read {path}"
+            yield f"networks.{role}.init: cannot read {path}"
     shards = sorted(Path(run.data.folder).glob("*.tar"))
     if not shards:
         yield f"data.folder: no *.tar in {run.data.folder}"

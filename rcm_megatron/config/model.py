@@ -292,11 +292,6 @@ class PrecisionConfig:
     """What runs norms, modulation, gates, GELU and RoPE. auto: one Triton kernel each (rcm_kernels.fused) on CUDA, PyTorch's
     operations elsewhere; none: PyTorch's everywhere."""
 
-    @property
-    def token_multiple(self) -> int:
-        """Of what the tokens of a rank must be a multiple. One number for all networks: they share the layout of tokens."""
-        return FP8_ALIGNMENT if self.fp8 else 1
-
     def check(self, path: str) -> Iterator[str]:
         """What Transformer Engine can do with a dtype."""
         if self.linear_layers == "transformer_engine" and self.params_dtype == "fp32":

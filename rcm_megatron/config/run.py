@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from rcm_megatron.config import roles
 from rcm_megatron.config.declare import (
     Bounds,
     Fraction,
@@ -16,7 +17,7 @@ from rcm_megatron.config.declare import (
     PositiveFloat,
     until_refused,
 )
-from rcm_megatron.config.model import LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from rcm_megatron.config.model import FP8_ALIGNMENT, LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,10 @@ class StageConfig:
     fake_score_lr: NotNegativeFloat | None = None
     """null: fake_score_optimizer.lr."""
 
+    def lr_of(self, role: str) -> float | None:
+        """Peak learning rate of a network in this stage; None: its optimizer's."""
+        return {"student": self.student_lr, "fake_score": self.fake_score_lr}[role]
+
     def check(self, path: str) -> Iterator[str]:
         """Objectives against each other and the alternation of student and critic."""
         losses, where = self.losses, f"{path} ({self.name})"
@@ -194,6 +199,22 @@ class EmaConfig:
     enabled: bool = True
     relative_width: Annotated[float, Bounds(gt=0, lt=0.28, note="0.1 is usual")] = 0.1
     """Width of the averaging window as a fraction of the updates so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """One network of the run."""
+
+    init: str | None = None
+    """A checkpoint of any format. null: the teacher's; without a teacher random weights from the run's seed."""
+    model: ModelConfig | None = None
+    """null: the run's."""
+    chunk_layers: tuple[int, ...] | None = None
+    weights: Literal["resident", "sharded", "offloaded"] = "resident"
+    fp8: bool = False
+    optimizer: OptimizerConfig | None = None
+    ema: EmaConfig | None = None
+    offload_optimizer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +397,60 @@ class RunConfig:
     def total_steps(self) -> int:
         """Iterations of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    @property
+    def networks(self) -> Mapping[str, NetworkConfig]:
+        """Role -> network."""
+        ema = EmaConfig(relative_width=self.ema.relative_width) if self.ema.enabled else None
+        found = {}
+        for role in ("teacher", "teacher_low_noise"):
+            if role == "teacher" or self.init.teacher_low_noise is not None:
+                found[role] = NetworkConfig(
+                    init=getattr(self.init, role),
+                    weights=self.memory.teacher_weights,
+                    fp8="teacher" in self.precision.fp8,
+                )
+        for role, optimizer in (("student", self.student_optimizer), ("fake_score", self.fake_score_optimizer)):
+            found[role] = NetworkConfig(
+                init=getattr(self.init, role),
+                fp8=role in self.precision.fp8,
+                optimizer=optimizer,
+                ema=ema if role == "student" else None,
+                offload_optimizer=role in self.memory.offload_optimizer,
+            )
+        return found
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The networks that the stages need, in the order in which they are built: those that stay as they are come first, because
+        what is whole for a moment before it is sharded then finds the device empty."""
+        return roles.needed_roles(self.stages, self.networks)
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """Those of `roles` that a stage trains."""
+        return roles.trained_roles(self.stages)
+
+    def model_of(self, role: str) -> ModelConfig:
+        """The architecture of a network."""
+        return self.networks[role].model or self.model
+
+    def parallel_of(self, role: str) -> ParallelConfig:
+        """How a network is cut over ranks: `parallel`, with the network's own pieces of a pipeline."""
+        own, layers = self.networks[role].chunk_layers, self.model_of(role).num_layers
+        if own is None and layers == self.model.num_layers:
+            return self.parallel
+        return replace(self.parallel, chunk_layers=own)
+
+    def init_of(self, role: str) -> str | None:
+        """The checkpoint that a network starts from, its own or the teacher's; None: random weights from the run's seed."""
+        teacher = self.networks.get("teacher")
+        return self.networks[role].init or (None if teacher is None else teacher.init)
+
+    @property
+    def token_multiple(self) -> int:
+        """Of what the tokens of a rank must be a multiple. One number for all networks: they share the layout of tokens."""
+        return FP8_ALIGNMENT if any(self.networks[role].fp8 for role in self.roles) else 1
 
     @property
     def needs_teacher(self) -> bool:

@@ -13,9 +13,9 @@ from rcm_megatron import __version__
 from rcm_megatron.checkpoint.convert import export_diffusers, gather_full
 from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, folder_texts
 from rcm_megatron.checkpoint.writers import check_target
-from rcm_megatron.config import RunConfig
+from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.dtypes import DTYPES
-from rcm_megatron.inference.networks import Weights, init_parallel, load_network, resolve_checkpoint
+from rcm_megatron.inference.networks import init_parallel, load_network, resolve_checkpoint, stored_in
 from rcm_megatron.inference.pipelines import student_companions
 from rcm_megatron.inference.verify import (
     diffusers_forward,
@@ -32,7 +32,8 @@ from rcm_megatron.platform.device import this_device
 class ExportRequest:
     """What to export, and how."""
 
-    weights: Weights
+    weights: str
+    """A role, ROLE.ema, or ema for the student's."""
     output: Path
     checkpoint: Path | None = None
     """A checkpoint, or a folder of them; None: the run's latest."""
@@ -46,22 +47,24 @@ class ExportRequest:
 def export(run: RunConfig, request: ExportRequest) -> None:
     """Write the diffusers folder with a README; call on all ranks of any layout. Weights come from fp32 values."""
     check_target(request.output, force=request.force)
+    role, kind = stored_in(run, request.weights)
+    model = run.model_of(role)
     groups = init_parallel(run)
-    checkpoint = None if request.weights == "teacher" else resolve_checkpoint(run, request.checkpoint)
+    checkpoint = None if kind is None else resolve_checkpoint(run, request.checkpoint)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint, dtype=torch.float32)
     dtype = DTYPES[request.dtype]
-    facts = _facts(run, request, str(checkpoint or run.init.teacher))
-    comparison = _Comparison(run, network, dtype) if request.verify else None
+    facts = _facts(run, request, str(checkpoint or run.networks[role].init))
+    comparison = _Comparison(run, model, network, dtype) if request.verify else None
     if groups.cp_rank == 0 and groups.dp_rank == 0:
         export_diffusers(
             gather_full(network, tp_group=groups.tp, pp_group=groups.pp),
-            run.model,
+            model,
             request.output,
             dtype=dtype,
             force=request.force,
             metadata=facts,
             texts=folder_texts(
-                run.model,
+                model,
                 title=f"{run.name}: {request.weights}",
                 facts=facts,
                 target_format="diffusers",
@@ -83,9 +86,11 @@ def export(run: RunConfig, request: ExportRequest) -> None:
 class _Comparison:
     """The trained network's velocity on its layout against diffusers' on the folder that was written; all ranks fail together."""
 
-    def __init__(self, run: RunConfig, network: Sequence[DiffusionTransformer], dtype: torch.dtype) -> None:
-        self._model = run.model
-        self._input = random_input(run.model, run.latent, seed=run.seed, text_len=run.model.text_len)
+    def __init__(
+        self, run: RunConfig, model: ModelConfig, network: Sequence[DiffusionTransformer], dtype: torch.dtype
+    ) -> None:
+        self._model = model
+        self._input = random_input(model, run.latent, seed=run.seed, text_len=model.text_len)
         self._expected_BCTHW = network_forward(network, self._input, dtype=dtype)
         self._ranks = network[0].layout.groups.token_shards
 

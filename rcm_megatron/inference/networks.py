@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -23,15 +22,12 @@ from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
+from rcm_megatron.networks.build import build_network, frozen
+from rcm_megatron.networks.kernels import choose_kernels
+from rcm_megatron.networks.weights import load_weights
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
-from rcm_megatron.training.kernels import choose_kernels
-from rcm_megatron.training.networks import build_chunks, load_weights
-
-Weights = Literal["student", "ema", "fake_score", "teacher"]
-_STORED = {"student": ("student", "main"), "ema": ("student", "ema"), "fake_score": ("fake_score", "main")}
-"""Where a run's checkpoint holds them: (network, kind), in fp32."""
 
 
 def init_parallel(run: RunConfig) -> ParallelGroups:
@@ -59,36 +55,53 @@ def load_network(
     run: RunConfig,
     groups: ParallelGroups,
     *,
-    weights: Weights | Literal["teacher_low_noise"],
+    weights: str,
     checkpoint: Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[DiffusionTransformer]:
     """The chunks of one frozen network of ``run`` on this rank, in `dtype` (default: the run's).
 
-    Its passes run in that dtype, never in FP8. Teachers come from ``init``; the others from `checkpoint` (of `resolve_checkpoint`),
-    whose fp32 values are rounded.
+    ``weights``: as `stored_in` takes it. Passes run in that dtype, never in FP8. Networks that the run trains come from `checkpoint` (of
+    `resolve_checkpoint`), whose fp32 values are rounded; the others from ``networks.ROLE.init``.
     """
-    spec = choose_layer_spec(replace(run.precision, fp8=())) if dtype is None else None
+    role, kind = stored_in(run, weights)
+    spec = choose_layer_spec(run.precision) if dtype is None else None
     dtype = dtype or DTYPES[run.precision.params_dtype]
-    choose_kernels(run.model, run.precision, dtype=dtype)
-    chunks = build_chunks(
-        run.model, run.latent, run.parallel, groups=groups, params_dtype=dtype, recompute="none", spec=spec
-    )
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    if weights in ("teacher", "teacher_low_noise"):
-        path = getattr(run.init, weights)
+    choose_kernels(run, [role], dtype=dtype)
+    chunks = frozen(build_network(run, role, groups, spec=spec, dtype=dtype))
+    if kind is None:
+        path = run.networks[role].init
         if path is None:
             raise CheckpointError(
-                f"init.{weights}=null: this run has no teacher; choose other --weights or set init.{weights}"
+                f"networks.{role}.init=null: this run has no {role}; choose other --weights or set networks.{role}.init"
             )
         return load_weights(chunks, open_checkpoint(path))
-    name, kind = _STORED[weights]
     try:
-        run_checkpoints.load_weights(checkpoint, chunks, network=name, kind=kind)
+        run_checkpoints.load_weights(checkpoint, chunks, network=role, kind=kind)
     except CheckpointingException as error:
         raise CheckpointError(f"{checkpoint} does not hold the {weights} weights of this network: {error}") from error
     return chunks
+
+
+def is_trained(run: RunConfig, weights: str) -> bool:
+    """Whether what ``weights`` names lies in the run's checkpoints."""
+    return stored_in(run, weights)[1] is not None
+
+
+def stored_in(run: RunConfig, weights: str) -> tuple[str, str | None]:
+    """(role, kind) of what ``weights`` names: a role, the average of its weights as ROLE.ema, or ema for the student's.
+
+    The kind is that of the run's checkpoints, in fp32; None for a network that the run does not train, whose checkpoint is its ``init``.
+    Raises CheckpointError for a network that the run has not.
+    """
+    role, _, part = ("student.ema" if weights == "ema" else weights).partition(".")
+    networks, averaged = run.networks, part == "ema"
+    if role not in networks or part not in ("", "ema") or (averaged and networks[role].ema is None):
+        known = [*networks, *(f"{name}.ema" for name, settings in networks.items() if settings.ema is not None)]
+        raise CheckpointError(f"got --weights {weights}; this run has {', '.join(known)}; fix: name one of them")
+    if role in run.trained_roles:
+        return role, "ema" if averaged else "main"
+    return role, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +162,9 @@ def teacher_draw(
     )
 
 
-def low_noise_expert(run: RunConfig, groups: ParallelGroups) -> LowNoiseExpert | None:
-    """The second network of the teacher, where it is two."""
-    if run.init.teacher_low_noise is None:
+def low_noise_expert(run: RunConfig, groups: ParallelGroups, weights: str) -> LowNoiseExpert | None:
+    """The second network of the teacher, where it is two and ``weights`` names it."""
+    if weights != "teacher" or run.distillation.expert_boundary is None:
         return None
     chunks = load_network(run, groups, weights="teacher_low_noise")
     return LowNoiseExpert(chunks, run.distillation.expert_boundary)

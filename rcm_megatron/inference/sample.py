@@ -1,4 +1,7 @@
-"""`python -m rcm_megatron sample`: videos of a run's student or teacher as MP4 files and latents."""
+"""`python -m rcm_megatron sample`: videos of a run's networks as MP4 files and latents.
+
+Networks that the run trains take the student's few steps, the others the teacher's solver and guidance.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from rcm_megatron.inference.conditioning import ConditioningFiles, check_conditi
 from rcm_megatron.inference.encoding import check_encoders, encode_captions, load_null_text, video_encoder
 from rcm_megatron.inference.networks import (
     SampleBatches,
-    Weights,
     init_parallel,
+    is_trained,
     load_network,
     low_noise_expert,
     resolve_checkpoint,
@@ -38,7 +41,8 @@ from rcm_megatron.models.encoders import VideoEncoder
 class SampleRequest(ConditioningFiles):
     """What to sample. One video for each prompt and each embedding, `copies` times with other noise; all are given the same image."""
 
-    weights: Weights
+    weights: str
+    """A role, ROLE.ema, or ema for the student's."""
     output: Path
     steps: int
     checkpoint: Path | None = None
@@ -57,14 +61,14 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     Text and image encoders are freed before the network is loaded; ranks that write videos hold a video encoder beside it.
     """
     _check(run, request)
-    teacher = request.weights == "teacher"
+    teacher = not is_trained(run, request.weights)
     groups = init_parallel(run)
     checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
     names, text_LBD, null_text_L1D = _conditions(run, request)
     given = load_conditioning(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
     if teacher:
-        draw = teacher_draw(run, steps=request.steps, low_noise=low_noise_expert(run, groups))
+        draw = teacher_draw(run, steps=request.steps, low_noise=low_noise_expert(run, groups, request.weights))
     else:
         draw = student_draw(run, steps=request.steps)
     batches = SampleBatches(text_LBD, null_text_L1D, run.sampling.seed, run.trainer.micro_batch_size, given)
@@ -79,7 +83,7 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     if dist.get_rank() == 0:
         evaluations = teacher_evaluations(request.steps, guidance=run.sampling.guidance) if teacher else request.steps
         seconds = (time.perf_counter() - start) / len(names)
-        source = run.init.teacher if teacher else checkpoint
+        source = checkpoint or run.networks[request.weights].init
         print(f"{len(names)} samples of {request.weights} ({source}) in {request.output}: ", end="")
         print(f"{evaluations} network evaluations, {seconds:.2f} s each")
     dist.destroy_process_group()
@@ -96,7 +100,7 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
         )
     check_conditioning(run, request)
     most = len(run.sampling.student_times) + 1
-    if request.weights == "teacher":
+    if not is_trained(run, request.weights):
         most = request.steps
     if not 1 <= request.steps <= most:
         raise InputError(
@@ -108,7 +112,7 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
 def _conditions(run: RunConfig, request: SampleRequest) -> tuple[list[str], Tensor, Tensor | None]:
     """Name and text embedding [L, N, D] of every sample, and of the unconditional branch [L, 1, D] where guidance takes it."""
     model = run.model
-    guided = request.weights == "teacher" and needs_guidance(run.sampling.guidance)
+    guided = not is_trained(run, request.weights) and needs_guidance(run.sampling.guidance)
     own_null = guided and run.data.negative_embedding is None  # then it is encoded with the prompts: one load
     captions = [*request.prompts, *([None] if own_null else [])]
     text = encode_captions(run, captions) if captions else torch.empty(model.text_len, 0, model.text_dim)

@@ -13,8 +13,8 @@ from rcm_megatron.diffusion import samplers, trigflow
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.networks.inputs import network_input
 from rcm_megatron.parallel.pipeline import evaluate
-from rcm_megatron.training.objectives import network_input
 
 
 @dataclass(frozen=True, eq=False)

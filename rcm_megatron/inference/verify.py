@@ -22,11 +22,12 @@ from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.networks.build import build_chunks
+from rcm_megatron.networks.weights import load_weights
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import evaluate
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
-from rcm_megatron.training.networks import build_chunks, load_weights
 
 BOUND = 1e-5
 """Largest relative error of one network's velocity against the other's, both fp32 on the values that were written."""

@@ -53,7 +53,7 @@ class LayerSpec:
             return nullcontext()
         if isinstance(hidden, Dual):
             raise TypeError(
-                "got a Dual in a network that runs in FP8; need bf16 for a tangent; fix: take this network's name out of precision.fp8"
+                "got a Dual in a network that runs in FP8; need bf16 for a tangent; fix: set its networks.ROLE.fp8 to false"
             )
         return _fp8_autocast()
 
@@ -75,26 +75,31 @@ def transformer_engine_layer_spec(*, fp8: bool = False) -> LayerSpec:
     return LayerSpec(TEColumnParallelLinear, TERowParallelLinear, config_options=options, fp8=fp8)
 
 
-def choose_layer_spec(precision: PrecisionConfig, *, network: str | None = None) -> LayerSpec:
-    """The layers of ``network`` (FP8 where ``precision.fp8`` names it) that the configuration asks for and this machine has.
+def choose_layer_spec(precision: PrecisionConfig, *, fp8_role: str | None = None) -> LayerSpec:
+    """The layers that the configuration asks for and this machine has, in FP8 for the network ``fp8_role`` (`networks.ROLE.fp8`).
 
     Raises ConfigError where the two do not meet. Reads no weights: call it before any are read.
     """
     missing = _missing_for_transformer_engine()
-    required = precision.linear_layers == "transformer_engine" or bool(precision.fp8)
+    required = precision.linear_layers == "transformer_engine" or fp8_role is not None
+    asked = f"precision.linear_layers={precision.linear_layers}"
+    off = "precision.linear_layers=local"
+    if fp8_role is not None:
+        asked, off = f"{asked}, networks.{fp8_role}.fp8=true", f"{off} and networks.{fp8_role}.fp8=false"
     if required and missing:
         raise ConfigError(
-            f"got precision.linear_layers={precision.linear_layers}, precision.fp8={list(precision.fp8)}, but {missing}; need "
-            f"Transformer Engine {TRANSFORMER_ENGINE_MIN} or newer and a CUDA device; fix: pip install --no-build-isolation '.[gpu]', "
-            "or precision.linear_layers=local and precision.fp8=[]"
+            f"got {asked}, but {missing}; need Transformer Engine {TRANSFORMER_ENGINE_MIN} or newer and a CUDA device; fix: "
+            f"pip install --no-build-isolation '.[gpu]', or {off}"
         )
     if not required and (why := _why_local(precision, missing)):
         _log_once(f"linear layers: Megatron-Core's own ({why})")
         return local_layer_spec()
-    if precision.fp8:
-        _check_fp8_device()
-    _log_once(f"linear layers: Transformer Engine's; in FP8: {', '.join(precision.fp8) or 'none'}")
-    return transformer_engine_layer_spec(fp8=network in precision.fp8)
+    if fp8_role is not None:
+        _check_fp8_device(fp8_role)
+        _log_once(f"linear layers of {fp8_role}: Transformer Engine's, in FP8")
+    else:
+        _log_once("linear layers: Transformer Engine's")
+    return transformer_engine_layer_spec(fp8=fp8_role is not None)
 
 
 def _why_local(precision: PrecisionConfig, missing: str | None) -> str | None:
@@ -119,13 +124,13 @@ def _missing_for_transformer_engine() -> str | None:
     return None
 
 
-def _check_fp8_device() -> None:
+def _check_fp8_device(role: str) -> None:
     from transformer_engine.pytorch import is_fp8_available
 
     available, reason = is_fp8_available(return_reason=True)
     if not available:
         raise ConfigError(
-            f"got precision.fp8 on a device without FP8 ({reason}); need Ada, Hopper or newer; fix: precision.fp8=[]"
+            f"got networks.{role}.fp8=true on a device without FP8 ({reason}); need Ada, Hopper or newer; fix: set it to false"
         )
 
 

@@ -46,10 +46,6 @@ class PowerEMA:
         self.gamma = power_exponent(relative_width)
         self.shards: list[Tensor] = [main.clone() for main in self._mains]
 
-    def reset(self) -> None:
-        """Restart from the current main parameters, as after loading weights into the model."""
-        torch._foreach_copy_(self.shards, self._mains)
-
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights that the `step`-th update (from 1) has produced."""

@@ -5,7 +5,7 @@ function, so the same code runs on one stage and through a pipeline. The arithme
 token shards x_SBP (rcm_megatron.models.tokens); t_1B1 are TrigFlow times [1, B, 1] in fp64.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,8 @@ from rcm_megatron.diffusion.noise import Draws
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.networks.inputs import dual_network_input, network_input
+from rcm_megatron.networks.roles import Networks
 from rcm_megatron.parallel.pipeline import (
     accumulate_gradients,
     evaluate,
@@ -37,30 +39,6 @@ class MicroBatch:
     null_text_LBD: Tensor
     draws: Draws
     condition: Condition | None = None
-
-
-class Networks(Mapping[str, list[nn.Module]]):
-    """The networks of a run by role, each as a list of pipeline chunks; roles that no stage uses are absent.
-
-    ``teacher_low_noise``: of a teacher that is two networks the one below ``DistillationConfig.expert_boundary``.
-    """
-
-    def __init__(self, *, layout: TokenLayout, **roles: list[nn.Module] | None) -> None:
-        self.layout = layout
-        self._roles = {role: chunks for role, chunks in roles.items() if chunks is not None}
-
-    def replace(self, **roles: list[nn.Module]) -> "Networks":
-        """A copy with other networks for some roles."""
-        return Networks(layout=self.layout, **{**self._roles, **roles})
-
-    def __getitem__(self, role: str) -> list[nn.Module]:
-        return self._roles[role]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._roles)
-
-    def __len__(self) -> int:
-        return len(self._roles)
 
 
 PER_SAMPLE = ("loss_B", "nan_B", "tangent_norm_B")
@@ -107,19 +85,6 @@ def draw_condition(batch: MicroBatch, *, conditional_frames: Sequence[int]) -> C
     choice = (batch.draws.uniform("conditional_frames") * len(conditional_frames)).long()
     frames_B = torch.tensor(conditional_frames)[choice].to(batch.x0_SBP.device)
     return replace(batch.condition or Condition(), x0_SBP=batch.x0_SBP, frames_B=frames_B)
-
-
-def network_input(xt_SBP: Tensor, t_1B1: Tensor, text_LBD: Tensor, condition: Condition | None = None) -> NetworkInput:
-    x_in, timestep = trigflow.precondition(xt_SBP, t_1B1)
-    return NetworkInput(x_in, timestep[..., 0], text_LBD, condition)
-
-
-def dual_network_input(
-    xt: Tensor, t: Tensor, t_xt: Tensor, t_t: Tensor, text_LBD: Tensor, condition: Condition | None = None
-) -> NetworkInput:
-    x_in, timestep, t_x_in, t_timestep = trigflow.precondition_jvp(xt, t, t_xt, t_t)
-    times = Dual.pack(timestep[..., 0], t_timestep[..., 0])
-    return NetworkInput(Dual.pack(x_in, t_x_in), times, text_LBD, condition)
 
 
 def given(batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Condition | None]]:

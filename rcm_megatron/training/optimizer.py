@@ -183,11 +183,6 @@ def sync_model_parameters(optimizer: MegatronOptimizer) -> None:
 # ---- gradients that can be compared across layouts
 
 
-def gradients_finite(optimizer: MegatronOptimizer, groups: ParallelGroups) -> bool:
-    """Whether no rank holds an infinite or NaN gradient; the same answer on all ranks."""
-    return math.isfinite(global_gradient_norm(optimizer, groups))
-
-
 @torch.no_grad()
 def global_gradient_norm(optimizer: MegatronOptimizer, groups: ParallelGroups) -> float:
     """Euclidean norm of the finalized gradient, in fp64, every element of every parameter counted once in any layout.

@@ -15,16 +15,16 @@ from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.encoding import video_encoder
 from rcm_megatron.inference.sampler import Sampler, student_videos
 from rcm_megatron.models.encoders import VideoEncoder
+from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.runtime.stopping import StopRequest
 from rcm_megatron.training.ema import PowerEMA
-from rcm_megatron.training.objectives import Networks
+from rcm_megatron.training.trained import TrainedNetwork
 
 
 def write_previews(
     run: RunConfig,
-    networks: Networks,
-    ema: PowerEMA | None,
+    student: TrainedNetwork,
     batch: Batch,
     null_text_L1D: Tensor,
     *,
@@ -41,11 +41,12 @@ def write_previews(
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(this_device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    condition = _given(run, batch, count).condition(networks.layout, count, this_device())
+    layout = unwrapped(student.chunks[0]).layout
+    condition = _given(run, batch, count).condition(layout, count, this_device())
     seed = run.sampling.seed
-    sampler = Sampler(networks["student"], networks.layout, text_LBD, null_LBD, seed, range(count), condition)
+    sampler = Sampler(student.chunks, layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}
-    for weights, context in _weights(ema):
+    for weights, context in _weights(student.ema):
         if stop.agreed():
             return {}
         with context:

@@ -6,8 +6,9 @@ from functools import partial
 
 from rcm_megatron.config import DistillationConfig, StageConfig
 from rcm_megatron.diffusion import timesteps
+from rcm_megatron.networks.roles import Networks
 from rcm_megatron.training import objectives
-from rcm_megatron.training.objectives import MicroBatch, Networks, ObjectiveResult
+from rcm_megatron.training.objectives import MicroBatch, ObjectiveResult
 
 
 @dataclass(frozen=True)

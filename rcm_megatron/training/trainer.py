@@ -1,6 +1,6 @@
 """The training loop: stages, updates, metrics, checkpoints, resume.
 
-State that a checkpoint must hold is in ``Progress`` and in the networks' optimizers; everything random follows from (seed, iteration,
+State that a checkpoint must hold is in ``Progress`` and in the networks (`TrainState`); everything random follows from (seed, iteration,
 global sample index, purpose), so there is no generator to save and every layout of a run computes the same numbers.
 """
 
@@ -8,60 +8,45 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
 from rcm_megatron.checkpoint.saver import CheckpointSaver
-from rcm_megatron.config import OptimizerConfig, RunConfig, StageConfig, to_yaml
+from rcm_megatron.config import RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
-from rcm_megatron.diffusion.noise import SeededDraws
-from rcm_megatron.inference.conditioning import Conditioning, image_shapes
+from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders, load_null_text
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
-from rcm_megatron.parallel.pipeline import reduce_gradients
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.runtime.run_lock import run_lock
 from rcm_megatron.runtime.stopping import Preempted, StopRequest
-from rcm_megatron.runtime.timers import Timers, attach, step_seconds
+from rcm_megatron.runtime.timers import Timers, step_seconds
 from rcm_megatron.runtime.watchdog import STARTUP_FACTOR, Watchdog
-from rcm_megatron.training.ema import PowerEMA
+from rcm_megatron.training.batches import micro_batch
 from rcm_megatron.training.flops import Throughput
-from rcm_megatron.training.memory import Residency
-from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib, reduce_objectives
-from rcm_megatron.training.networks import build_networks
-from rcm_megatron.training.objectives import MicroBatch, draw_condition
-from rcm_megatron.training.optimizer import (
-    StepResult,
-    build_optimizer,
-    optimizer_step,
-    set_learning_rate,
-    warmup_learning_rate,
-    zero_gradients,
-)
+from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib
+from rcm_megatron.training.objectives import MicroBatch
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.replicas import require_same_rows
-from rcm_megatron.training.step import Step, accumulate_step, plan_step
+from rcm_megatron.training.state import TrainState, Updated, build_networks
+from rcm_megatron.training.step import Step, plan_step
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """Where a run stands. Counters are over the whole run."""
+    """Where a run stands, its networks aside. Counters are over the whole run."""
 
     iteration: int = 0
-    student_updates: int = 0
-    fake_score_updates: int = 0
-    refused_updates: int = 0
     nan_samples: int = 0
     skipped_samples: int = 0
 
@@ -82,13 +67,8 @@ class Trainer:
         self.run, self.groups, self.progress, self.timers = run, groups, Progress(), Timers()
         self.stop = StopRequest()
         self.null_text_L1D = load_null_text(run).to(this_device())  # first: a text encoder needs room of its own
-        self.networks = build_networks(run, groups)
-        self.layout = self.networks.layout
-        self.optimizers = {"student": build_optimizer(self.networks["student"], run.student_optimizer)}
-        if "fake_score" in self.networks:
-            self.optimizers["fake_score"] = build_optimizer(self.networks["fake_score"], run.fake_score_optimizer)
-        attach(self.timers, list(self.networks.values()), list(self.optimizers.values()))
-        self.ema = PowerEMA(self.optimizers["student"], run.ema.relative_width) if run.ema.enabled else None
+        self.state = TrainState(run, build_networks(run, groups), timers=self.timers)
+        self.layout = self.state.networks.layout
         self.loader = build_loader(run, groups)
         self._resume()
         self.saver = CheckpointSaver(
@@ -99,12 +79,6 @@ class Trainer:
         )
         self.save_error: str | None = None
         """Why the newest save that has ended failed, the same on all ranks."""
-        self.residency = Residency(
-            {name: self.networks[name] for name in self.optimizers},
-            self.optimizers,
-            offload=run.memory.offload_optimizer,
-            free_idle_gradients=run.memory.free_idle_gradients,
-        )
         self.throughput = Throughput(run, devices=dist.get_world_size())
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
@@ -147,11 +121,12 @@ class Trainer:
         One that fails (a full disk) is reported and leaves the earlier ones as they were; the run goes on and tries again at its next."""
         self._report_save()
         start = time.perf_counter()
-        with self.residency.state():
+        progress = {"counters": asdict(self.progress), "networks": self.state.counters}
+        with self.state.states() as states:
             self.saver.save(
                 iteration=self.progress.iteration,
-                networks=self._states(),
-                progress={"counters": asdict(self.progress), "data": self.loader.state_dict()},
+                networks=states,
+                progress=progress | {"data": self.loader.state_dict()},
             )
         self._seconds_held_up = time.perf_counter() - start
         if self.saver.finished:
@@ -184,30 +159,21 @@ class Trainer:
             if self.run.data.on_error == "skip":
                 require_same_rows(loaded, self.groups)
         batches = [self._micro_batch(batch) for batch in loaded]
-        optimizer = self.optimizers[step.trained]
-        chunks = self.networks[step.trained]
-        self.residency.begin_step(step.trained)
-        zero_gradients(optimizer)
-        results = accumulate_step(step, self.networks, batches, stage=stage, settings=self.run.distillation)
-        reduce_gradients(chunks)
-        with self.timers.phase("optimizer"), self.residency.state(step.trained):
-            outcome, lr = self._update(step, stage)
-        metrics = reduce_objectives(results, self.groups)
-        self.progress.nan_samples += int(sum(v for k, v in metrics.items() if k.endswith("/nan_samples")))
+        done = self.state.update(step, batches, stage=stage)
+        self.progress.nan_samples += int(sum(v for k, v in done.metrics.items() if k.endswith("/nan_samples")))
         self.progress.skipped_samples += self._sum_over_dp(sum(batch.num_skipped for batch in loaded))
         self.progress.iteration += 1
         self._preview(iteration, loaded[0])
         if iteration % self.run.trainer.log_every == 0:
-            self._log(iteration, step, stage, metrics, outcome, lr)
+            self._log(iteration, step, stage, done)
 
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every
         if every and (iteration + 1) % every == 0:
-            with self.timers.phase("preview"), self.residency.state("student"):
+            with self.timers.phase("preview"), self.state.residency.state("student"):
                 videos = write_previews(
                     self.run,
-                    self.networks,
-                    self.ema,
+                    self.state.trained["student"],
                     batch,
                     self.null_text_L1D,
                     iteration=iteration + 1,
@@ -215,71 +181,30 @@ class Trainer:
                 )
             self.logger.log_videos(iteration, videos)
 
-    def _update(self, step: Step, stage: StageConfig) -> tuple[StepResult, float]:
-        """Optimizer and EMA. Non-finite gradients leave every weight as it was, and are counted."""
-        student = step.trained == "student"
-        config: OptimizerConfig = self.run.student_optimizer if student else self.run.fake_score_optimizer
-        peak = (stage.student_lr if student else stage.fake_score_lr) or config.lr
-        updates = self.progress.student_updates if student else self.progress.fake_score_updates
-        lr = warmup_learning_rate(updates, peak=peak, warmup_updates=config.lr_warmup_steps)
-        optimizer = self.optimizers[step.trained]
-        set_learning_rate(optimizer, lr)
-        outcome = optimizer_step(optimizer, self.groups, clip_grad=config.clip_grad)
-        if not outcome.updated:
-            self.progress.refused_updates += 1
-        elif student:
-            self.progress.student_updates += 1
-            if self.ema is not None:
-                self.ema.update(self.progress.student_updates)
-        else:
-            self.progress.fake_score_updates += 1
-        return outcome, lr
-
-    def _log(self, iteration, step, stage, metrics, outcome, lr) -> None:
-        record = {"stage": stage.name, "trained": step.trained, **metrics}
-        record |= {"learning_rate": lr, "gradient_norm": outcome.gradient_norm, "updated": outcome.updated}
+    def _log(self, iteration: int, step: Step, stage: StageConfig, done: Updated) -> None:
+        record = {"stage": stage.name, "trained": step.trained, **done.metrics}
+        record |= {"learning_rate": done.learning_rate, "gradient_norm": done.gradient_norm, "updated": done.updated}
         record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
+        record |= {f"updates/{role}": network.counters.updates for role, network in self.state.trained.items()}
+        record |= {"refused_updates": self.state.refused_updates}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
         record |= step_seconds(self.timers.pop())
         record |= self.throughput.rates(step, stage, record) | {"peak_memory_gib": peak_memory_gib()}
         self.logger.log(iteration, record)
 
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        device, samples = this_device(), batch.latent_BCTHW.shape[0]
-        micro_batch = MicroBatch(
-            self.layout.shard(batch.latent_BCTHW.to(device)),
-            batch.text_LBD.to(device),
-            self.null_text_L1D.expand(-1, samples, -1),
-            SeededDraws(self.run.seed, self.progress.iteration, batch.sample_indices.tolist()),
-            Conditioning(image_latent_BCTHW=batch.image_latent_BCTHW, image_LBD=batch.image_LBD).condition(
-                self.layout, samples, device
-            ),
-        )
-        conditional_frames = self.run.distillation.conditional_frames
-        if conditional_frames is None:
-            return micro_batch
-        return replace(micro_batch, condition=draw_condition(micro_batch, conditional_frames=conditional_frames))
+        return micro_batch(self.run, self.layout, batch, self.null_text_L1D, self.progress.iteration)
 
     def _sum_over_dp(self, value: int) -> int:
         total = torch.tensor(value, device=this_device())
         dist.all_reduce(total, group=self.groups.dp)
         return int(total)
 
-    def _states(self) -> dict[str, NetworkState]:
-        return {
-            name: NetworkState(
-                chunks=self.networks[name],
-                optimizer=optimizer,
-                ema=self.ema.shards if name == "student" and self.ema is not None else None,
-            )
-            for name, optimizer in self.optimizers.items()
-        }
-
     def _resume(self) -> None:
         latest = find_latest(checkpoint_folder(self.run), set_aside=True) if self.run.trainer.resume else None
         if latest is None:
             return
-        saved = load_checkpoint(latest, networks=self._states())
+        saved = self.state.load(latest)
         self.progress = Progress(**saved["counters"])
         self.loader.load_state_dict(saved["data"])
         if dist.get_rank() == 0:

@@ -33,11 +33,11 @@ def _nan_once(trainer, module, iteration):
 
 
 def nan_from_teacher(trainer):
-    return _nan_once(trainer, trainer.networks["teacher"][0], SCM_ITERATION)
+    return _nan_once(trainer, trainer.state.networks["teacher"][0], SCM_ITERATION)
 
 
 def nan_from_fake_score(trainer):
-    return _nan_once(trainer, trainer.networks["fake_score"][0].module, RCM_ITERATION)
+    return _nan_once(trainer, trainer.state.networks["fake_score"][0].module, RCM_ITERATION)
 
 
 def nan_in_student(trainer):
@@ -67,7 +67,7 @@ def nan_in_student(trainer):
     def state(trainer):
         moments = [
             value.clone()
-            for part in trainer.optimizers["student"].chained_optimizers
+            for part in trainer.state.trained["student"].optimizer.chained_optimizers
             for moments in part.optimizer.state.values()
             for value in moments.values()
             if isinstance(value, torch.Tensor)
@@ -75,7 +75,7 @@ def nan_in_student(trainer):
         return {
             "weights": whole_weights(trainer)["student"],
             "moments": moments,
-            "ema": [s.clone() for s in trainer.ema.shards],
+            "ema": [s.clone() for s in trainer.state.trained["student"].ema.shards],
         }
 
     trainer._micro_batch, trainer._iterate = poisoned, watched
@@ -172,7 +172,7 @@ def digests_of_embedders(trainer):
     def watched():
         iterate()
         for network in ("student", "fake_score"):
-            noted["digests"].append([_digest(chunk.module) for chunk in trainer.networks[network]])
+            noted["digests"].append([_digest(chunk.module) for chunk in trainer.state.networks[network]])
 
     trainer._iterate = watched
     return noted
@@ -194,10 +194,10 @@ def main():
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
-    from rcm_megatron.training import trainer
+    from rcm_megatron.training import state
 
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        reduce_gradients, calls = trainer.reduce_gradients, []
+        reduce_gradients, calls = state.reduce_gradients, []
 
         def reduce_or_die(chunks):
             calls.append(1)
@@ -205,7 +205,7 @@ def main():
                 os.kill(os.getpid(), signal.SIGKILL)
             reduce_gradients(chunks)
 
-        trainer.reduce_gradients = reduce_or_die
+        state.reduce_gradients = reduce_or_die
     sys.exit(__main__.main(sys.argv[1:]))
 
 

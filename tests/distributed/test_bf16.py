@@ -11,13 +11,13 @@ import torch.distributed as dist
 from rcm_megatron.config import LossWeights, OptimizerConfig, ParallelConfig
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import MICRO_BATCH
-from tests.distributed.test_parity import build, micro_batches, settings_of, stage_of, whole_batch
+from tests.distributed.test_parity import build, micro_batches, run_of, whole_batch
 from tests.helpers import assert_close
 
 LOSS_BOUND = 5e-3  # measured 1.5e-3 at most, for DMD
 CHANGE_BOUND = 0.2  # of four Adam steps; measured 0.137
 STEPS = 4  # of one stage with sCM and DMD, the odd ones train the critic
-OPTIMIZER = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), eps=1e-4, weight_decay=0.01)
+OPTIMIZER = OptimizerConfig(lr=1e-3, betas=(0.0, 0.999), eps=1e-4, weight_decay=0.01, lr_warmup_steps=0)
 LAYOUTS = {
     "pp2_dp2": (4, {"pp": 2, "chunk_layers": (2, 1)}),
     "tp2_pp2": (4, {"tp": 2, "pp": 2, "chunk_layers": (1, 2)}),
@@ -29,30 +29,25 @@ WIDE = ("norm", "modulation", "time_embedding.", "time_projection.")
 
 def train(parallel, dtype):
     """STEPS updates; every finding that the tests ask for, of this rank."""
-    from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped
-    from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, set_learning_rate, zero_gradients
-    from rcm_megatron.training.step import accumulate_step, plan_step
+    from rcm_megatron.parallel.pipeline import unwrapped
+    from rcm_megatron.training.state import TrainState
+    from rcm_megatron.training.step import plan_step
 
     networks = build(ParallelConfig(**parallel), dtype, num_layers=3)
-    layout, stage, settings = networks.layout, stage_of(LossWeights(scm=100.0, dmd=0.3)), settings_of("exact")
-    optimizers = {name: build_optimizer(networks[name], OPTIMIZER) for name in ("student", "fake_score")}
-    messages = set()
-    for network in (networks["student"], networks["teacher"], networks["fake_score"]):
-        record_messages(unwrapped(network[0]), messages)
+    run = run_of(ParallelConfig(**parallel), LossWeights(scm=100.0, dmd=0.3), optimizer=OPTIMIZER, num_layers=3)
+    layout, stage, state, messages = networks.layout, run.stages[0], TrainState(run, networks), set()
+    for chunks in networks.values():
+        record_messages(unwrapped(chunks[0]), messages)
     losses, updated = {}, []
     for iteration in range(STEPS):
-        step = plan_step(stage, iteration, max_rollout_steps=settings.max_rollout_steps)
-        optimizer = optimizers[step.trained]
-        zero_gradients(optimizer)
-        batches = micro_batches(networks, iteration, MICRO_BATCH)
-        results = accumulate_step(step, networks, batches, stage=stage, settings=settings)
-        reduce_gradients(networks[step.trained])
-        set_learning_rate(optimizer, OPTIMIZER.lr)
-        updated.append(optimizer_step(optimizer, layout.groups).updated)
-        for name, result in results.items():
+        step = plan_step(stage, iteration, max_rollout_steps=run.distillation.max_rollout_steps)
+        done = state.update(step, micro_batches(networks, iteration, MICRO_BATCH), stage=stage)
+        updated.append(done.updated)
+        for name, result in done.objectives.items():
             losses[f"{iteration}/{name}"] = whole_batch(layout.groups, result.loss_B)
-        if "scm" in results:  # its loss is near 1 whatever the tangent: g is normalised
-            losses[f"{iteration}/tangent_norm"] = whole_batch(layout.groups, results["scm"].tangent_norm_B)
+        if "scm" in done.objectives:  # its loss is near 1 whatever the tangent: g is normalised
+            norm_B = done.objectives["scm"].tangent_norm_B
+            losses[f"{iteration}/tangent_norm"] = whole_batch(layout.groups, norm_B)
     student = unwrapped(networks["student"][0])
     return {
         "losses": losses,
@@ -60,7 +55,7 @@ def train(parallel, dtype):
         "messages": messages,
         "parameters": {name: p.dtype for name, p in student.named_parameters()},
         "main_grads": {p.main_grad.dtype for p in student.parameters()},
-        "optimizer": main_dtypes(optimizers["student"]),
+        "optimizer": main_dtypes(state.trained["student"].optimizer),
         "drifting": drifting_replicas(networks, layout.groups),
         "weights": whole_weights(networks["student"], layout.groups),
     }

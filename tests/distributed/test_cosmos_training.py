@@ -32,7 +32,7 @@ KINDS = {"text2image": (1, None), "video2world": (4, (1, 2))}
 def write_run(folder, kind):
     """Data, a random teacher in diffusers' format, and run.yaml."""
     from rcm_megatron.checkpoint.convert import export_diffusers
-    from rcm_megatron.training.networks import seeded_weights
+    from rcm_megatron.networks.weights import seeded_weights
 
     folder, (frames, given) = folder / kind, KINDS[kind]
     folder.mkdir()
@@ -84,7 +84,7 @@ def test_the_same_run_begun_on_stages_and_ended_on_token_shards(runs, kind):
     counters, lines = start(runs[kind], "one", 1, [])
     assert len(lines) == STEPS
     assert counters["refused_updates"] == 0
-    assert counters["student_updates"] + counters["fake_score_updates"] == STEPS
+    assert counters["updates/student"] + counters["updates/fake_score"] == STEPS
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     assert {"scm/loss", "dmd/loss", "critic/loss"} < set().union(*lines)
     ranks, overrides = LAYOUTS["pp2"]

@@ -49,9 +49,10 @@ def measure(parallel, states):
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.parallel.pipeline import evaluate
-    from rcm_megatron.training.networks import build_chunks, load_weights
 
     parallel, measured = ParallelConfig(**parallel), {}
     groups = initialize_parallel(parallel)

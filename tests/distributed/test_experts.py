@@ -22,8 +22,9 @@ def settings_of(kind, plain=test_parity.settings_of):
 
 def build(parallel, dtype=torch.float32, *, num_layers=2, sharded=False, plain=test_parity.build):
     """The three networks of test_parity and a second teacher."""
-    from rcm_megatron.training.memory import shard_weights
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.sharding import shard_weights
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
 
     networks = plain(parallel, dtype, num_layers=num_layers)
     model, groups = replace(test_parity.MODEL, num_layers=num_layers), networks.layout.groups
@@ -142,7 +143,7 @@ def test_sampling_changes_over_at_the_boundary():
 def tiny(tmp_path_factory):
     """run.yaml of a run whose folder holds a second teacher."""
     from rcm_megatron.checkpoint.convert import export_diffusers
-    from rcm_megatron.training.networks import seeded_weights
+    from rcm_megatron.networks.weights import seeded_weights
 
     folder = tmp_path_factory.mktemp("tiny")
     config, model = write_tiny_run(folder), model_config()

@@ -17,14 +17,13 @@ NAMES = {
     "fake_score weights": "weights of the fake score",
     "fake_score gradients": "gradients of the fake score",
     "fake_score optimizer": "main parameters and moments of the fake score",
-    "EMA": "EMA of the student",
+    "student EMA": "EMA of the student",
 }
 
 
 def said_and_held(parallel, dtype):
     """(bytes said with a resident teacher, with a sharded one, bytes held, parameters) of one rank."""
-    from rcm_megatron.parallel.pipeline import unwrapped
-    from rcm_megatron.training.footprint import standing_bytes
+    from rcm_megatron.training.footprint import parameters_of, standing_bytes
     from tools.benchmark_memory import Rank, run_config
 
     run = run_config(SimpleNamespace(**SIZES, dtype=dtype))
@@ -32,11 +31,11 @@ def said_and_held(parallel, dtype):
     run = replace(run, parallel=ParallelConfig(**parallel), trainer=replace(run.trainer, global_batch_size=batch))
     rank = Rank(run)
     rank.step("full", "resident")
-    chunks = [unwrapped(chunk) for chunk in rank.student]
+    parameters = parameters_of(run, rank.groups)
     held, shards = rank.standing(), rank.groups.dp_cp.size()
-    said = standing_bytes(run, chunks, shards=shards)
-    sharded = standing_bytes(replace(run, memory=replace(run.memory, teacher_weights="sharded")), chunks, shards=shards)
-    return said, sharded, held, sum(1 for chunk in chunks for _ in chunk.parameters())
+    said = standing_bytes(run, parameters, shards=shards)
+    sharded = replace(run, memory=replace(run.memory, teacher_weights="sharded"))
+    return said, standing_bytes(sharded, parameters, shards=shards), held, len(parameters["student"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -64,12 +63,13 @@ def test_policies_leave_out_what_they_free():
     from tools.benchmark_memory import run_config
 
     run = run_config(SimpleNamespace(**SIZES, dtype="bf16"))
-    chunks = [torch.nn.Linear(10, 10, bias=False, dtype=torch.bfloat16)]
+    parameter = torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
+    chunks = {role: [parameter] for role in (*run.roles, "teacher_low_noise")}
     found = standing_bytes(run, chunks, shards=2)
-    assert found["teacher"] == 200 and found["fake_score optimizer"] == 600 and found["EMA"] == 200
+    assert found["teacher"] == 200 and found["fake_score optimizer"] == 600 and found["student EMA"] == 200
     freed = {"teacher_weights": "offloaded", "offload_optimizer": ("fake_score",), "free_idle_gradients": True}
     less = standing_bytes(replace(run, memory=replace(run.memory, **freed)), chunks, shards=2)
     assert less["teacher"] == less["fake_score optimizer"] == 0 and less["student optimizer"] == 600
     assert "fake_score gradients" not in less and less["student gradients"] == 400
     two = standing_bytes(replace(run, init=replace(run.init, teacher_low_noise="another")), chunks, shards=2)
-    assert two == found | {"teacher": 400}
+    assert two == found | {"teacher_low_noise": 200}

@@ -29,8 +29,8 @@ POLICIES = ("none", "selective", "full")
 
 def quantities_under_policies(parallel, num_layers):
     """{policy: quantities of an objective} of this rank, and what a sharded teacher held when."""
+    from rcm_megatron.networks.sharding import shard_weights
     from rcm_megatron.parallel.pipeline import unwrapped
-    from rcm_megatron.training.memory import shard_weights
     from tests.distributed.test_parity import build, quantities_of
 
     networks, measured = build(ParallelConfig(**parallel), torch.float32, num_layers=num_layers), {}
@@ -100,8 +100,9 @@ def kept_and_repeated(parallel):
 
     from rcm_megatron.config import LatentConfig
     from rcm_megatron.models.recompute import is_kept
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
     from tests.distributed.test_parity import MODEL
     from tools.measuring import PeakBytes
 
@@ -157,14 +158,13 @@ def train(config_path, overrides, away):
     run = load_config(config_path, overrides)
     trainer, freed = Trainer(run, initialize_parallel(run.parallel)), 0
     if away:
-        trained = {name: trainer.networks[name] for name in trainer.optimizers}
-        options = {"offload": tuple(trained), "free_idle_gradients": True}
-        trainer.residency = Residency(trained, trainer.optimizers, **options)
+        trained = trainer.state.trained
+        trainer.state.residency = Residency(trained, offload=tuple(trained), free_idle_gradients=True)
         freed = away_bytes(trainer)
     trainer.train()
     trainer.close()
-    with trainer.residency.state():
-        ema = torch.cat([shard.flatten() for shard in trainer.ema.shards])
+    with trainer.state.residency.state():
+        ema = torch.cat([shard.flatten() for shard in trainer.state.trained["student"].ema.shards])
     return tiny_run.whole_weights(trainer), ema, freed
 
 
@@ -172,11 +172,11 @@ def away_bytes(trainer):
     """(bytes of state without storage, bytes that it has on the host, bytes of freed gradients)."""
     from rcm_megatron.parallel.optimizer_shards import owned_shards
 
-    shards = [shard for optimizer in trainer.optimizers.values() for shard in owned_shards(optimizer)]
+    shards = [shard for trained in trainer.state.trained.values() for shard in owned_shards(trained.optimizer)]
     states = [[shard.main, *shard.adam_state().values()] for shard in shards]
     empty = sum(4 * t.numel() for state in states for t in state if t.untyped_storage().nbytes() == 0)
-    host = sum(offload.host_bytes for offload in trainer.residency._offloads.values())
-    chunks = [chunk for name in trainer.optimizers for chunk in trainer.networks[name]]
+    host = sum(copy.numel() for offload in trainer.state.residency._offloads.values() for copy in offload._host)
+    chunks = [chunk for trained in trainer.state.trained.values() for chunk in trained.chunks]
     gradients = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers]
     return empty, host, sum(4 * g.numel() for g in gradients if g.untyped_storage().nbytes() == 0)
 
@@ -211,7 +211,7 @@ def refusal(config_path, overrides):
     prepare_megatron()
     from rcm_megatron.config import ConfigError
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_networks
+    from rcm_megatron.training.state import build_networks
 
     run = load_config(config_path, overrides)
     run = replace(run, init=replace(run.init, teacher=str(Path(config_path).parent / "nowhere")))

@@ -14,15 +14,21 @@ import torch.distributed as dist
 
 from rcm_megatron.config import (
     ConfigError,
+    DataConfig,
     DcmConfig,
     DistillationConfig,
+    EncodersConfig,
     FlowConfig,
+    InitConfig,
     LatentConfig,
     LossWeights,
     ModelConfig,
     ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
     StageConfig,
     TimeDistribution,
+    TrainerConfig,
     load_config,
     validate,
 )
@@ -92,14 +98,35 @@ def stage_of(weights):
     return StageConfig(name="test", steps=9, losses=weights, student_update_freq=2 if weights.dmd else 1)
 
 
+def run_of(parallel, weights, *, optimizer, kind="exact", num_layers=MODEL.num_layers):
+    """The run that the steps of these tests belong to; it reads and writes nothing."""
+    return RunConfig(
+        name="parity",
+        output_dir="",
+        model=replace(MODEL, num_layers=num_layers),
+        latent=LATENT,
+        parallel=parallel,
+        precision=PrecisionConfig(params_dtype="fp32"),
+        init=InitConfig(),
+        distillation=settings_of(kind),
+        stages=(stage_of(weights),),
+        student_optimizer=optimizer,
+        fake_score_optimizer=optimizer,
+        encoders=EncodersConfig(video="none", text="none"),
+        data=DataConfig(folder=""),
+        trainer=TrainerConfig(global_batch_size=SAMPLES, micro_batch_size=MICRO_BATCH, checkpoint_every=1),
+    )
+
+
 def build(parallel, dtype, *, num_layers):
     """Three different networks on this rank, student and fake score under DDP."""
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.roles import Networks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
-    from rcm_megatron.training.objectives import Networks
     from rcm_megatron.training.optimizer import wrap_ddp
 
     groups, model = initialize_parallel(parallel), replace(MODEL, num_layers=num_layers)

@@ -135,8 +135,8 @@ def replicas(parallel):
 
     prepare_megatron()
     from rcm_megatron.config import LatentConfig, ParallelConfig
+    from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks
 
     parallel = ParallelConfig(**parallel)
     groups, latent = initialize_parallel(parallel), LatentConfig(channels=1, frames=4, height=16, width=16)

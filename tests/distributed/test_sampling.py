@@ -32,9 +32,10 @@ def sample_on_layout(parallel):
     """{name: latents [N, C, T, H, W]} from seeded random weights; imports here, as the harness asks."""
     from rcm_megatron.inference.encoding import encode_captions, load_null_text
     from rcm_megatron.inference.networks import SampleBatches, student_draw, teacher_draw
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.platform.megatron import prepare_megatron
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 
     prepare_megatron()
     run = run_config(**parallel)

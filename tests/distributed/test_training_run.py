@@ -40,7 +40,7 @@ def test_the_reference_run_trains_both_networks_on_all_objectives(runs):
     assert RCM_ITERATION in both and len(both) >= 7 and len(critic) >= 7, (both, critic)
     assert [line["warmup_ratio"] for line in lines[:5]] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
     counters = results[0][0]
-    assert counters["student_updates"] + counters["fake_score_updates"] == STEPS and counters["refused_updates"] == 0
+    assert counters["updates/student"] + counters["updates/fake_score"] == STEPS and counters["refused_updates"] == 0
     initial = initial_weights()
     for network, weights in results[0][1].items():
         unmoved = [name for name in initial if torch.equal(weights[name], initial[name])]
@@ -191,7 +191,7 @@ def test_a_step_with_non_finite_gradients_is_refused_and_counted(runs, layout):
     results, lines = runs.start(layout, f"refused_{layout}", "trainer.stop_after=12", fault="nan_in_student")
     hit = lines[RCM_ITERATION]
     assert not hit["updated"] and hit["refused_updates"] == 1 and not math.isfinite(hit["gradient_norm"])
-    assert hit["student_updates"] == lines[RCM_ITERATION - 1]["student_updates"]
+    assert hit["updates/student"] == lines[RCM_ITERATION - 1]["updates/student"]
     for rank, (counters, weights, noted) in enumerate(results):
         assert counters["refused_updates"] == 1 and counters["nan_samples"] >= 1
         before, after = noted["before"], noted["after"]

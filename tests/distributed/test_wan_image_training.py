@@ -20,7 +20,7 @@ def trained(request, tmp_path_factory):
     write_wan_run(folder, request.param)
     counters, lines = start(folder, "one", 1, [])
     assert len(lines) == 8 and counters["refused_updates"] == 0
-    assert counters["student_updates"] + counters["fake_score_updates"] == 8
+    assert counters["updates/student"] + counters["updates/fake_score"] == 8
     return folder, lines
 
 
@@ -88,7 +88,7 @@ def calls_of_networks(config):
 
     trainer._micro_batch = micro_batch
     for name in ("student", "teacher", "fake_score"):
-        for chunk in trainer.networks[name]:
+        for chunk in trainer.state.networks[name]:
             unwrapped(chunk).register_forward_pre_hook(record(name))
     trainer.train()
     trainer.close()

@@ -34,7 +34,7 @@ ADAM = {"lr": 1e-3, "betas": [0.0, 0.999], "eps": 1e-4, "weight_decay": 0.01, "l
 def write_tiny_run(folder, **changes):
     """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path. `changes`: other fields of MODEL."""
     from rcm_megatron.checkpoint.convert import export_diffusers
-    from rcm_megatron.training.networks import seeded_weights
+    from rcm_megatron.networks.weights import seeded_weights
     from tools.quickstart.build_dataset import write_digits_dataset
 
     folder, model = Path(folder), model_config(**changes)
@@ -93,7 +93,9 @@ def train(config_path, overrides, fault=None):
     noted = {} if fault is None else getattr(faults, fault)(trainer)
     trainer.train()
     trainer.close()
-    return asdict(trainer.progress), whole_weights(trainer), noted
+    updates = {f"updates/{role}": network.counters.updates for role, network in trainer.state.trained.items()}
+    counters = asdict(trainer.progress) | updates | {"refused_updates": trainer.state.refused_updates}
+    return counters, whole_weights(trainer), noted
 
 
 def command(argv):
@@ -117,7 +119,7 @@ def whole_weights(trainer):
     weights = {}
     for name in ("student", "fake_score"):
         groups = trainer.groups
-        gathered = gather_full(trainer.networks[name], tp_group=groups.tp, pp_group=groups.pp)
+        gathered = gather_full(trainer.state.networks[name], tp_group=groups.tp, pp_group=groups.pp)
         weights[name] = {key: None if value is None else value.clone() for key, value in gathered}
     return weights
 
@@ -142,7 +144,7 @@ def records(folder):
 
 def initial_weights(**changes):
     """What student and fake score start from."""
-    from rcm_megatron.training.networks import seeded_weights
+    from rcm_megatron.networks.weights import seeded_weights
 
     return dict(seeded_weights(model_config(**changes), seed=5))
 

@@ -23,7 +23,7 @@ KINDS = {
 def write_wan_run(folder, kind="t2v"):
     """run.yaml of such a run, with its data, in `folder`."""
     from rcm_megatron.checkpoint.convert import export_diffusers
-    from rcm_megatron.training.networks import seeded_weights
+    from rcm_megatron.networks.weights import seeded_weights
 
     write_encoders(folder / "wan", text_dim=TEXT_DIM)
     wan = KINDS[kind]

@@ -185,12 +185,12 @@ def attempt(config_path, overrides, faults):
 
 
 def _digest(trainer):
-    digest = hashlib.blake2b(repr(trainer.progress).encode(), digest_size=8)
-    for name in trainer.optimizers:
-        for chunk in trainer.networks[name]:
+    digest = hashlib.blake2b(repr((trainer.progress, trainer.state.counters)).encode(), digest_size=8)
+    for network in trainer.state.trained.values():
+        for chunk in network.chunks:
             for parameter in chunk.parameters():
                 digest.update(parameter.detach().numpy().tobytes())
-    for average in trainer.ema.shards:
+    for average in trainer.state.trained["student"].ema.shards:
         digest.update(average.numpy().tobytes())
     return digest.hexdigest()
 

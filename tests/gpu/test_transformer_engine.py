@@ -65,7 +65,8 @@ def groups():
 
 def build(spec, groups, *, seed=1):
     """One network under Megatron's DDP."""
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.training.optimizer import wrap_ddp
 
     chunks = build_chunks(

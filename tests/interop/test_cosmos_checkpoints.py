@@ -180,8 +180,8 @@ def test_shipped_configurations_are_the_releases(name):
 
 
 def load_and_export(folder, target, parallel):
+    from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks
 
     parallel = ParallelConfig(**parallel)
     groups = initialize_parallel(parallel)

@@ -72,7 +72,8 @@ def groups():
 
 def exported(case, groups, folder):
     """Our network, and diffusers' class loaded from its export."""
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
 
     without_torchvision()
     chunks = build_chunks(case.model, case.latent, ParallelConfig(), groups=groups, params_dtype=torch.float32)

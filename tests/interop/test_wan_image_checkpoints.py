@@ -81,8 +81,8 @@ def test_every_map_is_a_bijection(saved):
 
 
 def load_and_export(folder, target, config, parallel):
+    from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks
 
     parallel = ParallelConfig(**parallel)
     groups = initialize_parallel(parallel)

@@ -21,8 +21,8 @@ def inputs():
 
 
 def forward_and_export(folder, target):
+    from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks
 
     parallel = ParallelConfig(tp=dist.get_world_size())
     groups = initialize_parallel(parallel)

@@ -38,8 +38,9 @@ def network():
     prepare_megatron()
     from megatron.core import parallel_state
 
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
 
     init_distributed()
     groups = initialize_parallel(ParallelConfig())

@@ -201,7 +201,8 @@ def wide_twin(network, case):
 
 
 def our_network(network, case, groups, *, dtype=torch.float32):
-    from rcm_megatron.training.networks import build_chunks, load_weights
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights
 
     (model,) = chunks = build_chunks(case.model, case.latent, ParallelConfig(), groups=groups, params_dtype=dtype)
     load_weights(chunks, network.state_dict())

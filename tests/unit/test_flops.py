@@ -25,14 +25,16 @@ from rcm_megatron.config import (
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition
+from rcm_megatron.networks.build import build_chunks
+from rcm_megatron.networks.weights import load_weights, seeded_weights
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training import flops as flops_module
 from rcm_megatron.training.flops import Throughput, network_flops, passes_of, peak_tflops
-from rcm_megatron.training.networks import build_chunks, build_networks, load_weights, seeded_weights
 from rcm_megatron.training.objectives import MicroBatch
+from rcm_megatron.training.state import build_networks
 from rcm_megatron.training.step import accumulate_step, objectives_of, plan_step
 from tests.distributed.tiny_run import tiny_config
 
@@ -211,8 +213,8 @@ def test_passes_of_a_step_are_the_calls_of_the_networks(stage, distillation, ite
         calls["dual" if isinstance(x, Dual) else "forward"] += rows
         calls["backward"] += rows * torch.is_grad_enabled()
 
-    for chunks in (networks["student"], networks["teacher"], networks["fake_score"]):
-        for chunk in chunks or ():
+    for chunks in networks.values():
+        for chunk in chunks:
             unwrapped(chunk).register_forward_hook(note)
     accumulate_step(step, networks, [batch_of(run, networks.layout)], stage=run.stages[0], settings=run.distillation)
     names = objectives_of(step, run.stages[0])

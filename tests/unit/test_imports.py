@@ -29,12 +29,12 @@ ALLOWED = {
     "models": MODELS,
     "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},
     "runtime": {"errors", "config", "platform", "parallel", "runtime"},
+    "networks": MODELS | {"platform", "checkpoint", "diffusion", "networks"},
     "inference": MODELS
-    | {"platform", "checkpoint", "diffusion", "data", "runtime", "training", "inference", "__version__"},
-    "datasets": MODELS
-    | {"errors", "platform", "checkpoint", "data", "inference", "training", "datasets", "__version__"},
+    | {"platform", "checkpoint", "networks", "diffusion", "data", "runtime", "inference", "__version__"},
+    "datasets": MODELS | {"platform", "checkpoint", "data", "inference", "datasets", "__version__"},
     "training": MODELS
-    | {"platform", "checkpoint", "diffusion", "data", "runtime", "inference", "training", "__version__"},
+    | {"platform", "checkpoint", "networks", "diffusion", "data", "runtime", "inference", "training", "__version__"},
 }
 """Part of the program -> the parts it may import."""
 

@@ -5,7 +5,7 @@ import torch
 
 from rcm_kernels import flash_attention_jvp, fused
 from rcm_megatron.config import ConfigError, load_config
-from rcm_megatron.training.kernels import choose_kernels
+from rcm_megatron.networks.kernels import choose_kernels
 from tests.unit.test_config import ROOT
 
 QUICKSTART = ROOT / "model_configs" / "quickstart.yaml"
@@ -20,13 +20,15 @@ def defaults():
 def chosen(caplog, *overrides, dtype=torch.float32):
     run = load_config(QUICKSTART, overrides)
     with caplog.at_level("INFO", logger="rcm_megatron"):
-        choose_kernels(run.model, run.precision, dtype=dtype)
-    return [r.getMessage() for r in caplog.records if r.name == "rcm_megatron.training.kernels"]
+        choose_kernels(run, run.roles, dtype=dtype)
+    return [r.getMessage() for r in caplog.records if r.name == "rcm_megatron.networks.kernels"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_one_line_says_what_runs(caplog):
-    assert chosen(caplog) == ["attention: aten_cpu; with tangent: reference; fused operations: none"]
+    assert chosen(caplog) == [
+        "attention of 32 channels a head: aten_cpu; with tangent: reference; fused operations: none"
+    ]
 
 
 def test_fused_operations_as_configured(caplog, monkeypatch):

@@ -51,11 +51,11 @@ LINEARS_OF_A_BLOCK = 7
 # ---- choosing
 
 
-def chosen(monkeypatch, missing: str | None, *, network: str | None = None, **precision) -> LayerSpec:
+def chosen(monkeypatch, missing: str | None, *, fp8_role: str | None = None, **precision) -> LayerSpec:
     monkeypatch.setattr(layer_specs, "_missing_for_transformer_engine", lambda: missing)
-    monkeypatch.setattr(layer_specs, "_check_fp8_device", lambda: None)
+    monkeypatch.setattr(layer_specs, "_check_fp8_device", lambda role: None)
     monkeypatch.setattr(layer_specs, "transformer_engine_layer_spec", lambda *, fp8: LayerSpec(int, str, fp8=fp8))
-    return choose_layer_spec(PrecisionConfig(**{"params_dtype": "bf16"} | precision), network=network)
+    return choose_layer_spec(PrecisionConfig(**{"params_dtype": "bf16"} | precision), fp8_role=fp8_role)
 
 
 @pytest.mark.parametrize(
@@ -73,28 +73,27 @@ def test_which_linears_a_run_gets(monkeypatch, precision, missing, is_local):
     assert (spec == local_layer_spec()) == is_local and not spec.fp8
 
 
-def test_fp8_is_for_the_networks_that_are_named(monkeypatch):
-    specs = {
-        name: chosen(monkeypatch, None, network=name, fp8=("teacher",)) for name in ("student", "teacher", "fake_score")
-    }
-    assert {name: spec.fp8 for name, spec in specs.items()} == {"student": False, "teacher": True, "fake_score": False}
+def test_fp8_is_for_the_networks_that_ask_for_it(monkeypatch):
+    specs = {role: chosen(monkeypatch, None, fp8_role=role) for role in (None, "teacher")}
+    assert {role: spec.fp8 for role, spec in specs.items()} == {None: False, "teacher": True}
     assert all(spec.column_linear is int for spec in specs.values())
 
 
-@pytest.mark.parametrize("precision", [{"linear_layers": "transformer_engine"}, {"fp8": ("teacher",)}])
-def test_what_is_asked_for_and_missing_is_an_error(monkeypatch, precision):
+@pytest.mark.parametrize("asked", [{"linear_layers": "transformer_engine"}, {"fp8_role": "teacher"}])
+def test_what_is_asked_for_and_missing_is_an_error(monkeypatch, asked):
     with pytest.raises(ConfigError, match="not installed; need Transformer Engine 2.9 or newer.*fix: pip install"):
-        chosen(monkeypatch, "Transformer Engine is not installed", **precision)
+        chosen(monkeypatch, "Transformer Engine is not installed", **asked)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_run_in_fp8_is_refused_before_its_weights_are_read(monkeypatch):
-    from rcm_megatron.training import networks
+    from rcm_megatron.networks import weights
+    from rcm_megatron.training.state import build_networks
 
-    monkeypatch.setattr(networks, "open_checkpoint", lambda path: pytest.fail("weights were opened"))
+    monkeypatch.setattr(weights, "open_checkpoint", lambda path: pytest.fail("weights were opened"))
     run = load_config(QUICKSTART, ["precision.params_dtype=bf16", "precision.fp8=[teacher]"])
     with pytest.raises(ConfigError, match="need Transformer Engine"):
-        networks.build_networks(run, groups=None)
+        build_networks(run, groups=None)
 
 
 def test_the_choice_is_logged_once(monkeypatch, caplog):
@@ -158,8 +157,8 @@ def test_precisions_that_cannot_work_are_refused(overrides, parts):
 def test_fp8_of_both_networks_is_accepted_and_pads_tokens():
     run = load_config(QUICKSTART, [*FITS, "precision.fp8=[teacher, fake_score]"])
     validate(run, 2)
-    assert run.precision.token_multiple == 16
-    assert PrecisionConfig(params_dtype="bf16").token_multiple == 1
+    assert run.token_multiple == 16
+    assert load_config(QUICKSTART, FITS).token_multiple == 1
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,8 @@ def test_tokens_of_a_rank_are_a_multiple(shards, multiple, local):
 
 
 def build(spec: LayerSpec, groups, *, token_multiple: int = 16) -> list:
-    from rcm_megatron.training.networks import build_chunks, load_weights, seeded_weights
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.weights import load_weights, seeded_weights
 
     layout = {"groups": groups, "token_multiple": token_multiple}
     chunks = build_chunks(MODEL, LATENT, ParallelConfig(), params_dtype=torch.float32, spec=spec, **layout)

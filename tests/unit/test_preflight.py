@@ -183,7 +183,7 @@ def test_a_node_that_cannot_read_its_data_or_teacher_is_named(config):
     (status, table, _), (_, _, errors) = ranks(config, "init.teacher=/nowhere", "data.folder=/empty")
     assert (
         status == 3
-        and "b: init.teacher: cannot read /nowhere" in table
+        and "b: networks.teacher.init: cannot read /nowhere" in table
         and "b: data.folder: no *.tar in /empty" in table
     )
     assert "all ranks: not measured" in table and "lost rank 0" not in errors

@@ -33,7 +33,6 @@ from rcm_megatron.errors import InputError
 from rcm_megatron.inference.encoding import encode_captions, load_null_text
 from rcm_megatron.inference.networks import (
     SampleBatches,
-    Weights,
     init_parallel,
     load_network,
     resolve_checkpoint,
@@ -58,7 +57,7 @@ class Setting:
     """One way of sampling: a network, its number of steps, and for the teacher its guidance."""
 
     name: str
-    weights: Weights
+    weights: str
     steps: int
     guidance: float = 1.0
 
@@ -169,7 +168,7 @@ class Judge:
         return self.row("real, held-out", videos_NCTHW, [sample.caption for sample in samples])
 
 
-def judge_student(settings: Sequence[Setting], rows: Sequence[Row], *, weights: Weights) -> list[Verdict]:
+def judge_student(settings: Sequence[Setting], rows: Sequence[Row], *, weights: str) -> list[Verdict]:
     """The quick start's claims. At a number of evaluations the teacher is taken at its better guidance."""
     pairs = list(zip(settings, rows, strict=True))
     best = rows[0]
@@ -224,7 +223,7 @@ def picture_rows(
     captions: Sequence[str],
     *,
     judge: Judge,
-    weights: Weights,
+    weights: str,
 ) -> list[tuple[str, Tensor]]:
     """(label, videos of COLUMNS) of: real videos, the teacher at its best and at 1, 2, 4 evaluations, the student."""
     real = torch.stack([judge.real_NCTHW[judge.captions.index(caption)] for caption in COLUMNS])

@@ -17,7 +17,7 @@ def _fp8_networks(config: RunConfig) -> Iterator[Problem | str]:
 
 
 def _fp8_shapes(config: RunConfig) -> Iterator[Problem | str]:
-    """Rows and columns of every FP8 matrix; a rank's video tokens are padded to fit (PrecisionConfig.token_multiple)."""
+    """Rows and columns of every FP8 matrix; a rank's video tokens are padded to fit (RunConfig.token_multiple)."""
     if not config.precision.fp8:
         return
     model, tp, fp8 = config.model, config.parallel.tp, f"precision.fp8={list(config.precision.fp8)}"

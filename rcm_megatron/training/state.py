@@ -1,0 +1,125 @@
+"""The networks of a run, and one update of one of them: what the trainer, the benchmarks and the tests have in common."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
+from rcm_megatron.config import RunConfig, StageConfig
+from rcm_megatron.dtypes import DTYPES
+from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec
+from rcm_megatron.networks.build import build_network, frozen
+from rcm_megatron.networks.kernels import choose_kernels
+from rcm_megatron.networks.roles import Networks
+from rcm_megatron.networks.sharding import shard_weights
+from rcm_megatron.networks.weights import initial_weights, load_weights
+from rcm_megatron.parallel.groups import ParallelGroups
+from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped
+from rcm_megatron.runtime.timers import Timers, attach
+from rcm_megatron.training.footprint import log_footprint
+from rcm_megatron.training.memory import Residency, check_memory
+from rcm_megatron.training.metrics import reduce_objectives
+from rcm_megatron.training.objectives import MicroBatch, ObjectiveResult
+from rcm_megatron.training.optimizer import wrap_ddp
+from rcm_megatron.training.step import Step, accumulate_step
+from rcm_megatron.training.trained import TrainedNetwork, UpdateCounters
+
+
+@dataclass(frozen=True, eq=False)
+class Updated:
+    """What one update did."""
+
+    objectives: dict[str, ObjectiveResult]
+    """This rank's, by name."""
+    metrics: dict[str, float]
+    """Over the global batch, the same on every rank."""
+    updated: bool
+    """False: non-finite gradients were refused."""
+    gradient_norm: float
+    learning_rate: float
+
+
+class TrainState:
+    """The networks of ``run`` on this rank (`build_networks`); `trained` are those that a stage trains, by role."""
+
+    def __init__(self, run: RunConfig, networks: Networks, *, timers: Timers | None = None) -> None:
+        self.run, self.networks, self.groups, self.timers = run, networks, networks.layout.groups, timers or Timers()
+        self.trained = {role: TrainedNetwork(role, networks[role], run.networks[role]) for role in run.trained_roles}
+        attach(self.timers, list(networks.values()), [network.optimizer for network in self.trained.values()])
+        self.residency = Residency(
+            self.trained,
+            offload=[role for role, network in self.trained.items() if network.settings.offload_optimizer],
+            free_idle_gradients=run.memory.free_idle_gradients,
+        )
+
+    def update(self, step: Step, batches: Sequence[MicroBatch], *, stage: StageConfig) -> Updated:
+        """One update of the network that ``step`` trains, from this rank's micro-batches; call it on all ranks."""
+        network = self.trained[step.trained]
+        self.residency.begin_step(step.trained)
+        network.zero_gradients()
+        results = accumulate_step(step, self.networks, batches, stage=stage, settings=self.run.distillation)
+        reduce_gradients(network.chunks)
+        with self.timers.phase("optimizer"), self.residency.state(step.trained):
+            outcome = network.update(self.groups, peak_lr=stage.lr_of(step.trained))
+        return Updated(
+            objectives=results,
+            metrics=reduce_objectives(results, self.groups),
+            updated=outcome.updated,
+            gradient_norm=outcome.gradient_norm,
+            learning_rate=network.learning_rate,
+        )
+
+    @property
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Role -> counters, plain."""
+        return {role: asdict(network.counters) for role, network in self.trained.items()}
+
+    @property
+    def refused_updates(self) -> int:
+        """Of all networks."""
+        return sum(network.counters.refused_updates for network in self.trained.values())
+
+    @contextmanager
+    def states(self) -> Iterator[Mapping[str, NetworkState]]:
+        """What of each trained network a checkpoint holds, on the device inside."""
+        with self.residency.state():
+            yield {role: network.state for role, network in self.trained.items()}
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Take up what a checkpoint holds of the networks, on any layout; returns the run's plain state in it."""
+        with self.states() as states:
+            saved = load_checkpoint(checkpoint, networks=states)
+        for role, counters in saved["networks"].items():
+            self.trained[role].counters = UpdateCounters(**counters)
+        return saved
+
+
+def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
+    """The networks that the stages of ``run`` need, with their weights: trained ones under Megatron's DDP, the others frozen."""
+    check_memory(run, has_cuda=torch.cuda.is_available())
+    choose_kernels(run, run.roles, dtype=DTYPES[run.precision.params_dtype])
+    # All of them before any weight is read, because a machine without Transformer Engine may refuse.
+    specs = {
+        role: choose_layer_spec(run.precision, fp8_role=role if run.networks[role].fp8 else None) for role in run.roles
+    }
+    log_footprint(run, groups, world_size=dist.get_world_size())
+    chunks = {role: _build(run, role, groups, specs[role]) for role in run.roles}
+    return Networks(layout=unwrapped(next(iter(chunks.values()))[0]).layout, **chunks)
+
+
+def _build(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec) -> list[nn.Module]:
+    """This rank's pieces of one network."""
+    chunks = build_network(run, role, groups, spec=spec, recompute=run.memory.recompute)
+    load_weights(chunks, initial_weights(run, role))
+    if role in run.trained_roles:
+        return wrap_ddp(chunks, chunks[0].config)
+    weights = run.networks[role].weights
+    if weights != "resident":
+        shard_weights(frozen(chunks), group=groups.dp_cp, offload=weights == "offloaded")
+    return frozen(chunks)
