@@ -60,14 +60,14 @@ export OMP_NUM_THREADS="$cores"
 python -m rcm_megatron check --world-size "$processes" "${settings[@]}" >/dev/null
 output="$(setting output_dir)"
 data="$(setting data.folder)"
-teacher="$(setting init.teacher)"
+teacher="$(setting networks.teacher.init)"
 
 step 2 "writing 8,192 captioned videos of moving digits as latent shards"
 python tools/quickstart/build_dataset.py --output "$data" --num-samples 8192
 
 step 3 "converting the teacher, a Wan2.1-architecture transformer in diffusers format"
 python -m rcm_megatron convert "$teacher" "$output/teacher" --to internal --text-len "$(setting model.text_len)" --force
-settings+=("init.teacher=$output/teacher")
+settings+=("networks.teacher.init=$output/teacher")
 
 step 4 "distilling with rCM: $processes processes, ${layout[*]}, $threads thread(s) each"
 on_all_processes -m rcm_megatron train "${settings[@]}"

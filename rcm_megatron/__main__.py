@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import operator
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rcm_megatron.config import ConfigError, RunConfig, load_config, to_yaml
 
+_ABSENT = object()
 CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "nvidia", "internal", "torch_dist")
 
 
@@ -205,10 +205,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _field(config: RunConfig, key: str) -> object:
-    try:
-        return operator.attrgetter(key)(config)
-    except AttributeError:
-        raise ConfigError(f"--field {key}: the configuration has no such field") from None
+    value: object = config
+    for part in key.split("."):
+        value = value.get(part, _ABSENT) if isinstance(value, Mapping) else getattr(value, part, _ABSENT)
+        if value is _ABSENT:
+            raise ConfigError(f"--field {key}: the configuration has no such field")
+    return value
 
 
 def _add_preflight(commands: argparse._SubParsersAction) -> None:

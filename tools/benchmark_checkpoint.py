@@ -35,7 +35,7 @@ from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
 from rcm_megatron.training.batches import random_batches  # noqa: E402
 from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
 from rcm_megatron.training.step import Step  # noqa: E402
-from tools.measuring import provenance, wan_model, wan_run  # noqa: E402
+from tools.measuring import provenance, random_networks, wan_model, wan_run  # noqa: E402
 
 STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=False)
 
@@ -49,6 +49,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
         batch=dist.get_world_size(),
         guidance=1.0,
         precision=PrecisionConfig(params_dtype="fp32", linear_layers="local"),
+        networks=random_networks("student", teacher=False),
         stages=(StageConfig(name="flow", steps=2, losses=LossWeights(flow=1.0)),),
     )
 

@@ -33,7 +33,6 @@ prepare_megatron()
 
 from rcm_megatron.config import (  # noqa: E402
     LossWeights,
-    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
@@ -48,10 +47,19 @@ from rcm_megatron.parallel.pipeline import unwrapped  # noqa: E402
 from rcm_megatron.training.batches import random_batches  # noqa: E402
 from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
 from rcm_megatron.training.step import Step  # noqa: E402
-from tools.measuring import ROOT, TOKENS_OF_FRAME, PeakBytes, check_sizes, provenance, wan_model, wan_run  # noqa: E402
+from tools.measuring import (  # noqa: E402
+    ROOT,
+    TOKENS_OF_FRAME,
+    PeakBytes,
+    check_sizes,
+    provenance,
+    random_networks,
+    wan_model,
+    wan_run,
+)
 
 POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
-"""(memory.recompute, memory.teacher_weights)."""
+"""(memory.recompute, networks.teacher.weights)."""
 STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=True)
 
 
@@ -67,7 +75,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
         parallel=parallel,
         precision=PrecisionConfig(params_dtype=args.dtype, linear_layers="local"),
         stages=(StageConfig(name="rcm", steps=2, losses=LossWeights(scm=100.0, dmd=1.0), student_update_freq=2),),
-        fake_score_optimizer=OptimizerConfig(lr=1e-6),
+        networks=random_networks("student", "fake_score"),
     )
 
 
@@ -215,8 +223,8 @@ What stands on a rank:
 | --- | ---: |
 {kept}
 
-`memory.free_idle_gradients` removes the gradients of the network that a step does not train. `memory.offload_optimizer` removes the main
-parameters and moments of the networks it names outside their updates (CUDA only, as is `teacher_weights: offloaded`: not measured here).
+`memory.free_idle_gradients` removes the gradients of the network that a step does not train. `networks.ROLE.offload_optimizer` removes
+the main parameters and moments of a network outside its updates (CUDA only, as is `weights: offloaded`: not measured here).
 In bf16 a parameter takes 2 bytes of weights, 4 of gradients and 12/(dp*cp) of main parameter and moments; in fp32 the main
 parameter is the weight itself, so 8/(dp*cp).
 """

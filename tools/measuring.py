@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_iter
 from rcm_megatron.config import (
     DataConfig,
     DistillationConfig,
+    EmaConfig,
     EncodersConfig,
-    InitConfig,
     LatentConfig,
     ModelConfig,
+    NetworkConfig,
     OptimizerConfig,
     RunConfig,
     TimeDistribution,
@@ -127,14 +128,19 @@ def wan_run(name: str, model: ModelConfig, *, frames: int, batch: int, guidance:
         output_dir="",
         model=model,
         latent=LatentConfig(channels=model.in_channels, frames=frames, height=32, width=32),
-        init=InitConfig(),
         distillation=DistillationConfig(teacher_guidance=guidance, p_g=times, p_d=times),
-        student_optimizer=OptimizerConfig(lr=1e-6),
         encoders=EncodersConfig(video="none", text="none"),
         data=DataConfig(folder=""),
         trainer=TrainerConfig(global_batch_size=batch, checkpoint_every=1),
         **fields,
     )
+
+
+def random_networks(*trained: str, teacher: bool = True) -> dict[str, NetworkConfig]:
+    """Networks of random weights: a teacher, and those that train, of which the student has an EMA."""
+    adam, frozen = OptimizerConfig(lr=1e-6), {"teacher": NetworkConfig()} if teacher else {}
+    ema = {"student": EmaConfig()}
+    return frozen | {role: NetworkConfig(optimizer=adam, ema=ema.get(role)) for role in trained}
 
 
 def provenance() -> dict[str, Any]:

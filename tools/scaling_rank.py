@@ -20,7 +20,7 @@ from rcm_megatron.platform.megatron import prepare_megatron
 
 prepare_megatron()
 
-from rcm_megatron.config import InitConfig, RunConfig  # noqa: E402
+from rcm_megatron.config import RunConfig  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
 from rcm_megatron.training.batches import random_batches  # noqa: E402
 from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
@@ -92,7 +92,7 @@ class Rank:
 
 def with_random_weights(run: RunConfig) -> RunConfig:
     """``run``, none of whose networks is read from a file."""
-    return replace(run, init=InitConfig(), distillation=replace(run.distillation, expert_boundary=None))
+    return replace(run, networks={role: replace(network, init=None) for role, network in run.networks.items()})
 
 
 def _of_all_ranks(value: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits runs that start one after the other, each when the one before has ended well (requeues included):
-#   bash launch/slurm/chain.sh --nodes=4 --time=12:00:00 -- TEACHER.yaml -- STUDENT.yaml init.teacher=... -- ...
+#   bash launch/slurm/chain.sh --nodes=4 --time=12:00:00 -- TEACHER.yaml -- STUDENT.yaml networks.teacher.init=... -- ...
 # What stands before the first -- is for sbatch. When a run fails, those after it are cancelled.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

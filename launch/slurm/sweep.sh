@@ -2,7 +2,7 @@
 # Submits one run for each line of a file of overrides, as a job array:
 #   bash launch/slurm/sweep.sh lines.txt --nodes=1 --array-limit=4 -- CONFIG [KEY=VALUE ...]
 # A line holds what differs, its own output_dir among it, and is read as a shell reads words:
-#   student_optimizer.lr=1e-5 output_dir=$SCRATCH/lr_1e-5 'sampling.student_times=[1.5, 1.4, 1.0]'  # a comment
+#   networks.student.optimizer.lr=1e-5 output_dir=$SCRATCH/lr_1e-5 'sampling.student_times=[1.5, 1.4, 1.0]'  # a comment
 # All lines are checked before anything is submitted.
 # What stands before -- is for sbatch; --array-limit=N lets N of them run at once.
 set -euo pipefail

@@ -10,20 +10,17 @@ from rcm_megatron.config.model import (
     PrecisionConfig,
     WanConfig,
 )
+from rcm_megatron.config.networks import EmaConfig, NetworkConfig, OptimizerConfig
 from rcm_megatron.config.reading import build
 from rcm_megatron.config.run import (
     DataConfig,
     DcmConfig,
     DistillationConfig,
-    EmaConfig,
     EncodersConfig,
     FlowConfig,
-    InitConfig,
     LoggingConfig,
     LossWeights,
     MemoryConfig,
-    NetworkConfig,
-    OptimizerConfig,
     RunConfig,
     SamplingConfig,
     StageConfig,
@@ -40,7 +37,6 @@ __all__ = [
     "EmaConfig",
     "EncodersConfig",
     "FlowConfig",
-    "InitConfig",
     "LatentConfig",
     "LoggingConfig",
     "LossWeights",

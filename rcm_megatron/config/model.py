@@ -127,6 +127,14 @@ class ModelConfig:
         return self.in_channels + own + (self.wan.condition_channels if self.wan else 0)
 
     @property
+    def inputs(self) -> dict[str, object]:
+        """What the network is given, by field: equal in all networks of a run, for they see the same latents, texts and images."""
+        wan = self.wan or WanConfig()
+        shared = ("in_channels", "out_channels", "patch_size", "text_dim", "text_len", "conditional_frames")
+        own = ("condition_channels", "image_dim", "image_tokens")
+        return {name: getattr(self, name) for name in shared} | {f"wan.{name}": getattr(wan, name) for name in own}
+
+    @property
     def conditional_frames(self) -> bool:
         """Whether the network takes clean latent frames (`Condition.x0_SBP` and `frames_B`)."""
         return any(own is not None and own.conditional_frames for own in (self.cosmos, self.wan))
@@ -283,11 +291,6 @@ class PrecisionConfig:
     linear_layers: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose tensor-parallel linears the blocks are built of. auto: Transformer Engine's for bf16 where it is installed and there is
     CUDA, else Megatron-Core's own."""
-    fp8: tuple[Literal["teacher", "fake_score"], ...] = ()
-    """Networks whose plain passes in training, the critic's backward too, run the blocks' linears in FP8 (Transformer Engine on Ada,
-    Hopper or newer); never used for a tangent, so never for the student. Saves about a third of their time on paper, changes their
-    outputs by FP8's rounding, which depends on the layout. Weights stay bf16, main gradients fp32; the tokens of every network are
-    padded to a multiple of 16 on each rank."""
     fused_ops: Literal["auto", "none"] = "auto"
     """What runs norms, modulation, gates, GELU and RoPE. auto: one Triton kernel each (rcm_kernels.fused) on CUDA, PyTorch's
     operations elsewhere; none: PyTorch's everywhere."""
@@ -299,8 +302,3 @@ class PrecisionConfig:
                 f"{path}.linear_layers=transformer_engine with params_dtype=fp32 would multiply in TF32 (Transformer Engine has no other "
                 "way); set linear_layers to auto or local, or params_dtype to bf16"
             )
-        fp8 = f"{path}.fp8={list(self.fp8)}"
-        if self.fp8 and self.linear_layers == "local":
-            yield f"{fp8} needs Transformer Engine's linears, got {path}.linear_layers=local; set it to auto, or fp8 to []"
-        if self.fp8 and self.params_dtype != "bf16":
-            yield f"{fp8} needs {path}.params_dtype=bf16, got {self.params_dtype}; set that, or fp8 to []"

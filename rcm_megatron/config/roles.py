@@ -16,12 +16,14 @@ class Roles:
 
     needs: tuple[str, ...]
     trains: str
+    takes_tangent: bool = False
+    """Of what it trains."""
 
 
 OF_OBJECTIVE = {
     "flow": Roles(("student",), "student"),
     "dcm": Roles(("teacher", "student"), "student"),
-    "scm": Roles(("teacher", "student"), "student"),
+    "scm": Roles(("teacher", "student"), "student", takes_tangent=True),
     "dmd": Roles(("teacher", "student", "fake_score"), "student"),
     "critic": Roles(("student", "fake_score"), "fake_score"),
 }
@@ -29,6 +31,12 @@ COMPANIONS = {"dmd": ("critic",)}
 """Objectives that come along with another."""
 PARTS = {"teacher": ("teacher_low_noise",)}
 """Further networks that a role is made of, where the run has them."""
+
+
+def known_roles() -> tuple[str, ...]:
+    """Every role that an objective may ask for."""
+    needed = [role for objective in OF_OBJECTIVE.values() for role in objective.needs]
+    return tuple(dict.fromkeys(part for role in needed for part in (role, *PARTS.get(role, ()))))
 
 
 def objectives_of(stages: Iterable[StageConfig]) -> Iterator[str]:
@@ -54,3 +62,9 @@ def needed_roles(stages: Iterable[StageConfig], given: Iterable[str]) -> tuple[s
 def trained_roles(stages: Iterable[StageConfig]) -> tuple[str, ...]:
     """The roles that the stages' objectives train."""
     return tuple(dict.fromkeys(OF_OBJECTIVE[name].trains for name in objectives_of(stages)))
+
+
+def tangent_roles(stages: Iterable[StageConfig]) -> tuple[str, ...]:
+    """The roles that the stages' objectives take a tangent of."""
+    objectives = [OF_OBJECTIVE[name] for name in objectives_of(stages)]
+    return tuple(dict.fromkeys(objective.trains for objective in objectives if objective.takes_tangent))

@@ -1,4 +1,4 @@
-"""Everything of a run but the network: objectives, stages, optimizers, data, trainer, sampling, logging."""
+"""Everything of a run but its networks: objectives, stages, data, trainer, sampling, logging."""
 
 from __future__ import annotations
 
@@ -18,21 +18,7 @@ from rcm_megatron.config.declare import (
     until_refused,
 )
 from rcm_megatron.config.model import FP8_ALIGNMENT, LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """Where the networks' weights come from: a diffusers folder (config.json + safetensors), or `null`."""
-
-    teacher: str | None = None
-    """Required unless every stage is flow matching, which needs no teacher."""
-    teacher_low_noise: str | None = None
-    """Of a teacher that is two networks (Wan2.2 A14B) the one of RF times below `distillation.expert_boundary`; `teacher` has the others.
-    The student is one network, of all times. null: the teacher is one."""
-    student: str | None = None
-    """null: the teacher's weights; without a teacher (flow matching), random weights from the run's seed."""
-    fake_score: str | None = None
-    """null: the teacher's weights. Used by stages with a DMD weight only."""
+from rcm_megatron.config.networks import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +89,7 @@ class DistillationConfig:
     scale_jvp_by_warmup: bool = False
     """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
     expert_boundary: Annotated[float, Bounds(gt=0, lt=1)] | None = None
-    """RF time at which `init.teacher` takes over from `init.teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
+    """RF time at which the network `teacher` takes over from `teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
     conditional_frames: tuple[NotNegative, ...] | None = None
     """Video2World (model.cosmos.conditional_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
@@ -149,9 +135,9 @@ class StageConfig:
     student_update_freq: Positive = 1
     """After the warm-up one iteration in this many trains the student, the others the critic. 1: no critic."""
     student_lr: NotNegativeFloat | None = None
-    """null: student_optimizer.lr."""
+    """null: networks.student.optimizer.lr."""
     fake_score_lr: NotNegativeFloat | None = None
-    """null: fake_score_optimizer.lr."""
+    """null: networks.fake_score.optimizer.lr."""
 
     def lr_of(self, role: str) -> float | None:
         """Peak learning rate of a network in this stage; None: its optimizer's."""
@@ -173,48 +159,6 @@ class StageConfig:
             yield f"{where}.student_update_freq=1 never trains the critic that DMD needs; set 2 or more (5 for Wan 1.3B)"
         if not self.losses.dmd and self.student_update_freq != 1:
             yield f"{where}.student_update_freq={self.student_update_freq} trains a critic for no DMD; set 1, or losses.dmd"
-
-
-Beta = Annotated[float, Bounds(ge=0, lt=1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW; weight decay acts on every parameter, biases and norms included."""
-
-    lr: NotNegativeFloat
-    betas: tuple[Beta, Beta] = (0.0, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NotNegativeFloat = 0.01
-    lr_warmup_steps: NotNegative = 100
-    """Updates of this network over which lr rises linearly from 0."""
-    clip_grad: NotNegativeFloat = 0.0
-    """Largest gradient norm; 0 does not clip, which rCM's authors call crucial."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmaConfig:
-    """Power-function EMA of the student (EDM2, arXiv 2312.02696)."""
-
-    enabled: bool = True
-    relative_width: Annotated[float, Bounds(gt=0, lt=0.28, note="0.1 is usual")] = 0.1
-    """Width of the averaging window as a fraction of the updates so far."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """One network of the run."""
-
-    init: str | None = None
-    """A checkpoint of any format. null: the teacher's; without a teacher random weights from the run's seed."""
-    model: ModelConfig | None = None
-    """null: the run's."""
-    chunk_layers: tuple[int, ...] | None = None
-    weights: Literal["resident", "sharded", "offloaded"] = "resident"
-    fp8: bool = False
-    optimizer: OptimizerConfig | None = None
-    ema: EmaConfig | None = None
-    offload_optimizer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,17 +261,9 @@ class MemoryConfig:
     """What plain passes keep for the backward pass (the dual pass always keeps a block's primal input alone).
     none: every activation. selective: what linears and attention put out; norms, modulation, GELU, RoPE, gathers and the messages of
     ring and Ulysses run again (Transformer Engine's linears and the reference attention too). full: the block's input; one more forward."""
-    teacher_weights: Literal["resident", "sharded", "offloaded"] = "resident"
-    """resident: whole on every rank. sharded: 1/(dp*cp) of each block on a rank, gathered block by block in each teacher pass: one
-    all-gather of the weights a pass and micro-batch, hidden behind the block before where there is CUDA. offloaded: the same, with the
-    parts in pinned host memory: also 1/(dp*cp) of the weights over PCIe; a CUDA device only."""
-    offload_optimizer: tuple[Literal["student", "fake_score"], ...] = ()
-    """Networks whose fp32 main parameters and moments wait in pinned host memory between their updates: 12/(dp*cp) bytes a
-    parameter of device memory less (as many of the host's, each tensor rounded up to a power of two), two copies over PCIe an update.
-    Those of all networks are on the device while a checkpoint is written or read. A CUDA device only."""
     free_idle_gradients: bool = False
     """Free the fp32 gradients of the network that a step does not train: 4 bytes a parameter of the rank less (dp and cp do not share
-    them) where a critic is trained; an allocation a step, and large blocks in the allocator that may not fit together again."""
+    them) where two are trained; an allocation a step, and large blocks in the allocator that may not fit together again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,13 +315,12 @@ class RunConfig:
     latent: LatentConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig
-    init: InitConfig
+    networks: Mapping[str, NetworkConfig]
+    """Role -> network: teacher, student, fake_score and whatever else the objectives ask for. `teacher_low_noise`: of a teacher that is two
+    networks (Wan2.2 A14B) the one of RF times below `distillation.expert_boundary`; `teacher` has the others. The student is one network,
+    of all times."""
     distillation: DistillationConfig
     stages: tuple[StageConfig, ...]
-    student_optimizer: OptimizerConfig
-    fake_score_optimizer: OptimizerConfig | None = None
-    """Required when a stage has a DMD weight."""
-    ema: EmaConfig = EmaConfig()
     encoders: EncodersConfig
     data: DataConfig
     trainer: TrainerConfig
@@ -399,28 +334,6 @@ class RunConfig:
         return sum(stage.steps for stage in self.stages)
 
     @property
-    def networks(self) -> Mapping[str, NetworkConfig]:
-        """Role -> network."""
-        ema = EmaConfig(relative_width=self.ema.relative_width) if self.ema.enabled else None
-        found = {}
-        for role in ("teacher", "teacher_low_noise"):
-            if role == "teacher" or self.init.teacher_low_noise is not None:
-                found[role] = NetworkConfig(
-                    init=getattr(self.init, role),
-                    weights=self.memory.teacher_weights,
-                    fp8="teacher" in self.precision.fp8,
-                )
-        for role, optimizer in (("student", self.student_optimizer), ("fake_score", self.fake_score_optimizer)):
-            found[role] = NetworkConfig(
-                init=getattr(self.init, role),
-                fp8=role in self.precision.fp8,
-                optimizer=optimizer,
-                ema=ema if role == "student" else None,
-                offload_optimizer=role in self.memory.offload_optimizer,
-            )
-        return found
-
-    @property
     def roles(self) -> tuple[str, ...]:
         """The networks that the stages need, in the order in which they are built: those that stay as they are come first, because
         what is whole for a moment before it is sharded then finds the device empty."""
@@ -430,6 +343,15 @@ class RunConfig:
     def trained_roles(self) -> tuple[str, ...]:
         """Those of `roles` that a stage trains."""
         return roles.trained_roles(self.stages)
+
+    @property
+    def tangent_roles(self) -> tuple[str, ...]:
+        """Those of `trained_roles` of which a stage takes a tangent."""
+        return roles.tangent_roles(self.stages)
+
+    def model_path(self, role: str) -> str:
+        """Where the architecture of a network is described."""
+        return "model" if self.networks[role].model is None else f"networks.{role}.model"
 
     def model_of(self, role: str) -> ModelConfig:
         """The architecture of a network."""
@@ -450,17 +372,7 @@ class RunConfig:
     @property
     def token_multiple(self) -> int:
         """Of what the tokens of a rank must be a multiple. One number for all networks: they share the layout of tokens."""
-        return FP8_ALIGNMENT if any(self.networks[role].fp8 for role in self.roles) else 1
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a stage distils."""
-        return any(stage.losses.scm or stage.losses.dmd or stage.losses.dcm for stage in self.stages)
-
-    @property
-    def needs_fake_score(self) -> bool:
-        """Whether a stage has a DMD weight, and so a critic."""
-        return any(stage.losses.dmd for stage in self.stages)
+        return FP8_ALIGNMENT if any(self.networks[role].fp8 for role in self.roles if role in self.networks) else 1
 
     def layout_summary(self, world_size: int) -> str:
         """How ``world_size`` ranks share the work, in one line; for a configuration that is valid on them."""

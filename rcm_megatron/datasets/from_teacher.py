@@ -93,8 +93,8 @@ def _check(run: RunConfig, request: TeacherRequest) -> None:
     check_encoders(run)
     if run.encoders.text == "none":
         raise InputError("got encoders.text=none, need a text encoder for the prompts; set it to umt5 or t5")
-    if run.init.teacher is None:
-        raise InputError("got init.teacher=null, need a teacher to sample; set it to a checkpoint")
+    if "teacher" not in run.networks or run.networks["teacher"].init is None:
+        raise InputError("got networks.teacher.init=null, need a teacher to sample; set it to a checkpoint")
     given = run.distillation.conditional_frames
     if (given is not None and 0 not in given) or any(image_shapes(run).values()):
         raise InputError("this teacher is given an image or frames, and prompts have none; use the `videos` command")
@@ -106,7 +106,7 @@ def _check(run: RunConfig, request: TeacherRequest) -> None:
 
 
 def _recipe(run: RunConfig, request: TeacherRequest, prompts: Sequence[str]) -> dict[str, object]:
-    teacher = Path(run.init.teacher)
+    teacher = Path(run.networks["teacher"].init)
     inner = teacher / "transformer"
     return {
         "source": "teacher",

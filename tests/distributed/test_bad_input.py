@@ -155,7 +155,7 @@ def test_a_teacher_that_does_not_fit_is_named(good, tmp_path, name):
     damage, words = BROKEN_WEIGHTS[name]
     (teacher,) = copy_of(good, tmp_path, "teacher")
     save_file(damage(load_file(teacher / WEIGHTS)), teacher / WEIGHTS)
-    status, stderr = run_command(good, tmp_path, f"init.teacher={teacher}")
+    status, stderr = run_command(good, tmp_path, f"networks.teacher.init={teacher}")
     assert status == 1 and str(teacher) in stderr and "Traceback" not in stderr
     assert all(word in stderr for word in words), stderr
 
@@ -164,17 +164,17 @@ def test_a_truncated_teacher_and_one_of_another_size_are_named(good, tmp_path):
     (teacher,) = copy_of(good, tmp_path, "teacher")
     blob = (teacher / WEIGHTS).read_bytes()
     (teacher / WEIGHTS).write_bytes(blob[: len(blob) // 2])
-    status, stderr = run_command(good, tmp_path, f"init.teacher={teacher}")
+    status, stderr = run_command(good, tmp_path, f"networks.teacher.init={teacher}")
     assert status == 1 and WEIGHTS in stderr and "truncated" in stderr
     (teacher / WEIGHTS).write_bytes(blob)
     fields = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(fields | {"num_layers": 3}))
-    status, stderr = run_command(good, tmp_path, f"init.teacher={teacher}")
+    status, stderr = run_command(good, tmp_path, f"networks.teacher.init={teacher}")
     assert status == 1 and "num_layers" in stderr and "3" in stderr
 
 
 def test_a_missing_teacher_and_an_empty_data_folder_are_named(good, tmp_path):
-    status, stderr = run_command(good, tmp_path, f"init.teacher={tmp_path / 'absent'}")
+    status, stderr = run_command(good, tmp_path, f"networks.teacher.init={tmp_path / 'absent'}")
     assert status == 1 and str(tmp_path / "absent") in stderr
     (tmp_path / "empty").mkdir()
     status, stderr = run_command(good, tmp_path, f"data.folder={tmp_path / 'empty'}")
@@ -231,7 +231,7 @@ def test_damaged_data_is_skipped_and_counted_by_configuration(good, tmp_path, da
 
 def test_an_unknown_key_in_the_file_is_named_with_the_nearest(good, tmp_path):
     config = yaml.safe_load((good / "run.yaml").read_text())
-    config["student_optimizer"] = config["student_optimizer"] | {"learning_rate": 1e-4}
+    config["networks"]["student"]["optimizer"] = config["networks"]["student"]["optimizer"] | {"learning_rate": 1e-4}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     done, _, imported_torch = process(tmp_path)
-    assert done.returncode == 2 and "student_optimizer.learning_rate" in done.stderr and not imported_torch
+    assert done.returncode == 2 and "networks.student.optimizer.learning_rate" in done.stderr and not imported_torch

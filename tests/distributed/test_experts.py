@@ -154,7 +154,7 @@ def tiny(tmp_path_factory):
 def test_training_with_two_teachers_on_two_layouts(tiny):
     """The same losses; and others than those of one teacher."""
     lines = {}
-    both = [f"init.teacher_low_noise={tiny.parent / 'low_noise'}", f"distillation.expert_boundary={BOUNDARY}"]
+    both = [f"networks.teacher_low_noise.init={tiny.parent / 'low_noise'}", f"distillation.expert_boundary={BOUNDARY}"]
     short = ["trainer.stop_after=7", "stages.0.tangent_warmup=0"]
     for name, ranks, overrides in (("one", 1, both), ("tp2", 2, [*both, "parallel.tp=2"]), ("plain", 1, [])):
         output = tiny.parent / name
@@ -173,9 +173,9 @@ def test_the_command_samples_from_both(tiny):
     low_noise, videos = tiny.parent / "low_noise", {}
     cases = {
         "high": [],
-        "low": [f"init.teacher={low_noise}"],
-        "all high": [f"init.teacher_low_noise={low_noise}", "distillation.expert_boundary=1e-3"],
-        "all low": [f"init.teacher_low_noise={low_noise}", "distillation.expert_boundary=0.99999"],
+        "low": [f"networks.teacher.init={low_noise}"],
+        "all high": [f"networks.teacher_low_noise.init={low_noise}", "distillation.expert_boundary=1e-3"],
+        "all low": [f"networks.teacher_low_noise.init={low_noise}", "distillation.expert_boundary=0.99999"],
     }
     for name, overrides in cases.items():
         output = tiny.parent / "samples" / name

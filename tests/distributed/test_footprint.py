@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rcm_megatron.config import ParallelConfig
+from rcm_megatron.config import NetworkConfig, ParallelConfig
 from tests.distributed.harness import run_ranks
 
 SIZES = {"hidden": 64, "head_dim": 32, "layers": 2, "tokens": 256, "ranks": 2, "ring": False}
@@ -21,6 +21,12 @@ NAMES = {
 }
 
 
+def with_network(run, role, **fields):
+    """`run` with other fields of a network, or one more."""
+    network = replace(run.networks.get(role, NetworkConfig()), **fields)
+    return replace(run, networks={**run.networks, role: network})
+
+
 def said_and_held(parallel, dtype):
     """(bytes said with a resident teacher, with a sharded one, bytes held, parameters) of one rank."""
     from rcm_megatron.training.footprint import parameters_of, standing_bytes
@@ -34,7 +40,7 @@ def said_and_held(parallel, dtype):
     parameters = parameters_of(run, rank.groups)
     held, shards = rank.standing(), rank.groups.dp_cp.size()
     said = standing_bytes(run, parameters, shards=shards)
-    sharded = replace(run, memory=replace(run.memory, teacher_weights="sharded"))
+    sharded = with_network(run, "teacher", weights="sharded")
     return said, standing_bytes(sharded, parameters, shards=shards), held, len(parameters["student"])
 
 
@@ -67,9 +73,9 @@ def test_policies_leave_out_what_they_free():
     chunks = {role: [parameter] for role in (*run.roles, "teacher_low_noise")}
     found = standing_bytes(run, chunks, shards=2)
     assert found["teacher"] == 200 and found["fake_score optimizer"] == 600 and found["student EMA"] == 200
-    freed = {"teacher_weights": "offloaded", "offload_optimizer": ("fake_score",), "free_idle_gradients": True}
-    less = standing_bytes(replace(run, memory=replace(run.memory, **freed)), chunks, shards=2)
+    freed = with_network(with_network(run, "teacher", weights="offloaded"), "fake_score", offload_optimizer=True)
+    less = standing_bytes(replace(freed, memory=replace(run.memory, free_idle_gradients=True)), chunks, shards=2)
     assert less["teacher"] == less["fake_score optimizer"] == 0 and less["student optimizer"] == 600
     assert "fake_score gradients" not in less and less["student gradients"] == 400
-    two = standing_bytes(replace(run, init=replace(run.init, teacher_low_noise="another")), chunks, shards=2)
+    two = standing_bytes(with_network(run, "teacher_low_noise"), chunks, shards=2)
     assert two == found | {"teacher_low_noise": 200}

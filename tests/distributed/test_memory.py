@@ -84,7 +84,7 @@ def test_policies_change_no_number(layout):
             for name, value in measured[policy].items():
                 assert_close(f"recompute={policy}: {name}", measured["none"][name], value, rel=1e-6)
         for name, value in measured["sharded"].items():
-            assert torch.equal(value, measured["resident"][name]), f"teacher_weights=sharded: {name}"
+            assert torch.equal(value, measured["resident"][name]), f"weights=sharded: {name}"
         if teacher["ranks"] > 1:
             # a table of one row is not cut: the group's first rank has it, the others padding
             assert teacher["held"] <= 1.1 * teacher["whole"] / teacher["ranks"]
@@ -189,7 +189,7 @@ def tiny(tmp_path_factory):
 def test_a_run_with_every_policy_is_the_same(tiny, tmp_path):
     """Through sCM, DMD and critic steps, checkpoints, and resuming. In bf16 some main parameters are views of fp32 parameters, most not."""
     results = {}
-    policies = ["memory.recompute=selective", "memory.teacher_weights=sharded", "memory.free_idle_gradients=true"]
+    policies = ["memory.recompute=selective", "networks.teacher.weights=sharded", "memory.free_idle_gradients=true"]
     for away in (False, True):
         overrides = ["precision.params_dtype=bf16", f"output_dir={tmp_path / str(away)}", "trainer.checkpoint_every=4"]
         overrides += policies if away else []
@@ -214,7 +214,8 @@ def refusal(config_path, overrides):
     from rcm_megatron.training.state import build_networks
 
     run = load_config(config_path, overrides)
-    run = replace(run, init=replace(run.init, teacher=str(Path(config_path).parent / "nowhere")))
+    nowhere = replace(run.networks["teacher"], init=str(Path(config_path).parent / "nowhere"))
+    run = replace(run, networks={**run.networks, "teacher": nowhere})
     try:
         build_networks(run, initialize_parallel(run.parallel))
     except ConfigError as error:
@@ -224,15 +225,10 @@ def refusal(config_path, overrides):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["memory.teacher_weights=offloaded"], ["memory.teacher_weights=offloaded on a CPU", "need a CUDA device"]),
-        (["memory.offload_optimizer=[student]"], ["memory.offload_optimizer=['student'] on a CPU", "fix:"]),
+        (["networks.teacher.weights=offloaded"], ["networks.teacher.weights=offloaded on a CPU", "need a CUDA device"]),
         (
-            [
-                "memory.offload_optimizer=[student, fake_score]",
-                "stages.1.losses.dmd=0",
-                "stages.1.student_update_freq=1",
-            ],
-            ["no stage has a DMD weight", "fix: memory.offload_optimizer=['student']"],
+            ["networks.student.offload_optimizer=true"],
+            ["networks.student.offload_optimizer=true on a CPU", "fix: networks.student.offload_optimizer=false"],
         ),
     ],
 )

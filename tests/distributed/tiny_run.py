@@ -56,7 +56,11 @@ def tiny_config(folder, **changes):
         "model": MODEL | changes,
         "latent": {"channels": 1, "frames": 4, "height": 16, "width": 16},
         "precision": {"params_dtype": "fp32"},
-        "init": {"teacher": str(folder / "teacher")},
+        "networks": {
+            "teacher": {"init": str(folder / "teacher")},
+            "student": {"optimizer": ADAM, "ema": {}},
+            "fake_score": {"optimizer": ADAM},
+        },
         "distillation": {
             "teacher_guidance": 2.0,
             "p_g": {"kind": "lognormal", "mean": 0.7, "std": 1.6},
@@ -67,8 +71,6 @@ def tiny_config(folder, **changes):
             {"name": "scm", "steps": 5, "losses": {"scm": 100.0}, "tangent_warmup": 3},
             {"name": "rcm", "steps": 15, "losses": {"scm": 100.0, "dmd": 1.0}, "student_update_freq": 2},
         ],
-        "student_optimizer": ADAM,
-        "fake_score_optimizer": ADAM,
         "encoders": {"video": "pixels", "text": "words"},
         "data": {"folder": str(folder / "data"), "num_threads": 1},
         "trainer": {"global_batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 10},

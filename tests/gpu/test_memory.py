@@ -16,10 +16,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.timeout(900),
 ]
-OFFLOADED = ["memory.offload_optimizer=[student, fake_score]", "memory.free_idle_gradients=true"]
+OFFLOADED = [
+    "networks.student.offload_optimizer=true",
+    "networks.fake_score.offload_optimizer=true",
+    "memory.free_idle_gradients=true",
+]
 CASES = {
     "plain": [],
-    "offloaded": [*OFFLOADED, "memory.teacher_weights=offloaded"],
+    "offloaded": [*OFFLOADED, "networks.teacher.weights=offloaded"],
     "selective": ["memory.recompute=selective"],
     "none": ["memory.recompute=none"],
 }

@@ -52,7 +52,7 @@ def test_a_run_converts_to_what_export_writes(trained, tmp_path):
         card = (tmp_path / weights / "README.md").read_text()
         assert f"| weights | `{weights}` |" in card
         assert "| step | `7` |" in card
-        assert "student_optimizer:" in card
+        assert "networks:" in card
         for name in ("rcm_scheduler.py", "scheduler_config.json"):  # what a few-step generator is sampled with
             files = [tmp_path / folder / name for folder in (weights, f"{weights}_export")]
             assert [file.is_file() for file in files] == [weights != "fake_score"] * 2
@@ -135,7 +135,7 @@ def test_a_run_starts_from_it_on_any_layout(tmp_path, parallel):
     run(tmp_path / "teacher", tmp_path / "teacher_dist", "torch_dist", max_shard_bytes=30_000)
     results = []
     for name in ("teacher", "teacher_dist"):
-        overrides = [*parallel, "trainer.stop_after=2", f"init.teacher={tmp_path / name}"]
+        overrides = [*parallel, "trainer.stop_after=2", f"networks.teacher.init={tmp_path / name}"]
         overrides += [f"output_dir={tmp_path / f'out_{name}'}", "trainer.checkpoint_every=100"]
         results.append(run_ranks(train, 2, str(config), overrides))
     for (counters, weights, _), (same_counters, same_weights, _) in zip(*results, strict=True):

@@ -123,10 +123,10 @@ def test_two_points_on_this_machine(tmp_path):
 
 
 def test_a_failing_rank_ends_it_with_its_traceback():
-    missing = ["--set", "memory.teacher_weights=offloaded"]  # refused by the networks, on a machine without CUDA
+    missing = ["--set", "networks.teacher.weights=offloaded"]  # refused by the networks, on a machine without CUDA
     done = run_tool("--preset", "tiny", "--strong", "dp=1", "--repeats", "1", *missing, CUDA_VISIBLE_DEVICES="")
     assert done.returncode != 0
-    assert "strong dp=1: rank" in done.stderr and "memory.teacher_weights=offloaded" in done.stderr
+    assert "strong dp=1: rank" in done.stderr and "networks.teacher.weights=offloaded" in done.stderr
 
 
 SBATCH = """#!/usr/bin/env bash

@@ -62,8 +62,6 @@ def test_every_shipped_config_is_valid_complete_and_says_what_it_costs(path):
         "latent",
         "parallel",
         "precision",
-        "init",
-        "student_optimizer",
         "data",
         "memory",
         "sampling",
@@ -81,22 +79,25 @@ def test_the_configs_hold_the_published_hyperparameters():
         (large, 1e-6, 1e-7, 10, 0, 1.5, 200.0, 21, 64),
     ):
         (stage,) = config.stages
-        assert (config.student_optimizer.lr, config.fake_score_optimizer.lr) == (lr, critic_lr)
+        student, fake_score = (config.networks[role] for role in ("student", "fake_score"))
+        assert (student.optimizer.lr, fake_score.optimizer.lr) == (lr, critic_lr)
         assert (stage.student_update_freq, stage.tangent_warmup) == (freq, warmup)
         assert (stage.losses.scm, stage.losses.dmd) == (100.0, 1.0)
         assert (config.distillation.p_g.mean, config.distillation.p_g.std) == (mean, 1.6)
         assert config.distillation.p_d.shift == config.distillation.teacher_guidance == 5.0
         assert (config.sampling.sigma_max, config.latent.frames) == (sigma_max, frames)
         assert config.trainer.global_batch_size == batch
-        for optimizer in (config.student_optimizer, config.fake_score_optimizer):
+        for optimizer in (student.optimizer, fake_score.optimizer):
             assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.0, 0.999), 0.01, 0.0)
-        assert (config.ema.relative_width, config.model.head_dim, config.model.patch_dim) == (0.1, 128, 64)
+        assert (student.ema.relative_width, config.model.head_dim, config.model.patch_dim) == (0.1, 128, 64)
     assert small.latent.num_tokens(small.model.patch_size) == 31_200
     assert large.latent.num_tokens(large.model.patch_size) == 32_760
 
 
 def test_yaml_round_trip_keeps_every_value(tmp_path):
-    config = load_config(QUICKSTART, ["distillation.fixed_rollout_times=[1.5, 1.4, 1]", "student_optimizer.eps=1e-4"])
+    config = load_config(
+        QUICKSTART, ["distillation.fixed_rollout_times=[1.5, 1.4, 1]", "networks.student.optimizer.eps=1e-4"]
+    )
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "saved.yaml") == config
     assert build(RunConfig, as_dict(config)) == config
@@ -112,12 +113,14 @@ def test_no_class_has_more_than_25_fields_and_all_are_frozen():
 
 
 def test_overrides():
-    overrides = ["parallel.tp=2", "stages.0.steps=7", "stages.1.losses.dmd=0.5", "init.student=some/folder"]
-    config = load_config(QUICKSTART, [*overrides, "student_optimizer.lr=2e-5", "distillation.flow.caption_dropout=0"])
+    overrides = ["parallel.tp=2", "stages.0.steps=7", "stages.1.losses.dmd=0.5", "networks.student.init=some/folder"]
+    config = load_config(
+        QUICKSTART, [*overrides, "networks.student.optimizer.lr=2e-5", "distillation.flow.caption_dropout=0"]
+    )
     assert config.parallel.tp == 2
     assert (config.stages[0].steps, config.stages[1].losses.dmd) == (7, 0.5)
-    assert config.init.student == "some/folder"
-    assert (config.student_optimizer.lr, config.fake_score_optimizer.lr) == (2e-5, 3e-4)
+    assert config.networks["student"].init == "some/folder"
+    assert [config.networks[role].optimizer.lr for role in config.trained_roles] == [2e-5, 3e-4]
     assert config.distillation.flow.caption_dropout == 0.0
 
 
@@ -132,9 +135,9 @@ def test_overrides():
         ("trainer.log_every=1.5", ["trainer.log_every: got 1.5", "need an integer"]),
         ("trainer.log_every=true", ["trainer.log_every: got True", "need an integer"]),
         ("trainer.resume=1", ["trainer.resume: got 1", "need true or false"]),
-        ("student_optimizer.lr=fast", ["student_optimizer.lr: got 'fast'", "need a finite number"]),
-        ("student_optimizer.lr=.nan", ["student_optimizer.lr: got nan", "need a finite number"]),
-        ("student_optimizer.betas=[0.9]", ["student_optimizer.betas: got 1 values", "a list of 2"]),
+        ("networks.student.optimizer.lr=fast", ["networks.student.optimizer.lr: got 'fast'", "need a finite number"]),
+        ("networks.student.optimizer.lr=.nan", ["networks.student.optimizer.lr: got nan", "need a finite number"]),
+        ("networks.student.optimizer.betas=[0.9]", ["networks.student.optimizer.betas: got 1 values", "a list of 2"]),
         ("model.patch_size=[1, 4, x]", ["model.patch_size.2: got 'x'", "need an integer"]),
         (
             "precision.params_dtype=bf61",
@@ -147,7 +150,7 @@ def test_overrides():
         ("name=2024", ["name: got 2024", "'2024'"]),
         ("model=null", ["model: got null", "a mapping with num_layers"]),
         ("trainer=[]", ["trainer: got []", "a mapping"]),
-        ("init.student={", ["init.student={", "not valid YAML"]),
+        ("networks.student.init={", ["networks.student.init={", "not valid YAML"]),
         ("trainer.log_every", ["is not key=value"]),
         ("trainer.log_every.x=1", ["trainer.log_every is 1", "no keys"]),
         ("stages.7.steps=1", ["got index '7'", "a list of 2"]),
@@ -275,8 +278,8 @@ def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
         (["latent.channels=2"], 2, ["latent.channels=2 must equal model.in_channels=1"]),
         (["model.out_channels=2"], 2, ["model.out_channels=2 must equal model.in_channels=1"]),
         (["model.rope_max_seq_len=3"], 2, ["more than model.rope_max_seq_len=3", "set model.rope_max_seq_len to"]),
-        (["init.teacher=null"], 2, ["init.teacher=null"]),
-        (["fake_score_optimizer=null"], 2, ["fake_score_optimizer=null"]),
+        (["networks.teacher.init=null"], 2, ["networks.teacher.init=null"]),
+        (["networks.fake_score.optimizer=null"], 2, ["networks.fake_score.optimizer=null"]),
         (["encoders.text=none"], 2, ["data.negative_embedding=null"]),
         (["distillation.p_g.mean=null"], 2, ["p_g.mean is required when distillation.p_g.kind=lognormal"]),
         (["distillation.p_d.std=1"], 2, ["p_d.std=1.0 has no meaning"]),
@@ -292,7 +295,11 @@ def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
         (["stages=[]"], 2, ["stages: got [], need at least one with name"]),
         (["trainer.keep_every=150"], 2, ["trainer.keep_every=150 must be a multiple of trainer.checkpoint_every=100"]),
         (["trainer.keep_every=-100"], 2, ["trainer.keep_every: got -100, need an integer at least 0 (0: none)"]),
-        (["student_optimizer.betas=[0, 1]"], 2, ["betas.1: got 1, need a finite number at least 0 and less than 1"]),
+        (
+            ["networks.student.optimizer.betas=[0, 1]"],
+            2,
+            ["betas.1: got 1, need a finite number at least 0 and less than 1"],
+        ),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_at_once(overrides, world_size, parts):
@@ -385,7 +392,7 @@ def test_a_rule_says_nothing_about_a_value_that_was_refused():
 
 
 def test_all_problems_are_reported_together():
-    message = error_of(*SIX_HEADS, "parallel.tp=4", "latent.width=18", "init.teacher=null")
+    message = error_of(*SIX_HEADS, "parallel.tp=4", "latent.width=18", "networks.teacher.init=null")
     assert len(message.splitlines()) >= 3
 
 
@@ -405,11 +412,10 @@ def test_recipes_that_can_be_expressed(stages):
 
 
 def test_flow_matching_needs_no_teacher_and_no_critic():
-    overrides = ["stages=[{name: f, steps: 10, losses: {flow: 1}}]", "init.teacher=null", "fake_score_optimizer=null"]
+    overrides = ["stages=[{name: f, steps: 10, losses: {flow: 1}}]", "networks={student: {optimizer: {lr: 1}}}"]
     config = load_config(QUICKSTART, overrides)
     validate(config, 2)
-    assert not config.needs_teacher
-    assert not config.needs_fake_score
+    assert config.roles == config.trained_roles == ("student",)
 
 
 def run_cli(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -438,7 +444,7 @@ REFUSED_AT_ONCE = {
 def test_cli_refuses_an_illegal_layout_in_less_than_a_second(name, command, tmp_path):
     """CPU time of the whole process, for others may use the machine; no torch, so no weight is read."""
     overrides, world_size, message = REFUSED_AT_ONCE[name]
-    arguments = [command, str(QUICKSTART), *overrides, f"init.teacher={tmp_path}/absent"]
+    arguments = [command, str(QUICKSTART), *overrides, f"networks.teacher.init={tmp_path}/absent"]
     arguments += {"check": ["--world-size", str(world_size)], "train": []}.get(command, ["--output", f"{tmp_path}/out"])
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = run_cli(*arguments, environment={"WORLD_SIZE": str(world_size)})
@@ -477,7 +483,7 @@ COSMOS = CONFIGS / "cosmos_predict2_2b_video2world.yaml"
             ["model.wan.conditional_frames=true", "model.patch_size=[2, 2, 2]"],
             "must begin with 1 with conditional_frames",
         ),
-        (["precision.fp8=[teacher]"], "which the 257 CLIP tokens of image_dim are not"),
+        (["networks.teacher.fp8=true"], "which the 257 CLIP tokens of image_dim are not"),
         (["model.family=cosmos"], "with model.wan given; remove model.wan, or set family: wan"),
     ],
 )
@@ -489,15 +495,18 @@ def test_a_wan_network_that_cannot_be_is_refused(overrides, part):
     ("overrides", "part"),
     [
         (
-            ["init.teacher_low_noise=null"],
-            "init.teacher_low_noise=null with distillation.expert_boundary=0.875; give both",
+            ["networks.teacher_low_noise.init=null"],
+            "networks.teacher_low_noise.init=null; name the network of low noise",
         ),
-        (["distillation.expert_boundary=null"], "with distillation.expert_boundary=null; give both"),
+        (
+            ["distillation.expert_boundary=null"],
+            "distillation.expert_boundary=null, but networks.teacher_low_noise is given; give both",
+        ),
         (
             ["distillation.expert_boundary=875"],
             "distillation.expert_boundary: got 875, need a finite number greater than 0 and less than 1",
         ),
-        (["init.teacher=null"], "name the network of high noise as init.teacher"),
+        (["networks.teacher.init=null"], "networks.teacher.init=null, but a stage needs it"),
     ],
 )
 def test_a_teacher_of_two_networks_that_cannot_be_is_refused(overrides, part):

@@ -186,7 +186,8 @@ CASES = [
 
 
 def run_of(tmp_path, stage, distillation):
-    given = tiny_config(tmp_path) | {"stages": [{"name": stage, "steps": 9} | STAGES[stage]], "init": {}}
+    given = tiny_config(tmp_path) | {"stages": [{"name": stage, "steps": 9} | STAGES[stage]]}
+    given["networks"]["teacher"]["init"] = None
     given["distillation"] |= SETTINGS | distillation
     given["memory"] = {"recompute": "none"}
     return build(RunConfig, given)

@@ -91,7 +91,7 @@ def test_a_run_in_fp8_is_refused_before_its_weights_are_read(monkeypatch):
     from rcm_megatron.training.state import build_networks
 
     monkeypatch.setattr(weights, "open_checkpoint", lambda path: pytest.fail("weights were opened"))
-    run = load_config(QUICKSTART, ["precision.params_dtype=bf16", "precision.fp8=[teacher]"])
+    run = load_config(QUICKSTART, ["precision.params_dtype=bf16", "networks.teacher.fp8=true"])
     with pytest.raises(ConfigError, match="need Transformer Engine"):
         build_networks(run, groups=None)
 
@@ -121,22 +121,22 @@ FITS = (
     [
         (["precision.linear_layers=transformer_engine", "precision.params_dtype=fp32"], ["TF32", "auto or local"]),
         (
-            ["precision.fp8=[teacher]", "precision.linear_layers=local"],
-            ["precision.fp8=['teacher'] needs Transformer Engine"],
+            ["networks.teacher.fp8=true", "precision.linear_layers=local"],
+            ["networks.teacher.fp8=true needs Transformer Engine"],
         ),
-        (["precision.fp8=[teacher]", "precision.params_dtype=fp32"], ["needs precision.params_dtype=bf16, got fp32"]),
+        (["networks.teacher.fp8=true", "precision.params_dtype=fp32"], ["needs precision.params_dtype=bf16, got fp32"]),
         (
-            ["precision.fp8=[fake_score]", 'stages=[{"name": "a", "steps": 1, "losses": {"scm": 1}}]'],
+            ["networks.fake_score.fp8=true", 'stages=[{"name": "a", "steps": 1, "losses": {"scm": 1}}]'],
             ["no stage of this run uses"],
         ),
-        (["precision.fp8=[teacher]", "model.text_len=8"], ["model.text_len=8 must divide by 16"]),
+        (["networks.teacher.fp8=true", "model.text_len=8"], ["model.text_len=8 must divide by 16"]),
         (
-            ["precision.fp8=[teacher]", "model.ffn_hidden_size=584"],
+            ["networks.teacher.fp8=true", "model.ffn_hidden_size=584"],
             ["ffn_hidden_size=584 must divide by 16*parallel.tp = 16"],
         ),
         (
             [
-                "precision.fp8=[teacher]",
+                "networks.teacher.fp8=true",
                 "parallel.ring=1",
                 "parallel.tp=2",
                 "model.hidden_size=208",
@@ -144,7 +144,7 @@ FITS = (
             ],
             ["hidden_size=208 must divide by 16*parallel.tp = 32"],
         ),
-        (["precision.fp8=[student]"], ["student"]),
+        (["networks.student.fp8=true"], ["networks.student.fp8=true, but a stage takes a tangent"]),
     ],
 )
 def test_precisions_that_cannot_work_are_refused(overrides, parts):
@@ -155,7 +155,7 @@ def test_precisions_that_cannot_work_are_refused(overrides, parts):
 
 
 def test_fp8_of_both_networks_is_accepted_and_pads_tokens():
-    run = load_config(QUICKSTART, [*FITS, "precision.fp8=[teacher, fake_score]"])
+    run = load_config(QUICKSTART, [*FITS, "networks.teacher.fp8=true", "networks.fake_score.fp8=true"])
     validate(run, 2)
     assert run.token_multiple == 16
     assert load_config(QUICKSTART, FITS).token_multiple == 1

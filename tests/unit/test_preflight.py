@@ -117,7 +117,7 @@ def config(tmp_path):
     data.mkdir(), teacher.mkdir()
     (data / "0.tar").write_bytes(b"shard")
     written = yaml.safe_load((ROOT / "model_configs" / "quickstart.yaml").read_text())
-    written["output_dir"], written["data"]["folder"], written["init"]["teacher"] = (
+    written["output_dir"], written["data"]["folder"], written["networks"]["teacher"]["init"] = (
         str(tmp_path / "out"),
         str(data),
         str(teacher),
@@ -180,7 +180,7 @@ def test_a_rank_without_rank_0_names_itself_and_ends(config):
 
 
 def test_a_node_that_cannot_read_its_data_or_teacher_is_named(config):
-    (status, table, _), (_, _, errors) = ranks(config, "init.teacher=/nowhere", "data.folder=/empty")
+    (status, table, _), (_, _, errors) = ranks(config, "networks.teacher.init=/nowhere", "data.folder=/empty")
     assert (
         status == 3
         and "b: networks.teacher.init: cannot read /nowhere" in table

@@ -102,7 +102,7 @@ def settings_of(run: RunConfig) -> Iterator[Setting]:
     for steps, guidance in ((run.sampling.teacher_steps, best), (1, 1.0), (2, 1.0), (1, best), (4, 1.0), (2, best)):
         how = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
         yield Setting(name=f"teacher, {_steps(steps)}, {how}", weights="teacher", steps=steps, guidance=guidance)
-    for weights in ("ema", "student") if run.ema.enabled else ("student",):
+    for weights in ("ema", "student") if run.networks["student"].ema is not None else ("student",):
         for steps in run.sampling.student_steps:
             name = f"student{' EMA' if weights == 'ema' else ''}, {_steps(steps)}"
             yield Setting(name=name, weights=weights, steps=steps)

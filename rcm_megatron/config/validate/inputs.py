@@ -28,7 +28,7 @@ def _empty_caption(config: RunConfig) -> Iterator[str]:
 
 
 def _negative_embedding(config: RunConfig) -> Iterator[str]:
-    guided = config.needs_teacher and config.distillation.teacher_guidance > 1
+    guided = set(config.roles) > set(config.trained_roles) and config.distillation.teacher_guidance > 1
     absent = config.data.negative_embedding is None and config.encoders.text == "none"
     if absent and (guided or _drops_captions(config)):
         yield (

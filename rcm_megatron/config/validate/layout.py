@@ -8,6 +8,7 @@ from dataclasses import replace
 from rcm_megatron.config.advice import divisors, multiples_from, multiples_near
 from rcm_megatron.config.declare import Change, Problem
 from rcm_megatron.config.run import RunConfig
+from rcm_megatron.config.validate.networks import models_of, present_roles
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -15,52 +16,63 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def _heads(config: RunConfig) -> Iterator[Problem]:
-    heads, parallel = config.model.num_heads, config.parallel
-    if heads % parallel.tp:
-        yield Problem(
-            f"model.num_heads={heads} must divide by parallel.tp={parallel.tp}",
-            (Change("parallel.tp", divisors(heads), most=heads),),
-            f"it divides by {_listed(divisors(heads))}, each of which asks for other degrees or another batch",
-        )
-    elif heads % (parallel.tp * parallel.ulysses):
-        yield Problem(
-            f"model.num_heads={heads} must divide by parallel.ulysses*tp={parallel.ulysses * parallel.tp}",
-            (Change("parallel.ulysses", divisors(heads // parallel.tp), most=heads),),
-            f"take parallel.ulysses from {_listed(divisors(heads // parallel.tp))}, and the rest as parallel.ring",
-        )
+    parallel = config.parallel
+    for path, model in models_of(config):
+        heads = model.num_heads
+        if heads % parallel.tp:
+            yield Problem(
+                f"{path}.num_heads={heads} must divide by parallel.tp={parallel.tp}",
+                (Change("parallel.tp", divisors(heads), most=heads),),
+                f"it divides by {_listed(divisors(heads))}, each of which asks for other degrees or another batch",
+            )
+        elif heads % (parallel.tp * parallel.ulysses):
+            yield Problem(
+                f"{path}.num_heads={heads} must divide by parallel.ulysses*tp={parallel.ulysses * parallel.tp}",
+                (Change("parallel.ulysses", divisors(heads // parallel.tp), most=heads),),
+                f"take parallel.ulysses from {_listed(divisors(heads // parallel.tp))}, and the rest as parallel.ring",
+            )
 
 
 def _ffn(config: RunConfig) -> Iterator[Problem]:
-    ffn, tp = config.model.ffn_hidden_size, config.parallel.tp
-    if ffn % tp:
-        yield Problem(
-            f"model.ffn_hidden_size={ffn} must divide by parallel.tp={tp}",
-            (Change("parallel.tp", divisors(ffn), most=8),),
-            f"it divides by {_listed(divisors(ffn))}, each of which asks for other degrees or another batch",
-        )
+    tp = config.parallel.tp
+    for path, model in models_of(config):
+        ffn = model.ffn_hidden_size
+        if ffn % tp:
+            yield Problem(
+                f"{path}.ffn_hidden_size={ffn} must divide by parallel.tp={tp}",
+                (Change("parallel.tp", divisors(ffn), most=8),),
+                f"it divides by {_listed(divisors(ffn))}, each of which asks for other degrees or another batch",
+            )
 
 
 def _pipeline(config: RunConfig) -> Iterator[Problem]:
     """Blocks on stages."""
-    parallel, layers = config.parallel, config.model.num_layers
+    parallel = config.parallel
     chunks = f"pp*vpp = {parallel.pp}*{parallel.vpp} = {parallel.num_chunks}"
-    if parallel.num_chunks > layers:
-        yield Problem(
-            f"model.num_layers={layers} cannot give each of parallel.{chunks} pieces a block",
-            (
-                Change("parallel.vpp", range(layers // parallel.pp, 0, -1)),
-                Change("parallel.pp", range(layers // parallel.vpp, 0, -1)),
-            ),
-            "lower parallel.pp or parallel.vpp",
-        )
-    elif parallel.chunk_layers is not None:
-        counts = list(parallel.chunk_layers)
-        if len(counts) != parallel.num_chunks or sum(counts) != layers:
+    for path, model in models_of(config):
+        layers = model.num_layers
+        if parallel.num_chunks > layers:
+            yield Problem(
+                f"{path}.num_layers={layers} cannot give each of parallel.{chunks} pieces a block",
+                (
+                    Change("parallel.vpp", range(layers // parallel.pp, 0, -1)),
+                    Change("parallel.pp", range(layers // parallel.vpp, 0, -1)),
+                ),
+                "lower parallel.pp or parallel.vpp",
+            )
+    cuts = {"parallel.chunk_layers": (parallel.chunk_layers, "model", config.model)}
+    for role in present_roles(config):
+        own = config.networks[role].chunk_layers
+        cuts[f"networks.{role}.chunk_layers"] = (own, config.model_path(role), config.model_of(role))
+    for path, (given, model_path, model) in cuts.items():
+        layers = model.num_layers
+        if given is None or parallel.num_chunks > layers:
+            continue
+        if len(given) != parallel.num_chunks or sum(given) != layers:
             even = tuple(len(blocks) for blocks in replace(parallel, chunk_layers=None).layer_ranges(layers))
             yield Problem(
-                f"parallel.chunk_layers={counts} must hold {parallel.num_chunks} counts ({chunks}) whose sum is "
-                f"model.num_layers={layers}",
-                (Change("parallel.chunk_layers", (even,)), Change("parallel.chunk_layers", (None,))),
+                f"{path}={list(given)} must hold {parallel.num_chunks} counts ({chunks}) whose sum is {model_path}.num_layers={layers}",
+                (Change(path, (even,)), Change(path, (None,))),
             )
 
 

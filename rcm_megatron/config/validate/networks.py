@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
+from difflib import get_close_matches
 
 from rcm_megatron.config.advice import multiples_near
 from rcm_megatron.config.declare import Change, Problem
-from rcm_megatron.config.model import WAN_MASK_CHANNELS
+from rcm_megatron.config.model import WAN_MASK_CHANNELS, ModelConfig
+from rcm_megatron.config.roles import known_roles
 from rcm_megatron.config.run import RunConfig
 
 AXES = ("frames", "height", "width")
+
+
+def present_roles(config: RunConfig) -> Iterator[str]:
+    """The networks that the stages need, as far as they are given."""
+    return (role for role in config.roles if role in config.networks)
+
+
+def models_of(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """Path and architecture of each different network."""
+    paths = dict.fromkeys(["model", *(config.model_path(role) for role in present_roles(config))])
+    for path in paths:
+        yield path, config.model if path == "model" else config.model_of(path.split(".")[1])
 
 
 def _channels(config: RunConfig) -> Iterator[Problem]:
@@ -20,6 +35,25 @@ def _channels(config: RunConfig) -> Iterator[Problem]:
             (Change("latent.channels", (of_network,)),),
             "set both alike",
         )
+
+
+def _inputs(config: RunConfig) -> Iterator[Problem]:
+    """All networks see the same latents, texts and images, whatever their sizes."""
+    need = config.model.inputs
+    for role in present_roles(config):
+        path, got = config.model_path(role), config.model_of(role).inputs
+        for name in need:
+            if got[name] != need[name]:
+                yield Problem(
+                    f"{path}.{name}={_plain(got[name])} must equal model.{name}={_plain(need[name])}: all networks of a run see the same "
+                    "latents, texts and images",
+                    (Change(f"{path}.{name}", (need[name],)),),
+                    f"set {path}.{name} to {_plain(need[name])}",
+                )
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else "null" if value is None else value
 
 
 def _patches(config: RunConfig) -> Iterator[Problem]:
@@ -33,24 +67,25 @@ def _patches(config: RunConfig) -> Iterator[Problem]:
 
 
 def _positions(config: RunConfig) -> Iterator[Problem]:
-    latent, model = config.latent, config.model
-    for axis, size, patch in zip(AXES, latent.shape_CTHW[1:], model.patch_size, strict=True):
-        if size // patch > model.rope_max_seq_len:
-            yield Problem(
-                f"latent.{axis}={size} makes {size // patch} tokens on an axis, more than "
-                f"model.rope_max_seq_len={model.rope_max_seq_len}",
-                (
-                    Change("model.rope_max_seq_len", (max(latent.shape_CTHW[1:]),)),
-                    Change(f"latent.{axis}", (model.rope_max_seq_len * patch,)),
-                ),
-            )
-    if model.cosmos is not None and model.cosmos.learnable_positions:
-        for axis, size, most in zip(AXES, latent.shape_CTHW[1:], model.cosmos.max_size, strict=True):
-            if size > most:
+    latent = config.latent
+    for path, model in models_of(config):
+        for axis, size, patch in zip(AXES, latent.shape_CTHW[1:], model.patch_size, strict=True):
+            if size // patch > model.rope_max_seq_len:
                 yield Problem(
-                    f"latent.{axis}={size} exceeds model.cosmos.max_size={list(model.cosmos.max_size)}",
-                    (Change(f"latent.{axis}", range(most, 0, -1)),),
+                    f"latent.{axis}={size} makes {size // patch} tokens on an axis, more than "
+                    f"{path}.rope_max_seq_len={model.rope_max_seq_len}",
+                    (
+                        Change(f"{path}.rope_max_seq_len", (max(latent.shape_CTHW[1:]),)),
+                        Change(f"latent.{axis}", (model.rope_max_seq_len * patch,)),
+                    ),
                 )
+        if model.cosmos is not None and model.cosmos.learnable_positions:
+            for axis, size, most in zip(AXES, latent.shape_CTHW[1:], model.cosmos.max_size, strict=True):
+                if size > most:
+                    yield Problem(
+                        f"latent.{axis}={size} exceeds {path}.cosmos.max_size={list(model.cosmos.max_size)}",
+                        (Change(f"latent.{axis}", range(most, 0, -1)),),
+                    )
 
 
 def _image_channels(config: RunConfig) -> Iterator[str]:
@@ -71,22 +106,62 @@ def _stage_list(config: RunConfig) -> Iterator[str]:
         yield f"stages: the name {name!r} is used twice; names label metrics and checkpoints, make them differ"
 
 
-def _weights(config: RunConfig) -> Iterator[str]:
-    if config.needs_teacher and config.init.teacher is None:
-        yield "init.teacher=null, but a stage distils; name a diffusers folder with config.json and safetensors"
-    if config.needs_fake_score and config.fake_score_optimizer is None:
-        yield "fake_score_optimizer=null, but a stage has a DMD weight; give it at least lr"
+def _roles(config: RunConfig) -> Iterator[str | Problem]:
+    """What the stages ask of the networks: that they are there, trained or as they were."""
+    for role in config.roles:
+        trained, network = role in config.trained_roles, config.networks.get(role)
+        use = "trains it" if trained else "needs it"
+        if network is None:
+            fix = "optimizer: {lr: ...}" if trained else "init: a checkpoint"
+            yield f"networks.{role}: got nothing, but a stage {use}; add it, with at least {fix}"
+        elif trained and network.optimizer is None:
+            yield f"networks.{role}.optimizer=null, but a stage trains it; give it at least lr"
+        elif trained and network.weights != "resident":
+            yield Problem(
+                f"networks.{role}.weights={network.weights}, but a stage trains it, need resident",
+                (Change(f"networks.{role}.weights", ("resident",)),),
+            )
+        elif not trained and config.init_of(role) is None:
+            yield f"networks.{role}.init=null, but a stage needs it as it was trained before; name a checkpoint, e.g. a diffusers folder"
+
+
+def _unknown_roles(config: RunConfig) -> Iterator[str]:
+    known = known_roles()
+    for role in config.networks:
+        if role not in known:
+            near = get_close_matches(role, known, n=1)
+            fix = f"did you mean networks.{near[0]}?" if near else "take it out"
+            yield f"networks.{role}: no objective has such a network, need one of {', '.join(known)}; {fix}"
+
+
+def _starts(config: RunConfig) -> Iterator[Problem]:
+    """A network without a checkpoint of its own starts as the teacher, and so must be like it."""
+    if "teacher" not in config.networks or config.init_of("teacher") is None:
+        return
+    teacher, teacher_path = config.model_of("teacher"), config.model_path("teacher")
+    for role in present_roles(config):
+        model, path = config.model_of(role), config.model_path(role)
+        if config.networks[role].init is not None or model == teacher:
+            continue
+        name = next(f.name for f in fields(model) if getattr(model, f.name) != getattr(teacher, f.name))
+        alike = [n.init for other, n in config.networks.items() if n.init and config.model_of(other) == model]
+        yield Problem(
+            f"networks.{role}.init=null starts as the teacher, but {path}.{name}={_plain(getattr(model, name))} and "
+            f"{teacher_path}.{name}={_plain(getattr(teacher, name))}",
+            (Change(f"networks.{role}.init", alike),),
+            f"name a checkpoint of this architecture as networks.{role}.init",
+        )
 
 
 def _experts(config: RunConfig) -> Iterator[str]:
-    low_noise, boundary = config.init.teacher_low_noise, config.distillation.expert_boundary
-    if (low_noise is None) != (boundary is None):
+    low_noise, boundary = "teacher_low_noise" in config.networks, config.distillation.expert_boundary
+    if low_noise != (boundary is not None):
         yield (
-            f"init.teacher_low_noise={low_noise or 'null'} with distillation.expert_boundary={boundary or 'null'}; give both for a teacher "
-            "of two networks, or none"
+            f"distillation.expert_boundary={boundary or 'null'}, but networks.teacher_low_noise is {'given' if low_noise else 'not'}; "
+            "give both for a teacher of two networks, or none"
         )
-    if low_noise is not None and config.init.teacher is None:
-        yield "init.teacher=null with init.teacher_low_noise given; name the network of high noise as init.teacher"
+    if low_noise and config.networks["teacher_low_noise"].init is None:
+        yield "networks.teacher_low_noise.init=null; name the network of low noise, as networks.teacher.init names that of high noise"
 
 
 def _conditional_frames(config: RunConfig) -> Iterator[str]:
@@ -102,4 +177,16 @@ def _conditional_frames(config: RunConfig) -> Iterator[str]:
         yield f"distillation.conditional_frames={list(given)} must hold numbers from 0 to {config.latent.frames - 1} (latent.frames - 1)"
 
 
-NETWORK_RULES = (_stage_list, _channels, _patches, _positions, _image_channels, _weights, _experts, _conditional_frames)
+NETWORK_RULES = (
+    _stage_list,
+    _channels,
+    _inputs,
+    _patches,
+    _positions,
+    _image_channels,
+    _roles,
+    _unknown_roles,
+    _starts,
+    _experts,
+    _conditional_frames,
+)

@@ -1,4 +1,4 @@
-"""FP8 against the networks' sizes and the layout."""
+"""FP8 against the networks' sizes, the objectives and the layout."""
 
 from __future__ import annotations
 
@@ -9,32 +9,57 @@ from rcm_megatron.config.model import FP8_ALIGNMENT
 from rcm_megatron.config.run import RunConfig
 
 
-def _fp8_networks(config: RunConfig) -> Iterator[Problem | str]:
-    fp8 = config.precision.fp8
-    for name, present in (("teacher", config.needs_teacher), ("fake_score", config.needs_fake_score)):
-        if name in fp8 and not present:
-            yield f"precision.fp8={list(fp8)} names the {name}, which no stage of this run uses; take it out"
+def _fp8_roles(config: RunConfig) -> Iterator[str]:
+    return (role for role, network in config.networks.items() if network.fp8)
+
+
+def _fp8(config: RunConfig) -> Iterator[Problem | str]:
+    precision = config.precision
+    for role in _fp8_roles(config):
+        path = f"networks.{role}.fp8"
+        off = (Change(path, (False,)),)
+        if role not in config.roles:
+            yield Problem(f"{path}=true, but no stage of this run uses this network", off)
+        if role in config.tangent_roles:
+            yield Problem(
+                f"{path}=true, but a stage takes a tangent through this network, of which FP8 leaves nothing", off
+            )
+        if precision.linear_layers == "local":
+            yield Problem(
+                f"{path}=true needs Transformer Engine's linears, got precision.linear_layers=local",
+                (Change("precision.linear_layers", ("auto",)), *off),
+            )
+        if precision.params_dtype != "bf16":
+            yield Problem(
+                f"{path}=true needs precision.params_dtype=bf16, got {precision.params_dtype}",
+                (Change("precision.params_dtype", ("bf16",)), *off),
+            )
 
 
 def _fp8_shapes(config: RunConfig) -> Iterator[Problem | str]:
     """Rows and columns of every FP8 matrix; a rank's video tokens are padded to fit (RunConfig.token_multiple)."""
-    if not config.precision.fp8:
-        return
-    model, tp, fp8 = config.model, config.parallel.tp, f"precision.fp8={list(config.precision.fp8)}"
-    for name in ("hidden_size", "ffn_hidden_size"):
-        size = getattr(model, name)
-        if size % (FP8_ALIGNMENT * tp):
+    tp = config.parallel.tp
+    for role in _fp8_roles(config):
+        fp8, model, path = f"networks.{role}.fp8", config.model_of(role), config.model_path(role)
+        off = Change(fp8, (False,))
+        for name in ("hidden_size", "ffn_hidden_size"):
+            size = getattr(model, name)
+            if size % (FP8_ALIGNMENT * tp):
+                yield Problem(
+                    f"{path}.{name}={size} must divide by {FP8_ALIGNMENT}*parallel.tp = {FP8_ALIGNMENT * tp} for {fp8}=true",
+                    (Change("parallel.tp", range(tp - 1, 0, -1)), off),
+                )
+        if model.text_len % FP8_ALIGNMENT:
             yield Problem(
-                f"model.{name}={size} must divide by {FP8_ALIGNMENT}*parallel.tp = {FP8_ALIGNMENT * tp} for {fp8}",
-                (Change("parallel.tp", range(tp - 1, 0, -1)), Change("precision.fp8", ((),))),
+                f"{path}.text_len={model.text_len} must divide by {FP8_ALIGNMENT} for {fp8}=true, because the network attends to every "
+                "text position and none can be added",
+                (off,),
             )
-    if model.text_len % FP8_ALIGNMENT:
-        yield (
-            f"model.text_len={model.text_len} must divide by {FP8_ALIGNMENT} for {fp8}, because the network attends to every text "
-            "position and none can be added; set fp8 to []"
-        )
-    if model.wan is not None and model.wan.image_dim is not None:
-        yield f"{fp8} multiplies rows in multiples of {FP8_ALIGNMENT}, which the 257 CLIP tokens of image_dim are not; set fp8 to []"
+        if model.wan is not None and model.wan.image_dim is not None:
+            yield Problem(
+                f"{fp8}=true multiplies rows in multiples of {FP8_ALIGNMENT}, which the 257 CLIP tokens of image_dim are not",
+                (off,),
+            )
 
 
-PRECISION_RULES = (_fp8_networks, _fp8_shapes)
+PRECISION_RULES = (_fp8, _fp8_shapes)

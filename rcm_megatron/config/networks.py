@@ -1,0 +1,72 @@
+"""The networks of a run by role, and how each of them trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from rcm_megatron.config.declare import Bounds, MergedOnto, NotNegative, NotNegativeFloat, Positive, PositiveFloat
+from rcm_megatron.config.model import ModelConfig
+
+Beta = Annotated[float, Bounds(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; weight decay acts on every parameter, biases and norms included."""
+
+    lr: NotNegativeFloat
+    betas: tuple[Beta, Beta] = (0.0, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NotNegativeFloat = 0.01
+    lr_warmup_steps: NotNegative = 100
+    """Updates of this network over which lr rises linearly from 0."""
+    clip_grad: NotNegativeFloat = 0.0
+    """Largest gradient norm; 0 does not clip, which rCM's authors call crucial."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Power-function EMA of a network's weights (EDM2, arXiv 2312.02696)."""
+
+    relative_width: Annotated[float, Bounds(gt=0, lt=0.28, note="0.1 is usual")] = 0.1
+    """Width of the averaging window as a fraction of the updates so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """One network of the run. Which roles a run needs, and which of them it trains, its stages' objectives say; one that no stage needs
+    is not built."""
+
+    init: str | None = None
+    """Where its weights come from: a diffusers folder (config.json + safetensors) or a checkpoint of any format. null: the teacher's, of
+    which the architecture must then be; in a run without a teacher (flow matching) random weights from the run's seed."""
+    model: Annotated[ModelConfig | None, MergedOnto("model")] = None
+    """null: the architecture is `model`. What differs is enough, e.g. {num_layers: 40}; the rest is taken from `model`."""
+    chunk_layers: tuple[Positive, ...] | None = None
+    """As `parallel.chunk_layers`, of this network's blocks. null: `parallel.chunk_layers` for as many blocks as `model` has, else even."""
+    weights: Literal["resident", "sharded", "offloaded"] = "resident"
+    """Of a network that no stage trains. resident: whole on every rank. sharded: 1/(dp*cp) of each block on a rank, gathered block by block
+    in each pass: one all-gather of the weights a pass and micro-batch, hidden behind the block before where there is CUDA. offloaded: the
+    same, with the parts in pinned host memory: also 1/(dp*cp) of the weights over PCIe; a CUDA device only."""
+    fp8: bool = False
+    """Plain passes in training, backward too, run the blocks' linears in FP8 (Transformer Engine on Ada, Hopper or newer); never used for
+    a tangent, so not for a network that sCM trains. Saves about a third of their time on paper, changes their outputs by FP8's rounding,
+    which depends on the layout. Weights stay bf16, main gradients fp32; the tokens of every network are padded to a multiple of 16 on
+    each rank."""
+    optimizer: OptimizerConfig | None = None
+    """Required of a network that a stage trains."""
+    ema: EmaConfig | None = None
+    """Of a network that a stage trains. null: none."""
+    offload_optimizer: bool = False
+    """fp32 main parameters and moments wait in pinned host memory between the updates: 12/(dp*cp) bytes a parameter of device memory less
+    (as many of the host's, each tensor rounded up to a power of two), two copies over PCIe an update. Those of all networks are on the
+    device while a checkpoint is written or read. A CUDA device only."""
+
+    def check(self, path: str) -> Iterator[str]:
+        """What belongs to an optimizer."""
+        if self.optimizer is None and self.ema is not None:
+            yield f"{path}.ema averages what an optimizer trains, but {path}.optimizer=null; give it at least lr, or set ema to null"
+        if self.optimizer is None and self.offload_optimizer:
+            yield f"{path}.offload_optimizer=true, but {path}.optimizer=null; set it to false"
