@@ -103,15 +103,16 @@ def _load_for_inference(arguments: argparse.Namespace) -> RunConfig:
     return load_config(arguments.config, [*arguments.overrides, *alone], world_size=world_size)
 
 
-def _add_weights(parser: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
-    parser.add_argument("--weights", choices=choices, default="ema", help="default: ema")
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    named = "a role of the run's networks, ROLE.ema for its average, or ema for the student's; default: ema"
+    parser.add_argument("--weights", default="ema", metavar="ROLE", help=named)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint or a folder of them; default: the run's latest")
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "sample", _sample, "Sample videos; one process, or torchrun on any layout.")
     _add_config(parser)
-    _add_weights(parser, ("ema", "student", "teacher"))
+    _add_weights(parser)
     parser.add_argument(
         "--steps", type=int, help="default: the most of sampling.student_steps, or sampling.teacher_steps"
     )
@@ -137,13 +138,12 @@ def _sample(arguments: argparse.Namespace) -> None:
     from rcm_megatron.inference.conditioning import ConditioningFiles
     from rcm_megatron.inference.sample import SampleRequest, sample
 
-    default = config.sampling.teacher_steps if arguments.weights == "teacher" else max(config.sampling.student_steps)
     with _named_errors(arguments):
         from_file = read_prompts(arguments.prompts) if arguments.prompts else []
     request = SampleRequest(
         weights=arguments.weights,
         output=arguments.output,
-        steps=default if arguments.steps is None else arguments.steps,
+        steps=arguments.steps,
         checkpoint=arguments.checkpoint,
         prompts=[*arguments.prompt, *from_file],
         embeddings=arguments.embedding,
@@ -157,7 +157,7 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = _command(commands, "export", _export, "Write a trained network as a diffusers folder.")
     _add_config(parser)
-    _add_weights(parser, ("ema", "student", "fake_score", "teacher"))
+    _add_weights(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     parser.add_argument("--force", action="store_true", help="replace the folder")

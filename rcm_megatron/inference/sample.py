@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,8 @@ class SampleRequest(ConditioningFiles):
     weights: str
     """A role, ROLE.ema, or ema for the student's."""
     output: Path
-    steps: int
+    steps: int | None = None
+    """None: the most of sampling.student_steps, or sampling.teacher_steps."""
     checkpoint: Path | None = None
     """A checkpoint, or a folder of them; None: the run's latest."""
     prompts: Sequence[str] = ()
@@ -60,8 +61,11 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     Any layout. Raises InputError for prompts that cannot be encoded, or step counts that the sampler does not have.
     Text and image encoders are freed before the network is loaded; ranks that write videos hold a video encoder beside it.
     """
-    _check(run, request)
     teacher = not is_trained(run, request.weights)
+    if request.steps is None:
+        default = run.sampling.teacher_steps if teacher else max(run.sampling.student_steps)
+        request = replace(request, steps=default)
+    _check(run, request)
     groups = init_parallel(run)
     checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
     names, text_LBD, null_text_L1D = _conditions(run, request)
