@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import sync_to_disk
 from rcm_megatron.checkpoint.torch_dist import save_with_torch
+from rcm_megatron.files import save_safetensors
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -184,8 +184,7 @@ def _header(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    save_file(tensors, path, metadata=header)
-    path.chmod(0o644)  # safetensors makes it readable by its owner alone
+    save_safetensors(tensors, path, metadata=header)
     sync_to_disk(path)
 
 

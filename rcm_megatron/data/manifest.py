@@ -11,13 +11,12 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ import torch
 from rcm_megatron.data.scan import FORMATS, KINDS, NEEDED, Member, ShardScan, find_shards, scan_shard
 from rcm_megatron.data.shards import file_sha256
 from rcm_megatron.errors import UserError
+from rcm_megatron.files import write_atomically
 from rcm_megatron.text import printable
 
 logger = logging.getLogger(__name__)
@@ -130,24 +130,10 @@ class Manifest:
             "problems": list(self.problems),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        _write_atomically(self.folder / index_file, lambda file: np.save(file, self.index, allow_pickle=False))
+        write_atomically(self.folder / index_file, lambda file: np.save(file, self.index, allow_pickle=False))
         text = (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
-        _write_atomically(self.folder / MANIFEST_NAME, lambda file: file.write(text))
+        write_atomically(self.folder / MANIFEST_NAME, lambda file: file.write(text))
         return self.folder / MANIFEST_NAME
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    file_descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(file_descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_manifest(folder: str | os.PathLike[str], *, on_error: Literal["skip", "raise"] = "skip") -> Manifest:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rcm_megatron.config import RunConfig
@@ -21,6 +20,7 @@ from rcm_megatron.data.media import to_frames, write_mp4
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.diffusion.trigflow import needs_guidance
 from rcm_megatron.errors import InputError
+from rcm_megatron.files import save_safetensors
 from rcm_megatron.inference.conditioning import ConditioningFiles, check_conditioning, load_conditioning
 from rcm_megatron.inference.encoding import check_encoders, encode_captions, load_null_text, video_encoder
 from rcm_megatron.inference.networks import (
@@ -135,7 +135,7 @@ def _write(
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
     path = request.output / f"{index:04d}_{slug}.safetensors"
     facts = {"prompt": name, "weights": request.weights, "steps": str(request.steps), "seed": str(run.sampling.seed)}
-    save_file({"latent": latent_CTHW.contiguous()}, path, metadata={**facts, "sample": str(index)})
+    save_safetensors({"latent": latent_CTHW.contiguous()}, path, metadata={**facts, "sample": str(index)})
     if encoder is not None:
         frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
         write_mp4(path.with_suffix(".mp4"), frames_THWC, fps=run.sampling.fps)

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
+from rcm_megatron.files import save_safetensors
 from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.encoding import video_encoder
 from rcm_megatron.inference.sampler import Sampler, student_videos
@@ -93,7 +93,7 @@ def _write(
 ) -> dict[str, tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
-    save_file({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
+    save_safetensors({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
     if encoder is None:
         return {}
     videos = {}

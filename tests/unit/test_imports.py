@@ -12,19 +12,20 @@ PACKAGE = ROOT / "rcm_megatron"
 TOOLS = ROOT / "tools"
 KERNELS = ROOT / "kernels" / "rcm_kernels"
 
-MODELS = {"errors", "config", "dtypes", "dual", "inputs", "parallel", "models", "rcm_kernels"}
+MODELS = {"errors", "files", "config", "dtypes", "dual", "inputs", "parallel", "models", "rcm_kernels"}
 ALLOWED = {
     "errors": set(),
     "text": {"errors"},
     "registry": {"errors"},
     "config": {"config", "errors", "registry", "text"},
     "dtypes": set(),
+    "files": set(),
     "dual": set(),
     "inputs": {"dual"},
     "platform": {"platform"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
-    "data": {"errors", "text", "data"},
+    "data": {"errors", "files", "text", "data"},
     "parallel": {"config", "dual", "inputs", "platform", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},

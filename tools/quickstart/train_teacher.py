@@ -190,6 +190,8 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """config.json and fp32 diffusion_pytorch_model.safetensors of the averaged weights, and a README that says whence."""
         self.average.save_pretrained(folder)
+        weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+        weights.chmod(config.stat().st_mode)  # diffusers' is private to its owner, whatever the umask
         (folder / "README.md").write_text(readme(self))
 
 

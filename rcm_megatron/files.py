@@ -1,0 +1,37 @@
+"""Files as `open` would make them, with the mode that the umask says, where a library makes them private to their owner."""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file. ``safetensors`` 0.8 itself makes it 0600, whatever the umask."""
+    from safetensors.torch import save_file
+
+    path.touch()  # by the umask, and by the folder's default ACL, which no arithmetic with the umask knows
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The file that ``write`` writes, on disk before it takes the place of the one before; or that one, untouched."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # tempfile's are 0600
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
