@@ -4,6 +4,7 @@
 | --- | --- |
 | ``int``, ``float``, ``str``, ``bool``, ``Literal[...]``, ``X | None``, ``tuple[X, ...]``, a dataclass | it; int widens to float |
 | ``Positive``, ``Annotated[float, Bounds(gt=0, lt=1)]``, ``Annotated[tuple[X, ...], Bounds(count=1)]`` | values within bounds |
+| ``FilePath`` | text, in which `~` and `$NAME` are expanded |
 | ``Mapping[str, X]`` | a mapping of any names to X |
 | ``A | B``, dataclasses that each have the field ``kind: Literal["a"]`` | the one whose literal ``kind`` says |
 | ``Annotated[Base, Variants("kind", classes)]`` | the same with classes from a registry: ``classes()`` is a mapping of literal to class |
@@ -50,6 +51,11 @@ class Bounds:
         return " and ".join(limits) + (f" ({self.note})" if self.note else "")
 
 
+class Expanded:
+    """Text that is a path: `~` and `$NAME` in it are expanded when it is read (`rcm_megatron.paths`)."""
+
+
+FilePath = Annotated[str, Expanded()]
 Positive = Annotated[int, Bounds(gt=0)]
 PositiveFloat = Annotated[float, Bounds(gt=0)]
 NotNegative = Annotated[int, Bounds(ge=0)]

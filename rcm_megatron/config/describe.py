@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rcm_megatron.config.declare import Bounds, ByName, Variants
+from rcm_megatron.config.yaml_text import Spelled, SpelledBool, value_of
 
 
 def join(path: str, name: str) -> str:
@@ -26,6 +28,11 @@ def describe(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true/false"}
     if value is None:
         return "null"
+    if isinstance(value, Spelled):
+        meaning = describe(value_of(value))
+        plainly = type(value) is SpelledBool and value.text.lower() in ("true", "false")
+        same = plainly or meaning.startswith(f"{value.text.removeprefix('.') if 'n' in value.text else value.text} ")
+        return meaning if same else f"{value.text} (in YAML {meaning.replace(' (', ', ').removesuffix(')')})"
     shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
     return f"{shown} ({names.get(type(value), type(value).__name__)})"
 
@@ -50,15 +57,42 @@ def type_name(hint: Any, bounds: Sequence[Bounds] = ()) -> str:
     return {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}[hint] + limits
 
 
-def hint_for(value: Any, hint: Any) -> str:
-    """What was probably meant, as the end of a sentence; or nothing."""
-    if hint is str and isinstance(value, int | float):
-        return f"; put it in quotes: '{value}'"
+def hint_for(value: Any, hint: Any, path: str = "") -> str:
+    """What was probably meant, as the end of a sentence; or nothing. ``path``: where ``value`` stands."""
+    typed, value = value, value_of(value)
+    if hint is str:
+        return _quoted(typed, path)
+    text = typed.text if isinstance(typed, Spelled) else value if isinstance(value, str) else ""
+    if (number := _number(text)) is not None and hint in (int, float) and hint(number) == number:
+        return f"; write {hint(number)}"
+    if hint is bool and text.lower() in _TRUTH:
+        return f"; write {_TRUTH[text.lower()]}"
     if get_origin(hint) is Literal and (near := difflib.get_close_matches(str(value), map(str, get_args(hint)), n=1)):
         return f"; did you mean {near[0]}?"
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     return ""
+
+
+_TRUTH = dict.fromkeys(("yes", "on", "y", "true"), "true") | dict.fromkeys(("no", "off", "n", "false"), "false")
+
+
+def _quoted(value: Any, path: str) -> str:
+    """How to write what YAML reads as something else as text; in a shell it takes quotes around quotes."""
+    text = value.text if isinstance(value, Spelled) else str(value) if isinstance(value, int | float) else None
+    if text is not None and getattr(value, "shell", False):
+        return f"; put it in quotes, and the quotes in quotes for the shell: \"{path}='{text}'\""
+    if text is not None:
+        return f"; put it in quotes: '{text}'"
+    return "; text that YAML reads as something else goes in quotes"
+
+
+def _number(text: str) -> float | int | None:
+    """What a person means by digits with leading zeros or underscores; None for other text."""
+    plain_text = text.replace("_", "")
+    if re.fullmatch(r"[-+]?\d+", plain_text):
+        return int(plain_text)
+    return float(plain_text) if re.fullmatch(r"[-+]?\d*\.\d+", plain_text) else None
 
 
 def missing_key(path: str, hint: Any) -> str:

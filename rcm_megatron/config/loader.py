@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,8 @@ from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.reading import read
 from rcm_megatron.config.run import RunConfig
 from rcm_megatron.config.validate import problems_of
+from rcm_megatron.config.yaml_text import Dumper, parse, parse_override
 from rcm_megatron.text import TextError, read_text
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key given twice."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes short sequences on one line."""
-
-
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-    if twice:
-        raise ConfigError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is given twice; keep one")
-    return loader.construct_mapping(node, deep=True)
-
-
-_FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$")
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-_Dumper.add_representer(
-    list,
-    lambda dumper, items: dumper.represent_sequence(
-        "tag:yaml.org,2002:seq", items, flow_style=not any(isinstance(item, dict) for item in items)
-    ),
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
@@ -66,7 +39,7 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = _parse(read_text(path))
+        data = parse(read_text(path))
     except TextError as error:
         raise ConfigError(f"{error} (need a YAML file, e.g. one of model_configs/)") from None
     except ConfigError as error:
@@ -74,13 +47,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got {describe(data)}, need a mapping of configuration keys")
     return data
-
-
-def _parse(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -100,7 +66,7 @@ def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict
             problems.append(f"override {override!r} is not key=value; write e.g. trainer.log_every=10")
             continue
         try:
-            _set(result, key.split("."), _parse(text))
+            _set(result, key.split("."), parse_override(text))
         except ConfigError as error:
             problems.append(f"override {override!r}: {error}")
     return result, problems
@@ -140,4 +106,4 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """The complete configuration, defaults included, as YAML that `load_config` reads back."""
-    return yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, width=110)
+    return yaml.dump(as_dict(config), Dumper=Dumper, sort_keys=False, width=110)

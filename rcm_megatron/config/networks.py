@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rcm_megatron.config.declare import Bounds, MergedOnto, NotNegative, NotNegativeFloat, Positive, PositiveFloat
+from rcm_megatron.config.declare import (
+    Bounds,
+    FilePath,
+    MergedOnto,
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+)
 from rcm_megatron.config.model import ModelConfig
 
 Beta = Annotated[float, Bounds(ge=0, lt=1)]
@@ -39,7 +47,7 @@ class NetworkConfig:
     """One network of the run. Which roles a run needs, and which of them it trains, its stages' objectives say; one that no stage needs
     is not built."""
 
-    init: str | None = None
+    init: FilePath | None = None
     """Where its weights come from: a diffusers folder (config.json + safetensors) or a checkpoint of any format. null: the teacher's, of
     which the architecture must then be; in a run without a teacher (flow matching) random weights from the run's seed."""
     model: Annotated[ModelConfig | None, MergedOnto("model")] = None

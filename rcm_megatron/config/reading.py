@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from rcm_megatron.config.declare import REFUSED, Bounds, ByName, MergedOnto, Problem, Variants, until_refused
+from rcm_megatron.config.declare import REFUSED, Bounds, ByName, Expanded, MergedOnto, Problem, Variants, until_refused
 from rcm_megatron.config.describe import describe, hint_for, join, missing_key, plain, type_name, unknown_key
 from rcm_megatron.config.errors import ConfigError
+from rcm_megatron.config.yaml_text import Spelled, value_of
+from rcm_megatron.paths import PathError, expanded
 
 T = TypeVar("T")
 
@@ -84,6 +86,7 @@ class _Reader:
     def value(self, value: Any, hint: Any, path: str, *, or_null: bool = False) -> Any:
         """``value`` as ``hint`` says, or `REFUSED`. Only an int widens (to float) and a list becomes a tuple."""
         hint, notes = plain(hint)
+        typed, value = value, value_of(value)
         for note in notes:
             if isinstance(note, MergedOnto) and isinstance(value, Mapping):
                 value, self.merged[path] = _merged(_at(self.data, note.path), value), note.path
@@ -92,14 +95,24 @@ class _Reader:
             elif isinstance(note, ByName) and isinstance(value, Mapping):
                 return self.by_name(value, note.classes(), path)
         if get_origin(hint) in (Union, types.UnionType):
-            return self.union(value, get_args(hint), path)
+            return self.union(typed, get_args(hint), path)
         bounds = [note for note in notes if isinstance(note, Bounds)]
         known, read = self.of_type(value, hint, path)
+        if isinstance(typed, Spelled) and typed.surprising:
+            known = False
+        if known and any(isinstance(note, Expanded) for note in notes):
+            return self.expanded(read, path)
         if known and (read is REFUSED or all(limit.hold(read) for limit in bounds)):
             return read
         need = type_name(hint, bounds) + (", or null" if or_null else "")
-        got = describe(value) if not known else str(list(read) if isinstance(read, tuple) else value)
-        return self.refuse(f"{path}: got {got}, need {need}{hint_for(value, hint)}")
+        got = describe(typed) if not known else str(list(read) if isinstance(read, tuple) else value)
+        return self.refuse(f"{path}: got {got}, need {need}{hint_for(typed, hint, path)}")
+
+    def expanded(self, text: str, path: str) -> Any:
+        try:
+            return expanded(text)
+        except PathError as error:
+            return self.refuse(f"{path}: {error}")
 
     def of_type(self, value: Any, hint: Any, path: str) -> tuple[bool, Any]:
         """Whether ``value`` is of the type ``hint``, and as what."""

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from rcm_megatron.config import roles
 from rcm_megatron.config.declare import (
     Bounds,
+    FilePath,
     Fraction,
     NotNegative,
     NotNegativeFloat,
@@ -174,7 +175,7 @@ class EncodersConfig:
     and sends the rest their embeddings."""
     image: Literal["clip", "none"] = "none"
     """clip: `folder`/image_encoder and `folder`/image_processor, for networks with model.wan.image_dim. Used by `sample --image` alone."""
-    folder: str | None = None
+    folder: FilePath | None = None
     """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5, t5 and clip."""
     negative_prompt: str | None = None
     """Caption of the unconditional branch; null: the release's own with umt5 and t5, the empty caption with words. Set "" to train
@@ -207,8 +208,8 @@ class DataConfig:
     """A folder of WebDataset shards (*.tar) with <key>.latent, <key>.embed and <key>.prompt members (.pt, .npy or
     .safetensors). Its manifest is made beside them at the first start."""
 
-    folder: str
-    negative_embedding: str | None = None
+    folder: FilePath
+    negative_embedding: FilePath | None = None
     """File with the text embedding of the unconditional branch. null: the text encoder's (which must not be `none`)."""
     on_error: Literal["skip", "raise"] = "raise"
     """skip: an unreadable shard or member is named, counted and replaced by the next sample."""
@@ -310,7 +311,7 @@ class RunConfig:
 
     name: str
     seed: int = 0
-    output_dir: str
+    output_dir: FilePath
     model: ModelConfig
     latent: LatentConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -16,8 +16,9 @@ MODELS = {"errors", "files", "config", "dtypes", "dual", "inputs", "parallel", "
 ALLOWED = {
     "errors": set(),
     "text": {"errors"},
+    "paths": {"errors"},
     "registry": {"errors"},
-    "config": {"config", "errors", "registry", "text"},
+    "config": {"config", "errors", "paths", "registry", "text"},
     "dtypes": set(),
     "files": set(),
     "dual": set(),
