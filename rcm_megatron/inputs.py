@@ -1,4 +1,4 @@
-"""What a network is given: noisy tokens, a time, text, and what is known of the video itself.
+"""What a network is given: noisy tokens, a time, text, and what is known of the video itself; and how a batch is cut into micro-batches.
 
 Shapes: x_SBP patch tokens of this rank, text_LBD text embeddings; B is 2B inside a Dual.
 """
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from rcm_megatron.dual import BATCH_DIM, Dual
+
+Rows = slice | Tensor
+"""Of a batch: a range, or indices."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +32,12 @@ class Condition:
     """CLIP features of the image, equal on all ranks of the sample: [257, B, 1280], or 2 * 257 of first and last frame."""
 
     def repeated(self, times: int) -> Condition:
-        """For a batch that holds every sample ``times`` times, one after the other."""
+        """For a batch that holds all samples ``times`` times, one round after the other."""
         return Condition(**{name: torch.cat([value] * times, dim) for name, value, dim in self._present()})
 
-    def chunk(self, parts: int) -> list[Condition]:
-        """For a batch in ``parts`` equal parts."""
-        chunks = {name: value.chunk(parts, dim) for name, value, dim in self._present()}
-        return [Condition(**{name: values[part] for name, values in chunks.items()}) for part in range(parts)]
+    def rows(self, rows: Rows) -> Condition:
+        """For these samples of the batch."""
+        return Condition(**{name: take(value, rows, dim=dim) for name, value, dim in self._present()})
 
     def _present(self) -> Iterator[tuple[str, Tensor, int]]:
         """Name, value and batch dimension of the fields that are there."""
@@ -47,9 +49,29 @@ class Condition:
 
 @dataclass(frozen=True, eq=False)
 class NetworkInput:
-    """What a network sees of one micro-batch: tokens [S, B, P], timestep [1, B], text [L, B, D]; Duals for a JVP."""
+    """What a network sees of a batch: tokens [S, B, P], timestep [1, B], text [L, B, D]; Duals for a JVP."""
 
     x_SBP: Tensor | Dual
     timestep_1B: Tensor | Dual
     text_LBD: Tensor
     condition: Condition | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return self.text_LBD.shape[BATCH_DIM]
+
+    def micro_batch(self, number: int, size: int) -> NetworkInput:
+        """Samples ``number * size`` and on; the last one again where there are no more."""
+        rows: Rows = slice(number * size, (number + 1) * size)
+        if rows.stop > self.batch:
+            rows = torch.arange(rows.start, rows.stop, device=self.text_LBD.device).clamp(max=self.batch - 1)
+        parts = (take(value, rows) for value in (self.x_SBP, self.timestep_1B, self.text_LBD))
+        return NetworkInput(*parts, None if self.condition is None else self.condition.rows(rows))
+
+
+def take(value: Tensor | Dual, rows: Rows, *, dim: int = BATCH_DIM) -> Tensor | Dual:
+    """Those samples of ``value``, whose batch is dimension ``dim``."""
+    if isinstance(value, Dual):
+        return Dual.pack(take(value.primal, rows, dim=dim), take(value.tangent, rows, dim=dim))
+    return value[(slice(None),) * dim + (rows,)]

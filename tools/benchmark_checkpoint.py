@@ -30,14 +30,12 @@ prepare_megatron()
 
 from rcm_megatron.checkpoint.folders import find_latest  # noqa: E402
 from rcm_megatron.checkpoint.saver import CheckpointSaver  # noqa: E402
-from rcm_megatron.config import LossWeights, PrecisionConfig, RunConfig, StageConfig  # noqa: E402
+from rcm_megatron.config import PrecisionConfig, RunConfig, StageConfig  # noqa: E402
+from rcm_megatron.objectives.plan import plan_step  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
-from rcm_megatron.training.batches import random_batches  # noqa: E402
+from rcm_megatron.training.batches import random_samples  # noqa: E402
 from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
-from rcm_megatron.training.step import Step  # noqa: E402
 from tools.measuring import provenance, random_networks, wan_model, wan_run  # noqa: E402
-
-STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=False)
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
@@ -50,7 +48,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
         guidance=1.0,
         precision=PrecisionConfig(params_dtype="fp32", linear_layers="local"),
         networks=random_networks("student", teacher=False),
-        stages=(StageConfig(name="flow", steps=2, losses=LossWeights(flow=1.0)),),
+        stages=(StageConfig(name="flow", steps=2, losses={"flow": 1.0}),),
     )
 
 
@@ -60,13 +58,14 @@ class Training:
     def __init__(self, run: RunConfig) -> None:
         self.run, groups = run, initialize_parallel(run.parallel)
         self.state = TrainState(run, build_networks(run, groups))
-        self.batches = random_batches(run, self.state.networks.layout, groups)
+        self.samples = random_samples(run, self.state.networks.layout, groups)
 
     def step(self) -> float:
         """Seconds of an update."""
         dist.barrier()
         start = time.perf_counter()
-        self.state.update(STEP, self.batches, stage=self.run.stages[0])
+        stage = self.run.stages[0]
+        self.state.update(plan_step(stage, 0, max_rollout_steps=1), self.samples, stage=stage)
         dist.barrier()
         return time.perf_counter() - start
 

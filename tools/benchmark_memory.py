@@ -32,7 +32,6 @@ from rcm_megatron.platform.megatron import prepare_megatron
 prepare_megatron()
 
 from rcm_megatron.config import (  # noqa: E402
-    LossWeights,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
@@ -41,12 +40,12 @@ from rcm_megatron.config import (  # noqa: E402
 from rcm_megatron.networks.build import build_network, frozen  # noqa: E402
 from rcm_megatron.networks.sharding import shard_weights  # noqa: E402
 from rcm_megatron.networks.weights import initial_weights, load_weights  # noqa: E402
+from rcm_megatron.objectives.plan import plan_step  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
 from rcm_megatron.parallel.optimizer_shards import owned_shards  # noqa: E402
 from rcm_megatron.parallel.pipeline import unwrapped  # noqa: E402
-from rcm_megatron.training.batches import random_batches  # noqa: E402
+from rcm_megatron.training.batches import random_samples  # noqa: E402
 from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
-from rcm_megatron.training.step import Step  # noqa: E402
 from tools.measuring import (  # noqa: E402
     ROOT,
     TOKENS_OF_FRAME,
@@ -60,7 +59,6 @@ from tools.measuring import (  # noqa: E402
 
 POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
 """(memory.recompute, networks.teacher.weights)."""
-STEP = Step(trained="student", iteration=0, rollout_steps=1, warmup_ratio=1.0, dmd_active=True)
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
@@ -74,7 +72,7 @@ def run_config(args: argparse.Namespace) -> RunConfig:
         guidance=5.0,
         parallel=parallel,
         precision=PrecisionConfig(params_dtype=args.dtype, linear_layers="local"),
-        stages=(StageConfig(name="rcm", steps=2, losses=LossWeights(scm=100.0, dmd=1.0), student_update_freq=2),),
+        stages=(StageConfig(name="rcm", steps=2, losses={"scm": 100.0, "dmd": 1.0}, student_update_freq=2),),
         networks=random_networks("student", "fake_score"),
     )
 
@@ -91,13 +89,14 @@ class Rank:
         sharded = shard_weights(second, group=self.groups.dp_cp)
         self.networks = {"resident": resident, "sharded": resident.replace(teacher=sharded)}
         self.student = resident["student"]
-        self.batches = random_batches(run, resident.layout, self.groups)
+        self.samples = random_samples(run, resident.layout, self.groups)
 
     def step(self, recompute: str, teacher: str) -> None:
         for chunk in self.student:
             unwrapped(chunk).recompute = recompute
         self.state.networks = self.networks[teacher]
-        self.state.update(STEP, self.batches, stage=self.run.stages[0])
+        stage = self.run.stages[0]
+        self.state.update(plan_step(stage, 0, max_rollout_steps=1), self.samples, stage=stage)
 
     def seconds(self, recompute: str, teacher: str) -> float:
         dist.barrier()
@@ -215,7 +214,7 @@ MiB of one rank; medians of {repeats} steps. *Step*: the peak of what the step a
 {chr(10).join(rows)}
 
 The dual pass of sCM recomputes its blocks under every policy; `memory.recompute` decides on DMD's pass here, and on those of the
-critic, dCM and flow matching. On a GPU `sharded` gathers a block while the one before computes; on Gloo, here, it waits.
+fake score, dCM and flow matching. On a GPU `sharded` gathers a block while the one before computes; on Gloo, here, it waits.
 
 What stands on a rank:
 

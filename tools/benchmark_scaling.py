@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of either")
     for name, text in SERIES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", nargs="+", metavar="LAYOUT", help=text)
-    parser.add_argument("--steps", nargs="+", choices=sorted(STEPS), default=["student", "critic"])
+    parser.add_argument("--steps", nargs="+", choices=sorted(STEPS), default=["student", "fake_score"])
     parser.add_argument(
         "--rollout-steps", type=int, default=2, help="steps of backward simulation; training takes 1 to 4"
     )

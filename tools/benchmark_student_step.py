@@ -26,7 +26,7 @@ from rcm_kernels import flash_attention, flash_attention_jvp, fused  # noqa: E40
 from rcm_megatron.config import load_config  # noqa: E402
 from rcm_megatron.platform.device import init_distributed, this_device  # noqa: E402
 from rcm_megatron.platform.megatron import prepare_megatron  # noqa: E402
-from tools.scaling_points import STEPS, make_points  # noqa: E402
+from tools.scaling_points import STEPS, make_points, plan_of  # noqa: E402
 
 SETTINGS = ("none", "all", *(f"all-{op}" for op in fused.OPS))
 
@@ -43,7 +43,6 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         from rcm_megatron.training.flops import network_flops, peak_tflops, step_flops
-        from rcm_megatron.training.step import Step
         from tools.scaling_rank import Rank
 
         # one GPU, one sample; what the configuration says of networks, objectives and memory stays
@@ -52,9 +51,10 @@ class Bench:
         (point,) = make_points(run, {"strong": ["dp=1"]}, steps=[args.step], rollout_steps=2)
         self.name, self.run = args.step, point.run
         self.rank = Rank(point)
-        step = Step("student", 0, point.rollout_steps, warmup_ratio=1.0, dmd_active=bool(STEPS[args.step].dmd))
-        stage, settings = point.run.stages[0], point.run.distillation
-        self.tflop = step_flops(network_flops(run.model, run.latent), step, stage, settings) / 1e12
+        step = plan_of(point.run.stages[0], rollout_steps=point.rollout_steps)
+        networks = dict.fromkeys(point.run.roles, network_flops(run.model, run.latent))
+        settings = {"distillation": point.run.distillation, "objectives": point.run.objectives}
+        self.tflop = step_flops(networks, step, **settings) / 1e12
         self.peak_tflops = peak_tflops(run)
 
     def measure(self, setting: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(ROOT / "model_configs" / "wan2.1_t2v_1.3b_480p.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration, e.g. latent.frames=5")
-    parser.add_argument("--step", choices=("scm", "student", "dcm"), default="scm", help="student: sCM and DMD")
+    parser.add_argument("--step", choices=STEPS, default="scm", help="student: sCM and DMD")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file")

@@ -10,9 +10,10 @@ one is past its bound (twice the bound of the README when the sums run over more
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,10 +30,8 @@ prepare_megatron()
 from rcm_megatron.checkpoint.convert import gather_full  # noqa: E402
 from rcm_megatron.checkpoint.formats import from_internal  # noqa: E402
 from rcm_megatron.config import (  # noqa: E402
-    DcmConfig,
     DistillationConfig,
     LatentConfig,
-    LossWeights,
     ModelConfig,
     ParallelConfig,
     StageConfig,
@@ -43,16 +42,16 @@ from rcm_megatron.inputs import NetworkInput  # noqa: E402
 from rcm_megatron.networks.build import build_chunks  # noqa: E402
 from rcm_megatron.networks.roles import Networks  # noqa: E402
 from rcm_megatron.networks.weights import load_weights  # noqa: E402
+from rcm_megatron.objectives.plan import Step, plan_step  # noqa: E402
+from rcm_megatron.objectives.samples import Samples  # noqa: E402
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel  # noqa: E402
 from rcm_megatron.parallel.pipeline import (  # noqa: E402
     evaluate,
     reduce_gradients,
 )
-from rcm_megatron.training.objectives import MicroBatch, ObjectiveResult  # noqa: E402
 from rcm_megatron.training.optimizer import gather_main_grads, wrap_ddp  # noqa: E402
-from rcm_megatron.training.step import Step, accumulate_step, plan_step  # noqa: E402
+from rcm_megatron.training.step import accumulate_step  # noqa: E402
 
-JVP_KINDS = {"jvp": "exact", "semicontinuous": "semicontinuous", "discrete": "finite_difference"}
 NETWORK_BOUND = 2e-6
 """v and t_v of the bare network; measured 2e-7 on one rank."""
 
@@ -86,69 +85,53 @@ def model_config(golden: Golden) -> ModelConfig:
     )
 
 
-def case_settings(case: GoldenCase) -> tuple[StageConfig, DistillationConfig]:
+def case_settings(case: GoldenCase) -> tuple[StageConfig, DistillationConfig, dict[str, Any]]:
     """Our configuration of an official case."""
-    c, objective = case.config, case.objective
-    weights = {
-        "scm": LossWeights(scm=c["loss_scale"]),
-        "dcm": LossWeights(dcm=c["loss_scale"]),
-        "dmd": LossWeights(dmd=c["loss_scale_dmd"]),
-        "critic": LossWeights(dmd=c["loss_scale_dmd"]),
-    }[objective]
+    c = case.config
     stage = StageConfig(
         name=case.name,
         steps=case.iteration + 1,
-        losses=weights,
+        losses=case.loss_weights,
         tangent_warmup=c["tangent_warmup"],
         student_update_freq=c["student_update_freq"],
     )
-    settings = DistillationConfig(
+    distillation = DistillationConfig(
         teacher_guidance=c["teacher_guidance"],
         p_g=TimeDistribution(kind="lognormal", mean=0.7, std=1.6),
         p_d=TimeDistribution(kind="uniform_shift", shift=5.0),
         max_rollout_steps=c["max_simulation_steps_fake"],
         fixed_rollout_times=case.mid_times,
-        jvp_kind=JVP_KINDS[case.dF_kind],
-        fd_size=c["fd_size"],
-        dcm=DcmConfig(
-            total_steps=c["dcm_total_steps"], skip=c["dcm_skipping_interval_steps"], shift=c["dcm_timestep_shift"]
-        ),
     )
-    return stage, settings
+    return stage, distillation, case.settings
 
 
-def step_of(case: GoldenCase, stage: StageConfig, settings: DistillationConfig) -> Step:
+def step_of(case: GoldenCase, stage: StageConfig, distillation: DistillationConfig) -> Step:
     """The iteration's plan. The official cases force the objective, so only the counts are the iteration's own."""
-    plan = plan_step(stage, case.iteration, max_rollout_steps=settings.max_rollout_steps)
-    return replace(plan, trained=case.trained, rollout_steps=case.rollout_steps, dmd_active=True)
+    plan = plan_step(stage, case.iteration, max_rollout_steps=distillation.max_rollout_steps)
+    return replace(plan, trained=case.trained, objectives=(case.objective,), rollout_steps=case.rollout_steps)
 
 
-def micro_batches(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_size: int) -> list[MicroBatch]:
+def samples_of(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_size: int) -> Samples:
     """This data-parallel rank's share of the file's batch."""
     groups, layout = networks.layout.groups, networks.layout
-    samples = len(golden.x0)
-    if samples % (groups.dp_size * micro_batch_size):
+    count = len(golden.x0)
+    if count % (groups.dp_size * micro_batch_size):
         raise SystemExit(
-            f"a batch of {samples} does not divide by dp*micro_batch_size = {groups.dp_size}*{micro_batch_size}"
+            f"a batch of {count} does not divide by dp*micro_batch_size = {groups.dp_size}*{micro_batch_size}"
         )
-    share = samples // groups.dp_size
-    batches = []
-    for start in range(groups.dp_rank * share, (groups.dp_rank + 1) * share, micro_batch_size):
-        part = slice(start, start + micro_batch_size)
-        batches.append(
-            MicroBatch(
-                layout.shard(golden.x0[part]),
-                golden.cond[part].transpose(0, 1).contiguous(),
-                golden.uncond[part].transpose(0, 1).contiguous(),
-                ReplayDraws(case, part),
-            )
-        )
-    return batches
+    share = count // groups.dp_size
+    part = slice(groups.dp_rank * share, (groups.dp_rank + 1) * share)
+    return Samples(
+        layout.shard(golden.x0[part]),
+        golden.cond[part].transpose(0, 1).contiguous(),
+        golden.uncond[part].transpose(0, 1).contiguous(),
+        ReplayDraws(case, part),
+        micro_batch_size=micro_batch_size,
+    )
 
 
-def whole_batch(values: list[Tensor], groups: ParallelGroups) -> Tensor:
-    """Per-sample values of all micro-batches and data-parallel ranks, sample order restored."""
-    local = torch.cat(values)
+def whole_batch(local: Tensor, groups: ParallelGroups) -> Tensor:
+    """Values [b, ...] of all data-parallel ranks."""
     if groups.dp_size == 1:
         return local
     gathered = [torch.empty_like(local) for _ in range(groups.dp_size)]
@@ -156,37 +139,34 @@ def whole_batch(values: list[Tensor], groups: ParallelGroups) -> Tensor:
     return torch.cat(gathered)
 
 
-def whole_output(name: str, values: list[Tensor], networks: Networks) -> Tensor:
-    if "time" in name:
-        return whole_batch([t[0] for t in values], networks.layout.groups)
-    return whole_batch([networks.layout.gather(x) for x in values], networks.layout.groups)
+def whole_output(name: str, value: Tensor, networks: Networks) -> Tensor:
+    local = value[0] if "time" in name else networks.layout.gather(value)
+    return whole_batch(local, networks.layout.groups)
 
 
-def df_dt(result: ObjectiveResult) -> list[Tensor]:
+def df_dt(outputs: Mapping[str, Tensor]) -> Tensor:
     """The official code's diagnostic −cos (F − F_teacher) − sin xt − dF."""
-    o = result.outputs
-    return [
-        -torch.cos(t) * (F - F_teacher) - torch.sin(t) * xt - dF
-        for t, F, F_teacher, xt, dF in zip(o["time"], o["F_theta"], o["F_teacher"], o["xt"], o["dF"], strict=True)
-    ]
+    t, F, F_teacher, xt, dF = (outputs[name] for name in ("time", "F_theta", "F_teacher", "xt", "dF"))
+    return -torch.cos(t) * (F - F_teacher) - torch.sin(t) * xt - dF
 
 
 def replay(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_size: int) -> Iterator[Error]:
     """Run one case through the training step itself and compare all that the file holds of it."""
-    stage, settings = case_settings(case)
+    stage, distillation, objectives = case_settings(case)
     groups = networks.layout.groups
     bounds = case.bounds.scaled(1.0 if dist.get_world_size() == 1 else 2.0)
-    batches = micro_batches(golden, case, networks, micro_batch_size=micro_batch_size)
-    chunks = networks["student"] if case.trained == "student" else networks["fake_score"]
+    samples = samples_of(golden, case, networks, micro_batch_size=micro_batch_size)
+    chunks = networks[case.trained]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    step = step_of(case, stage, settings)
-    result = accumulate_step(step, networks, batches, stage=stage, settings=settings)[case.objective]
+    step = step_of(case, stage, distillation)
+    settings = {"stage": stage, "distillation": distillation, "objectives": objectives}
+    result = accumulate_step(step, networks, samples, **settings)[case.objective]
     reduce_gradients(chunks)
-    weight = getattr(stage.losses, {"critic": "none"}.get(case.objective, case.objective), 1.0)
+    weight = case.loss_weights.get(case.objective, 1.0)
     yield Error("loss", relative_error(weight * whole_batch(result.loss_B, groups), case.loss), bounds.loss)
-    if case.objective == "scm" and groups.is_last_stage:
-        result.outputs["df_dt"] = df_dt(result)
+    if "dF" in result.outputs:  # on the last stage
+        result.outputs["df_dt"] = df_dt(result.outputs)
     for name, expected in case.outputs.items():
         if name not in result.outputs:  # the loss's own, on the last stage
             continue
@@ -216,7 +196,7 @@ def network_errors(golden: Golden, networks: Networks) -> Iterator[Error]:
     net, layout = golden.net, networks.layout
     x = Dual.pack(layout.shard(net["x"]), layout.shard(net["t_x"]))
     timestep = Dual.pack(net["timestep"].T.contiguous(), net["t_timestep"].T.contiguous())
-    (v,) = evaluate(networks["student"], [NetworkInput(x, timestep, golden.cond.transpose(0, 1).contiguous())])
+    v = evaluate(networks["student"], NetworkInput(x, timestep, golden.cond.transpose(0, 1).contiguous()))
     yield Error("net/v", relative_error(layout.gather(v.primal), net["v"]), NETWORK_BOUND)
     yield Error("net/t_v", relative_error(layout.gather(v.tangent), net["t_v"]), NETWORK_BOUND)
 

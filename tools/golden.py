@@ -8,12 +8,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rcm_megatron.diffusion.timesteps import critic_updates_before, rollout_steps, student_updates_before
+from rcm_megatron.diffusion.timesteps import companion_updates_before, rollout_steps, student_updates_before
+from rcm_megatron.objectives.dcm import DcmSettings
+from rcm_megatron.objectives.scm import ScmSettings
 
 NETWORKS = ("student", "teacher", "fake_score")
 
@@ -58,6 +61,10 @@ BOUNDS: Mapping[str, Bounds] = {
 }
 
 
+OBJECTIVES = {"scm": "scm", "dcm": "dcm", "dmd": "dmd", "critic": "fake_score"}
+"""How the name of a case begins -> the objective of this program that it is a case of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GoldenCase:
     """One replayable loss: its settings, the official loss per sample `[b]` fp64, draws, outputs and gradients."""
@@ -75,11 +82,30 @@ class GoldenCase:
 
     @property
     def objective(self) -> str:
-        """scm | dcm | dmd | critic. By name: every case carries the same `cm_type`."""
-        for objective in ("scm", "dcm", "dmd", "critic"):
-            if self.name == objective or self.name.startswith(objective + "_"):
+        """The objective of this program. By the case's name: every case carries the same `cm_type`."""
+        for begin, objective in OBJECTIVES.items():
+            if self.name == begin or self.name.startswith(begin + "_"):
                 return objective
-        raise ValueError(f"got golden case {self.name!r}, need a name that begins with scm, dcm, dmd or critic")
+        raise ValueError(f"got golden case {self.name!r}, need a name that begins with {', '.join(OBJECTIVES)}")
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Of the stage that the case is a step of."""
+        if self.objective in ("dmd", "fake_score"):
+            return {"dmd": self.config["loss_scale_dmd"]}
+        return {self.objective: self.config["loss_scale"]}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the objectives, by name."""
+        c = self.config
+        kind = {"jvp": "exact", "semicontinuous": "semicontinuous", "discrete": "finite_difference"}[self.dF_kind]
+        return {
+            "scm": ScmSettings(jvp_kind=kind, fd_size=c["fd_size"]),
+            "dcm": DcmSettings(
+                total_steps=c["dcm_total_steps"], skip=c["dcm_skipping_interval_steps"], shift=c["dcm_timestep_shift"]
+            ),
+        }
 
     @property
     def bounds(self) -> Bounds:
@@ -94,8 +120,8 @@ class GoldenCase:
 
     @property
     def rollout_steps(self) -> int:
-        """n of dmd and critic cases."""
-        count = critic_updates_before if self.objective == "critic" else student_updates_before
+        """n of the cases with a rollout."""
+        count = student_updates_before if self.trained == "student" else companion_updates_before
         k = count(
             self.iteration,
             warmup=self.config["tangent_warmup"],

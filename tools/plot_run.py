@@ -3,8 +3,8 @@
     python tools/plot_run.py runs/quickstart                             # writes runs/quickstart/run.png
     python tools/plot_run.py runs/a runs/b runs/c --output compared.png  # a colour a run
 
-Student and critic iterations are drawn apart. Grey lines are stage boundaries, red ones restarts (of a single run). What a run did not
-record is left out, and so are torn lines; of an iteration that stands twice in a file the last record counts.
+Iterations that train different networks are drawn apart. Grey lines are stage boundaries, red ones restarts (of a single run). What a run
+did not record is left out, and so are torn lines; of an iteration that stands twice in a file the last record counts.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,15 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.scaling_report import COLOURS as PHASE_COLOURS
+from rcm_megatron.objectives import OBJECTIVES
+from tools.scaling_report import phase_colours
 
 Record = dict[str, Any]
-KINDS = {"student": "student", "fake_score": "critic"}
-"""What a step trains -> the name of such a step."""
 RUN_COLOURS = ("#2e75b6", "#c55a11", "#548235", "#7030a0", "#bf9000", "#7f7f7f")
-KIND_COLOURS = {"student": "#2e75b6", "critic": "#c55a11"}
-PHASE_NAMES = {"student": "student pass", "critic": "critic pass", "fake_score": "fake score"}
-KIND_LINES = {"student": "-", "critic": "--"}
+KIND_LINES = ("-", "--", ":", "-.")
+"""Of the networks that steps train, as they come; their colours are those of runs."""
 COUNTERS = {"nan_samples": "masked samples", "refused_updates": "refused updates", "skipped_samples": "skipped samples"}
 TOTAL_LINES = ("-", "--", ":")
-OBJECTIVES = ("flow", "dcm", "scm", "dmd", "critic")
 BINS = 60
 """Most points of a smoothed curve in one stage."""
 
@@ -53,7 +50,8 @@ class Run:
     records: list[Record]
 
     def of(self, kind: str) -> list[Record]:
-        return [record for record in self.records if KINDS.get(record.get("trained"), "student") == kind]
+        """The records of steps that train the network ``kind``; "student" where a record does not say."""
+        return [record for record in self.records if record.get("trained", "student") == kind]
 
     def stretches(self, kind: str) -> list[list[Record]]:
         """The records of one kind of step, stage by stage: a curve that runs on from one to the next would show what never was."""
@@ -63,6 +61,18 @@ class Run:
         """(iteration, value) where ``key`` has another value than before."""
         for value, group in groupby((r for r in self.records if key in r), key=lambda record: record[key]):
             yield next(group)["iteration"], value
+
+
+def kinds_of(runs: Sequence[Run]) -> list[str]:
+    """The networks that steps train, in the order in which they come."""
+    return list(dict.fromkeys(record.get("trained", "student") for run in runs for record in run.records))
+
+
+def phases_of(runs: Sequence[Run]) -> dict[str, str]:
+    """The phases of steps that some run recorded -> colour."""
+    keys = (key for run in runs for record in run.records for key in record if key.startswith("seconds/"))
+    names = (key.removeprefix("seconds/") for key in keys)
+    return phase_colours(name for name in names if name not in ("step", "communication") and "/" not in name)
 
 
 def read_run(folder: Path) -> Run:
@@ -102,8 +112,9 @@ def draw_curves(axis, runs: Sequence[Run], key: str, *, log: bool = False) -> No
     """``key`` of the steps of each kind, smoothed, over the faint values themselves."""
     drawn: list[float] = []
     for number, run in enumerate(runs):
-        for kind, line in KIND_LINES.items():
-            colour = RUN_COLOURS[number % len(RUN_COLOURS)] if len(runs) > 1 else KIND_COLOURS[kind]
+        for place, kind in enumerate(kinds_of(runs)):
+            line = KIND_LINES[place % len(KIND_LINES)]
+            colour = RUN_COLOURS[(number if len(runs) > 1 else place) % len(RUN_COLOURS)]
             for records in run.stretches(kind):
                 xs, ys = points(records, key)
                 drawn += ys
@@ -137,12 +148,13 @@ def draw_totals(axis, runs: Sequence[Run], keys: Mapping[str, str]) -> None:
 
 def draw_phases(axis, run: Run, kind: str, used: dict[str, Any]) -> None:
     """Seconds of a step by phase, stacked, over the iterations."""
+    colours = phases_of([run])
     for records in run.stretches(kind):
         size = max(1, math.ceil(len(records) / BINS))
         parts = [records[start : start + size] for start in range(0, len(records), size)]
         places = [sum(r["iteration"] for r in part) / len(part) for part in parts]
-        seconds = {phase: [mean_seconds(part, phase) for part in parts] for phase in PHASE_COLOURS}
-        areas = axis.stackplot(places, list(seconds.values()), colors=list(PHASE_COLOURS.values()), linewidth=0)
+        seconds = {phase: [mean_seconds(part, phase) for part in parts] for phase in colours}
+        areas = axis.stackplot(places, list(seconds.values()), colors=list(colours.values()), linewidth=0)
         used |= {phase: area for (phase, values), area in zip(seconds.items(), areas, strict=True) if any(values)}
 
 
@@ -150,7 +162,7 @@ def draw_mean_phases(axis, runs: Sequence[Run], kind: str, used: dict[str, Any])
     """The means of several runs."""
     stacks = {run.name: run.of(kind) for run in runs if run.of(kind)}
     bottom = [0.0] * len(stacks)
-    for phase, colour in PHASE_COLOURS.items():
+    for phase, colour in phases_of(runs).items():
         heights = [mean_seconds(records, phase) for records in stacks.values()]
         bars = axis.bar(range(len(stacks)), heights, 0.7, bottom=bottom, color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
@@ -197,10 +209,13 @@ def panels(runs: Sequence[Run], used: dict[str, Any]) -> Iterator[Panel]:
         if key in keys:
             yield Panel(title, unit, lambda axis: draw_curves(axis, runs, key, log=log))
 
-    for name in OBJECTIVES:
+    objectives = objectives_in(keys)
+    for name in objectives:
         yield from curves(f"{name} loss", "sum over a sample", f"{name}/loss", log=True)
     yield from curves("gradient norm", "", "gradient_norm", log=True)
-    yield from curves("tangent norm (sCM)", "", "scm/tangent_norm", log=True)
+    for name in objectives:
+        for key, title in quantities_in(keys, name).items():
+            yield from curves(title, "", key, log=True)
     yield from curves("learning rate", "", "learning_rate")
     yield from curves("throughput", "samples/s", "samples_per_second")
     if "mfu" in keys:
@@ -211,12 +226,27 @@ def panels(runs: Sequence[Run], used: dict[str, Any]) -> Iterator[Panel]:
         yield Panel("peak memory, rank 0", "GiB", lambda axis: draw_totals(axis, runs, {"peak_memory_gib": ""}))
     if keys & COUNTERS.keys():
         yield Panel("counted since the start", "", lambda axis: draw_totals(axis, runs, COUNTERS))
-    for kind in KIND_LINES:
+    for kind in kinds_of(runs):
         if any(key.startswith("seconds/") for run in runs for record in run.of(kind) for key in record):
             several = partial(draw_mean_phases, runs=runs, kind=kind, used=used)
             one = partial(draw_phases, run=runs[0], kind=kind, used=used)
             title = f"{kind} step by phase"
             yield Panel(title, "seconds", several, False) if len(runs) > 1 else Panel(title, "seconds", one)
+
+
+def objectives_in(keys: Collection[str]) -> list[str]:
+    """The objectives that some record has a loss of, this program's first and in its order."""
+    found = {key.removesuffix("/loss") for key in keys if key.endswith("/loss")}
+    return [*(name for name in OBJECTIVES if name in found), *sorted(found - set(OBJECTIVES))]
+
+
+def quantities_in(keys: Collection[str], objective: str) -> dict[str, str]:
+    """What else an objective reported of a sample: key -> title."""
+    titles = OBJECTIVES[objective].quantities if objective in OBJECTIVES else {}
+    names = sorted(key.removeprefix(f"{objective}/") for key in keys if key.startswith(f"{objective}/"))
+    others = [name for name in names if name not in (*titles, "loss", "nan_samples")]
+    titles = dict(titles) | {name: f"{name.replace('_', ' ')} ({objective})" for name in others}
+    return {f"{objective}/{name}": title for name, title in titles.items()}
 
 
 def plot(runs: Sequence[Run], target: Path) -> None:
@@ -261,21 +291,22 @@ def describe(run: Run) -> str:
 
 def add_legends(figure, runs: Sequence[Run], used: dict[str, Any]) -> None:
     """Kinds of steps or runs, marks and phases, below all panels."""
-    line = Line2D
+    line, kinds = Line2D, kinds_of(runs)
     if len(runs) == 1:
         handles = {
-            f"{kind} step": line([], [], color=KIND_COLOURS[kind], linestyle=KIND_LINES[kind])
-            for kind in KIND_LINES
-            if runs[0].of(kind)
+            f"{kind} step": line([], [], color=colour, linestyle=style)
+            for kind, colour, style in zip(kinds, RUN_COLOURS, cycle(KIND_LINES), strict=False)
         }
         handles["stage"] = line([], [], color="#7f7f7f", linewidth=0.8, linestyle="--")
         handles["restart"] = line([], [], color="#c00000", linewidth=0.8, linestyle=":")
     else:
         handles = {run.name: line([], [], color=RUN_COLOURS[i % len(RUN_COLOURS)]) for i, run in enumerate(runs)}
         handles |= {
-            f"{kind} step": line([], [], color="#404040", linestyle=style) for kind, style in KIND_LINES.items()
+            f"{kind} step": line([], [], color="#404040", linestyle=style)
+            for kind, style in zip(kinds, cycle(KIND_LINES), strict=False)
         }
-    handles |= {PHASE_NAMES.get(phase, phase): used[phase] for phase in PHASE_COLOURS if phase in used}
+    names = {phase: f"{phase} pass" if phase in kinds else phase for phase in phases_of(runs)}
+    handles |= {name: used[phase] for phase, name in names.items() if phase in used}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=9, frameon=False, fontsize=9)
 
 

@@ -6,11 +6,10 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcm_megatron.config import (
     ConfigError,
-    LossWeights,
     ParallelConfig,
     RunConfig,
     StageConfig,
@@ -18,6 +17,10 @@ from rcm_megatron.config import (
     build,
     validate,
 )
+from rcm_megatron.objectives import OBJECTIVES
+
+if TYPE_CHECKING:
+    from rcm_megatron.objectives.plan import Step
 
 DEGREES = ("dp", "tp", "ring", "ulysses", "pp", "vpp")
 
@@ -27,15 +30,10 @@ SERIES = {
     "weak_batch": "the global batch grows with the ranks, tokens stay",
 }
 
-STEPS = {
-    "student": LossWeights(scm=100.0, dmd=1.0),
-    "scm": LossWeights(scm=100.0),
-    "dmd": LossWeights(dmd=1.0),
-    "dcm": LossWeights(dcm=1.0),
-    "flow": LossWeights(flow=1.0),
-    "critic": LossWeights(dmd=1.0),
-}
-"""Name of a timed step -> the losses of the stage that it is a step of. ``student`` is the student step of rCM."""
+RECIPES = {"student": {"scm": 100.0, "dmd": 1.0}}
+"""Name of a timed step of several objectives -> their weights. ``student`` is the student step of rCM."""
+STEPS = (*RECIPES, *OBJECTIVES)
+"""The timed steps: recipes, and every objective alone."""
 
 
 def _preset(model: dict[str, Any], latent: dict[str, int], batch: int) -> dict[str, Any]:
@@ -152,8 +150,20 @@ def make_points(
 
 
 def _stage(step: str) -> StageConfig:
-    losses = STEPS[step]
-    return StageConfig(name=step, steps=1, losses=losses, student_update_freq=2 if losses.dmd else 1)
+    """A stage of which the timed step is one: an objective that comes along with another has its iterations in the other's stage."""
+    owner = next((name for name in OBJECTIVES if step in OBJECTIVES[name].companions), step)
+    weights = RECIPES.get(step, {owner: 1.0})
+    frequency = 2 if any(OBJECTIVES[name].companions for name in weights) else 1
+    return StageConfig(name=step, steps=1, losses=weights, student_update_freq=frequency)
+
+
+def plan_of(stage: StageConfig, *, rollout_steps: int) -> Step:
+    """The timed step of a stage of :func:`make_points`: its first iteration, or the first one of what the stage is named after."""
+    from rcm_megatron.objectives.plan import plan_step
+
+    steps = [plan_step(stage, iteration, max_rollout_steps=1) for iteration in range(2)]
+    timed = next((step for step in steps if step.objectives == (stage.name,)), steps[0])
+    return replace(timed, rollout_steps=rollout_steps)
 
 
 def _grown(run: RunConfig, series: str, ranks: int, first: int) -> RunConfig:

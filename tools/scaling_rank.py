@@ -22,11 +22,10 @@ prepare_megatron()
 
 from rcm_megatron.config import RunConfig  # noqa: E402
 from rcm_megatron.parallel.groups import initialize_parallel  # noqa: E402
-from rcm_megatron.training.batches import random_batches  # noqa: E402
+from rcm_megatron.training.batches import random_samples  # noqa: E402
 from rcm_megatron.training.state import TrainState, build_networks  # noqa: E402
-from rcm_megatron.training.step import Step  # noqa: E402
 from tools.measuring import PeakBytes  # noqa: E402
-from tools.scaling_points import STEPS, Point, point_from_dict  # noqa: E402
+from tools.scaling_points import Point, plan_of, point_from_dict  # noqa: E402
 
 
 class Rank:
@@ -46,7 +45,7 @@ class Rank:
 
     def _build(self) -> None:
         self.state = TrainState(self.run, build_networks(self.run, self.groups))
-        self.batches = random_batches(self.run, self.state.networks.layout, self.groups)
+        self.samples = random_samples(self.run, self.state.networks.layout, self.groups)
 
     def _warm_up(self) -> None:
         for stage in self.run.stages:
@@ -54,10 +53,9 @@ class Rank:
 
     def _step(self, name: str) -> None:
         """What the trainer does in an iteration, without loader, log and checkpoint."""
-        trained = "fake_score" if name == "critic" else "student"
         stage = next(stage for stage in self.run.stages if stage.name == name)
-        step = Step(trained, 0, self.point.rollout_steps, warmup_ratio=1.0, dmd_active=bool(STEPS[name].dmd))
-        if not self.state.update(step, self.batches, stage=stage).updated:
+        step = plan_of(stage, rollout_steps=self.point.rollout_steps)
+        if not self.state.update(step, self.samples, stage=stage).updated:
             raise RuntimeError(
                 f"{name} step: got a non-finite gradient, which the optimizer refuses; its time means nothing"
             )
@@ -85,7 +83,7 @@ class Rank:
             "tokens": self.state.networks.layout.num_tokens,
             "token_shards": self.groups.token_shards,
             "global_batch_size": trainer.global_batch_size,
-            "micro_batches": len(self.batches),
+            "micro_batches": self.micro_batches,
             "memory": _of_all_ranks(self.memory | {"resident_bytes": _resident_bytes()}),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,6 @@ MIB = 2**20
 
 COLOURS = {
     "data": "#d9d9d9",
-    "teacher": "#1f4e79",
-    "rollout": "#2e75b6",
-    "fake_score": "#7fb2e5",
-    "dual": "#548235",
-    "student": "#a9d18e",
-    "critic": "#c5b000",
     "backward": "#7f6084",
     "stages": "#c00000",
     "reduce": "#ed7d31",
@@ -26,7 +20,20 @@ COLOURS = {
     "optimizer": "#7f7f7f",
     "other": "#bfbfbf",
 }
-"""Phases in the order in which they are stacked; communication between ranks in red to yellow."""
+"""Phases that every step has, in the order in which they are stacked, forward passes after the first; communication between ranks in
+red to yellow."""
+
+PASS_COLOURS = ("#1f4e79", "#548235", "#a9d18e", "#2e75b6", "#7fb2e5", "#c5b000", "#806000")
+"""Of the objectives' forward passes, as they come."""
+
+
+def phase_colours(phases: Iterable[str]) -> dict[str, str]:
+    """Those of ``phases`` that are drawn, in the order in which they are stacked: sample videos are no part of a step."""
+    named = list(dict.fromkeys(phases))
+    passes = [phase for phase in named if phase not in (*COLOURS, "preview")]
+    colours = {phase: PASS_COLOURS[i % len(PASS_COLOURS)] for i, phase in enumerate(passes)}
+    order = ["data", *passes, *(phase for phase in COLOURS if phase != "data")]
+    return {phase: (COLOURS | colours)[phase] for phase in order if phase in named}
 
 
 _SHARED = ("series", "layout", "ranks", "tokens", "token_shards", "global_batch_size", "micro_batches")
@@ -115,7 +122,9 @@ def _times_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _phases_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Seconds of the phases that take 1% of some layout's step."""
-    phases = [phase for phase in COLOURS if any(row["phases"].get(phase, 0) >= 0.01 * row["seconds"] for row in rows)]
+    phases = [
+        phase for phase in _colours(rows) if any(row["phases"].get(phase, 0) >= 0.01 * row["seconds"] for row in rows)
+    ]
     body = [[f"`{row['layout']}`", *(_number(row["phases"].get(phase, 0.0)) for phase in phases)] for row in rows]
     yield from _table(["layout", *phases], body)
 
@@ -171,7 +180,7 @@ Written by `tools/benchmark_scaling.py`; the one command that measures and write
 {machine}.
 
 Medians of {repeats} repeats that take turns over all layouts, after two steps of warm-up. Networks, objectives, schedule and optimizer
-are those of training; weights and data are random. A student step is sCM and DMD together, a critic step trains the fake score.
+are those of training; weights and data are random. A student step is sCM and DMD together, a fake_score step trains the fake score.
 
 ![seconds by phase and memory by rank]({image})
 """
@@ -263,13 +272,14 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         len(grouped), columns, figsize=(4.6 * columns, 3.6 * len(grouped)), squeeze=False, layout="constrained"
     )
     used: dict[str, Any] = {}
+    colours = _colours(rows)
     for line, (series, steps) in zip(axes, grouped.items(), strict=True):
         for axis, (step, of_step) in zip(line, steps.items(), strict=False):
-            _plot_phases(axis, of_step, f"{series.replace('_', ' ')}: {step} step", used)
+            _plot_phases(axis, of_step, f"{series.replace('_', ' ')}: {step} step", used, colours)
         _plot_memory(line[len(steps)], next(iter(steps.values())))
         for axis in line[len(steps) + 1 :]:
             axis.set_visible(False)
-    shown = [phase for phase in COLOURS if phase in used]
+    shown = [phase for phase in colours if phase in used]
     figure.legend(
         [used[phase] for phase in shown], shown, loc="outside lower center", ncols=len(shown), frameon=False, fontsize=8
     )
@@ -277,9 +287,15 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _plot_phases(axis: Any, rows: Sequence[dict[str, Any]], title: str, used: dict[str, Any]) -> None:
+def _colours(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    return phase_colours(phase for row in rows for phase in row["phases"])
+
+
+def _plot_phases(
+    axis: Any, rows: Sequence[dict[str, Any]], title: str, used: dict[str, Any], colours: dict[str, str]
+) -> None:
     bottom = [0.0] * len(rows)
-    for phase, colour in COLOURS.items():
+    for phase, colour in colours.items():
         heights = [row["phases"].get(phase, 0.0) for row in rows]
         if max(heights) < 0.003 * max(row["seconds"] for row in rows):
             continue

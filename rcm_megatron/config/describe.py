@@ -131,7 +131,8 @@ def _inner_classes(hint: Any) -> Iterator[tuple[type, str]]:
     for note in notes:
         if isinstance(note, Variants | ByName):
             named = isinstance(note, ByName)
-            yield from ((cls, name if named else "") for name, cls in note.classes().items())
+            classes = note.classes().items()
+            yield from ((cls, name if named else "") for name, cls in classes if dataclasses.is_dataclass(cls))
             return
     if dataclasses.is_dataclass(hint):
         yield hint, ""

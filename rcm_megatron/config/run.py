@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from rcm_megatron.config import roles
 from rcm_megatron.config.declare import (
+    AttributeOf,
     Bounds,
+    ByName,
     FilePath,
-    Fraction,
     NotNegative,
     NotNegativeFloat,
     Positive,
     PositiveFloat,
-    until_refused,
 )
 from rcm_megatron.config.model import FP8_ALIGNMENT, LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from rcm_megatron.config.networks import NetworkConfig
+from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.objectives.checks import stage_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +49,6 @@ class TimeDistribution:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DcmConfig:
-    """Discrete consistency: `skip` teacher Euler steps on a grid of `total_steps` times."""
-
-    total_steps: Positive = 48
-    skip: Positive = 1
-    shift: PositiveFloat = 5.0
-
-    def check(self, path: str) -> Iterator[str]:
-        """A skip is a part of the grid."""
-        if self.skip > self.total_steps:
-            yield f"{path}.skip={self.skip} must be at most {path}.total_steps={self.total_steps}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """Flow matching, to train or finetune a teacher."""
-
-    times: TimeDistribution = TimeDistribution(kind="uniform_shift", shift=1.0)
-    caption_dropout: Fraction = 0.1
-    """Fraction of samples trained on the empty caption, which classifier-free guidance needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     """What the objectives of all stages share (symbols as in rCM, arXiv 2510.08431)."""
 
@@ -78,24 +57,16 @@ class DistillationConfig:
     p_g: TimeDistribution
     """Times of sCM and dCM."""
     p_d: TimeDistribution
-    """Times of DMD and the critic, and of the rollout's intermediate steps."""
+    """Times of DMD and the fake score, and of the rollout's intermediate steps."""
     max_rollout_steps: Positive = 4
     """Backward simulation takes 1 to this many student steps, in turn."""
     fixed_rollout_times: tuple[float, ...] | None = None
     """TrigFlow times between rollout steps, e.g. [1.5, 1.4, 1.0]; null draws them from p_d."""
-    jvp_kind: Literal["exact", "semicontinuous", "finite_difference"] = "exact"
-    """exact: forward-mode JVP in latents and time. semicontinuous: JVP in latents, difference in time."""
-    fd_size: PositiveFloat = 1e-4
-    """Step in TrigFlow time of the two difference variants; not used by `exact`."""
-    scale_jvp_by_warmup: bool = False
-    """Scale dF by the tangent warm-up too, as the paper's Algorithm 1 does and the released code does not."""
     expert_boundary: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """RF time at which the network `teacher` takes over from `teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
     conditional_frames: tuple[NotNegative, ...] | None = None
     """Video2World (model.cosmos.conditional_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
-    dcm: DcmConfig = DcmConfig()
-    flow: FlowConfig = FlowConfig()
 
     def check(self, path: str) -> Iterator[str]:
         """Times of a rollout's steps."""
@@ -111,15 +82,8 @@ def check_step_times(path: str, times: tuple[float, ...], steps: int) -> Iterato
         yield f"{path}={list(times)} must fall from below pi/2 to above 0, e.g. [1.5, 1.4, 1.0]"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossWeights:
-    """Weights of the objectives whose sum trains the student; 0 leaves one out. DMD brings the critic with it."""
-
-    scm: NotNegativeFloat = 0.0
-    dmd: NotNegativeFloat = 0.0
-    dcm: NotNegativeFloat = 0.0
-    flow: NotNegativeFloat = 0.0
-    """Flow matching stands alone: it trains the student network as a teacher."""
+def _weights() -> Mapping[str, Any]:
+    return dict.fromkeys(OBJECTIVES, PositiveFloat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,37 +93,19 @@ class StageConfig:
 
     name: str
     steps: Positive
-    """Iterations, student and critic steps together."""
-    losses: LossWeights
+    """Iterations, those of companions among them."""
+    losses: Annotated[Mapping[str, float], ByName(_weights)]
+    """Objective -> loss weight. Their sum trains one network; what they bring along (`dmd` the `fake_score`) has the weight 1."""
     tangent_warmup: NotNegative = 0
-    """Iterations over which r rises from 0 to 1 (sCM). All are student steps, without DMD."""
+    """Iterations over which r rises from 0 to 1 (scm). None of them is a companion's, and dmd waits for their end."""
     student_update_freq: Positive = 1
-    """After the warm-up one iteration in this many trains the student, the others the critic. 1: no critic."""
-    student_lr: NotNegativeFloat | None = None
-    """null: networks.student.optimizer.lr."""
-    fake_score_lr: NotNegativeFloat | None = None
-    """null: networks.fake_score.optimizer.lr."""
-
-    def lr_of(self, role: str) -> float | None:
-        """Peak learning rate of a network in this stage; None: its optimizer's."""
-        return {"student": self.student_lr, "fake_score": self.fake_score_lr}[role]
+    """After the warm-up one iteration in this many is of the losses, the others of their companions, in turn. 1: there are none."""
+    lr: Mapping[str, NotNegativeFloat] = field(default_factory=dict)
+    """Role of a network -> its learning rate in this stage; absent: its optimizer's."""
 
     def check(self, path: str) -> Iterator[str]:
-        """Objectives against each other and the alternation of student and critic."""
-        losses, where = self.losses, f"{path} ({self.name})"
-        if not (losses.scm or losses.dmd or losses.dcm or losses.flow):
-            yield f"{where}.losses are all 0; give scm, dmd, dcm or flow a weight"
-        if losses.flow and (losses.scm or losses.dmd or losses.dcm):
-            yield f"{where}.losses: flow={losses.flow} trains a teacher and needs a stage of its own; split this one"
-        yield from until_refused(self._alternation(where))
-        if self.tangent_warmup and not losses.scm:
-            yield f"{where}.tangent_warmup={self.tangent_warmup} needs an scm weight; set tangent_warmup to 0"
-
-    def _alternation(self, where: str) -> Iterator[str]:
-        if self.losses.dmd and self.student_update_freq == 1:
-            yield f"{where}.student_update_freq=1 never trains the critic that DMD needs; set 2 or more (5 for Wan 1.3B)"
-        if not self.losses.dmd and self.student_update_freq != 1:
-            yield f"{where}.student_update_freq={self.student_update_freq} trains a critic for no DMD; set 1, or losses.dmd"
+        """Objectives against each other and the alternation of networks."""
+        yield from stage_problems(self, f"{path} ({self.name})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +251,10 @@ class LoggingConfig:
     """Dense peak of one device, TFLOP/s, of which MFU is a share. null: that of the GPU if it is known and the run is bf16; else no MFU."""
 
 
+def _settings() -> Mapping[str, type]:
+    return AttributeOf(OBJECTIVES, "Settings")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, complete. `load_config` reads it from YAML, `validate` checks it against a world size."""
@@ -321,6 +271,8 @@ class RunConfig:
     networks (Wan2.2 A14B) the one of RF times below `distillation.expert_boundary`; `teacher` has the others. The student is one network,
     of all times."""
     distillation: DistillationConfig
+    objectives: Annotated[Mapping[str, Any], ByName(_settings)] = field(default_factory=dict)
+    """Objective -> its settings; absent: its defaults."""
     stages: tuple[StageConfig, ...]
     encoders: EncodersConfig
     data: DataConfig
@@ -339,6 +291,11 @@ class RunConfig:
         """The networks that the stages need, in the order in which they are built: those that stay as they are come first, because
         what is whole for a moment before it is sharded then finds the device empty."""
         return roles.needed_roles(self.stages, self.networks)
+
+    @property
+    def objectives_used(self) -> tuple[str, ...]:
+        """The objectives of all stages with their companions, in the order of the registry."""
+        return roles.objectives_of(self.stages)
 
     @property
     def trained_roles(self) -> tuple[str, ...]:

@@ -135,11 +135,12 @@ def dcm_loss(x0_student: Tensor, x0_target: Tensor) -> Tensor:
 
 
 def dmd_gradient(
-    x0_fake: Tensor, x0_teacher: Tensor, G: Tensor, *, num_elements: int, sum_per_sample: SumPerSample
+    x0_fake: Tensor, x0_teacher: Tensor, G: Tensor, *, num_elements: int | Tensor, sum_per_sample: SumPerSample
 ) -> tuple[Tensor, Tensor]:
     """(grad, nan_mask): (x0_fake - x0_teacher) / max(mean |G - x0_teacher|, 1e-5). DMD2 (arXiv 2405.14867).
 
-    `num_elements` is the true element count of a sample over all ranks, without padding. Samples with a non-finite
+    `num_elements` is the true element count of a sample over all ranks, without padding and without what the networks
+    are given (there G is x0_teacher, and would dilute the mean): a number, or `[1, b, 1]`. Samples with a non-finite
     gradient or G are marked in nan_mask, and their grad is 0. Nothing here carries gradient.
     """
     with torch.no_grad():
@@ -156,7 +157,7 @@ def dmd_loss(G: Tensor, grad: Tensor, *, nan_mask: Tensor | None = None) -> Tens
     return _masked(G - (G - grad.double()).detach(), nan_mask) ** 2
 
 
-def critic_loss(G: Tensor, x0_fake: Tensor, t: Tensor) -> Tensor:
+def fake_score_loss(G: Tensor, x0_fake: Tensor, t: Tensor) -> Tensor:
     """(sg(G) - x0_fake)^2 / sin(t)^2 element by element: the fake score's denoising loss on generated samples.
 
     Equal to the squared error of the TrigFlow velocity. A time of exactly 0, where numerator and denominator vanish,

@@ -1,7 +1,8 @@
 """Random draws that depend on (seed, iteration, global sample index, purpose) alone, never on ranks or batching.
 
 Purposes in use: "time" "noise" (sCM) | "rollout_init" "rollout_time/{j}" "rollout_noise/{j}" "score_time"
-"score_noise" (DMD and critic) | "noise" "dcm_u" (dCM) | "flow_time" "flow_noise" (flow matching).
+"score_noise" (DMD and fake score) | "noise" "dcm_u" (dCM) | "flow_time" "flow_noise" "flow_caption" (flow matching) |
+"conditional_frames" (how many frames are given).
 """
 
 import hashlib

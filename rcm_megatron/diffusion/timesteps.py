@@ -1,13 +1,12 @@
-"""Time distributions, the times of rollouts and discrete distillation, and the student/critic alternation.
+"""Time distributions, the times of rollouts and discrete distillation, and the alternation of a network and its companions.
 
 Draws come in as tensors, times go out in TrigFlow (0 ... pi/2), fp64, shape `[b]` unless stated.
 
 sigma_max (80 for Wan2.1 1.3B, 200 for 14B) is the noise level sigma = tan(t) at which *sampling* starts. NVlabs/rcm
 (5b41aa9) starts the student's sampler at t = atan(sigma_max) (README there: larger values "reduce diversity but may
 enhance quality"), and the teacher's, whose own script uses 5000, at s = sigma_max / (1 + sigma_max). The losses do not
-use it: p_G is not clamped, and the rollouts of DMD and critic start from pure noise at t = pi/2. So it is
-optional here: `start_time(None)` is the convention of the losses and of the golden files; `start_time(80.0)` is NVlabs'
-sampler; `lognormal_time(sigma_max=...)` clamps p_G for who wants training to end where the sampler starts.
+use it: p_G is not clamped, and rollouts in training start from pure noise at t = pi/2. So it is optional here:
+`start_time(None)` is the convention of the losses and of the golden files; `start_time(80.0)` is NVlabs' sampler.
 """
 
 import math
@@ -30,10 +29,9 @@ def shift_rf(s: Tensor, *, shift: float) -> Tensor:
     return (shift * s / (1 + (shift - 1) * s)).clamp(0.0, 1.0)
 
 
-def lognormal_time(z: Tensor, *, mean: float, std: float, sigma_max: float | None = None) -> Tensor:
-    """p_G: t = atan(exp(std z + mean)) of standard normal z, any shape. `sigma_max` clamps sigma (see the module)."""
-    sigma = torch.exp(std * z.double() + mean)
-    return torch.atan(sigma if sigma_max is None else sigma.clamp(max=sigma_max))
+def lognormal_time(z: Tensor, *, mean: float, std: float) -> Tensor:
+    """p_G: t = atan(exp(std z + mean)) of standard normal z, any shape."""
+    return torch.atan(torch.exp(std * z.double() + mean))
 
 
 def uniform_shift_time(u: Tensor, *, shift: float = 5.0) -> Tensor:
@@ -108,28 +106,23 @@ def tangent_warmup_ratio(iteration: int, *, warmup: int) -> float:
 
 
 def is_student_step(iteration: int, *, warmup: int, student_update_freq: int) -> bool:
-    """Whether the student is updated (else the critic): in the warm-up, then every `student_update_freq` iterations.
+    """Whether the student is updated (else a companion): in the warm-up, then every `student_update_freq` iterations.
 
-    Pure sCM, without a critic, is student_update_freq = 1.
+    Pure sCM, without a companion, is student_update_freq = 1.
     """
     return iteration < warmup or (iteration - warmup) % student_update_freq == 0
-
-
-def dmd_is_active(iteration: int, *, warmup: int) -> bool:
-    """DMD takes part in student steps once the tangent warm-up is over."""
-    return iteration >= warmup
 
 
 def student_updates_before(iteration: int, *, warmup: int, student_update_freq: int) -> int:
     """E(i), the count of student steps before the student step `iteration`. rCM Algorithm 1.
 
-    On critic iterations it counts the student steps up to, but without, the latest one: one less than have been done.
+    On iterations of companions it counts the student steps up to, but without, the latest one: one less than have been done.
     """
     return iteration if iteration < warmup else warmup + (iteration - warmup) // student_update_freq
 
 
-def critic_updates_before(iteration: int, *, warmup: int, student_update_freq: int) -> int:
-    """i - E(i) - 1, the count of critic steps before the critic step `iteration`."""
+def companion_updates_before(iteration: int, *, warmup: int, student_update_freq: int) -> int:
+    """i - E(i) - 1, the count of companions' steps before such a step `iteration` (rCM's critic steps)."""
     return iteration - student_updates_before(iteration, warmup=warmup, student_update_freq=student_update_freq) - 1
 
 

@@ -84,18 +84,6 @@ def denoised(xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return (xt.double() - sin * v.double()) / (cos + sin)
 
 
-def x0_from_velocity(xt: Tensor, F: Tensor, t: Tensor) -> Tensor:
-    """x0 = cos(t) xt - sin(t) F, fp64. sCM Eq. 5: the consistency function f(xt, t)."""
-    cos, sin = _cos_sin(t)
-    return cos * xt.double() - sin * F.double()
-
-
-def velocity_from_x0(xt: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """F = (cos(t) xt - x0) / sin(t), fp64; undefined at t = 0."""
-    cos, sin = _cos_sin(t)
-    return (cos * xt.double() - x0.double()) / sin
-
-
 def guided(conditional: Tensor, unconditional: Tensor, *, scale: float) -> Tensor:
     """Classifier-free guidance, unconditional + scale (conditional - unconditional); for v, F and x0 alike."""
     return unconditional + scale * (conditional - unconditional)

@@ -97,11 +97,8 @@ class Sampler:
 
     def _evaluate(self, whole: NetworkInput) -> Tensor:
         """The network's output; pipeline stages work on parts of the batch (of one size, as schedules want) at a time."""
-        parts = math.gcd(whole.x_SBP.shape[1], self.layout.groups.pp_size)
-        split = (tensor.chunk(parts, dim=1) for tensor in (whole.x_SBP, whole.timestep_1B, whole.text_LBD))
-        conditions = [None] * parts if whole.condition is None else whole.condition.chunk(parts)
-        inputs = [NetworkInput(*part) for part in zip(*split, conditions, strict=True)]
-        return torch.cat(evaluate(self.chunks, inputs), dim=1)
+        parts = math.gcd(whole.batch, self.layout.groups.pp_size)
+        return evaluate(self.chunks, whole, micro_batch_size=whole.batch // parts)
 
 
 def teacher_evaluations(steps: int, *, guidance: float) -> int:

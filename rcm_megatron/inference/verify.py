@@ -100,7 +100,7 @@ def network_forward(network: Sequence[DiffusionTransformer], given: Input, *, dt
     x_SBP = layout.shard(given.x_BCTHW.to(device))
     text_LBD = given.text_BLD.transpose(0, 1).to(device)
     network_input = NetworkInput(x_SBP, given.timestep_B[None].to(device), text_LBD, _condition(given, layout, device))
-    (v_SBP,) = evaluate(network, [network_input])
+    v_SBP = evaluate(network, network_input)
     return layout.gather(v_SBP).double().cpu()
 
 

@@ -144,7 +144,7 @@ def _fp8_autocast() -> AbstractContextManager:
 def _fp8_recipe():
     """Each tensor scaled by its own largest element of this very pass: no history, so passes may come in any order and be recomputed.
 
-    (Delayed scaling's history would mix teacher, rollout and critic passes, and count recomputed ones twice.) e4m3 forward, e5m2 for
+    (Delayed scaling's history would mix teacher, rollout and fake score passes, and count recomputed ones twice.) e4m3 forward, e5m2 for
     gradients. Tensor-parallel ranks share a scale where they gather tokens, others do not: outputs depend on the layout by FP8's rounding.
     """
     from transformer_engine.common.recipe import Float8CurrentScaling, Format

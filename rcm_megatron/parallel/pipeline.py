@@ -1,4 +1,4 @@
-"""Passes of a network over all micro-batches through Megatron-Core's schedules: one stage, 1F1B, or interleaved.
+"""Passes of a network over a batch, a micro-batch at a time, through Megatron-Core's schedules: one stage, 1F1B, or interleaved.
 
 One convention for the scale of losses: a loss function returns (sum over this rank's tokens) / micro_batch_size. The schedule
 multiplies it by cp and divides it by the number of micro-batches, DDP divides gradients by dp*cp: together the gradient of the
@@ -9,8 +9,10 @@ The last stage alone sees network outputs. They are latents, a small part of one
 every stage: the first needs them as the next pass's input, and all stages then compute the same numbers from them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,39 +22,60 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from rcm_megatron.dual import BATCH_DIM, Dual, shape_of
-from rcm_megatron.inputs import NetworkInput
+from rcm_megatron.dual import BATCH_DIM, Dual
+from rcm_megatron.inputs import NetworkInput, take
 
-LossFunction = Callable[[Tensor | Dual], tuple[Tensor, dict[str, Tensor]]]
-"""Output of the network -> (scalar loss, what it reports). Called on the last stage only."""
+LossFunction = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(Output of the network, the targets' samples by keyword) -> (scalar loss, what it reports: tensors with the samples in dimension 1).
+Called on the last stage only, for one micro-batch at a time."""
 
 
 def evaluate(
-    chunks: Sequence[nn.Module], inputs: Sequence[NetworkInput], *, phase: str | None = None
-) -> list[Tensor | Dual]:
-    """Network outputs of every micro-batch, on every stage, without gradient; timed as ``phase``."""
-    network = unwrapped(chunks[-1])
+    chunks: Sequence[nn.Module],
+    given: NetworkInput,
+    *,
+    micro_batch_size: int | None = None,
+    phase: str | None = None,
+) -> Tensor | Dual:
+    """Network outputs of all samples, on every stage, without gradient; timed as ``phase``.
+
+    ``micro_batch_size`` samples pass at a time, by default all; a last micro-batch, and a last round of the interleaved schedule, are
+    filled up with repeats.
+    """
+    network, size = unwrapped(chunks[-1]), micro_batch_size or given.batch
+    rounds = network.layout.groups.pp.size() if len(chunks) > 1 else 1
+    count = math.ceil(given.batch / (size * rounds)) * rounds
     with torch.no_grad(), timed(chunks, phase):
-        outputs = _run(chunks, _whole_rounds(chunks, inputs), forward_only=True)[: len(inputs)]
+        outputs = _run(chunks, given, size=size, count=count, forward_only=True)
         with timed(chunks, "stages"):
-            return _from_last_stage(outputs, inputs, network.new_output, network.layout.groups.pp)
+            return _from_last_stage(outputs, given, network.new_output, network.layout.groups.pp)
 
 
 def accumulate_gradients(
     chunks: Sequence[nn.Module],
-    inputs: Sequence[NetworkInput],
-    losses: Sequence[LossFunction],
+    given: NetworkInput,
+    loss: LossFunction,
+    targets: Mapping[str, Tensor],
     *,
+    micro_batch_size: int,
     is_last: bool,
     phase: str | None = None,
-) -> list[dict[str, Tensor]]:
-    """Forward and backward of every micro-batch; gradients add up in ``main_grad``.
+) -> dict[str, Tensor]:
+    """Forward and backward of all samples, ``micro_batch_size`` at a time; gradients add up in ``main_grad``.
 
-    ``is_last``: no other pass adds to these gradients before :func:`reduce_gradients`, so that their reduction over dp*cp may start while
-    the last micro-batch's backward runs. The forward is timed as ``phase``. Returns what the losses report, on the last stage; elsewhere
-    an empty list.
+    ``targets``, with the samples in dimension 1, come to ``loss`` as keywords, cut to the micro-batch. ``is_last``: no other pass adds to
+    these gradients before :func:`reduce_gradients`, so that their reduction over dp*cp may start while the last micro-batch's backward
+    runs. The forward is timed as ``phase``. Returns what the losses report of all samples, on the last stage; elsewhere nothing. Raises
+    ValueError when the samples do not divide into micro-batches.
     """
-    config = unwrapped(chunks[0]).config
+    if given.batch % micro_batch_size:
+        raise ValueError(f"got {given.batch} samples, need a multiple of micro_batch_size={micro_batch_size}")
+    config, count = unwrapped(chunks[0]).config, given.batch // micro_batch_size
+
+    def loss_of(number: int) -> LossFunction:
+        rows = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
+        return partial(loss, **{name: take(value, rows) for name, value in targets.items()})
+
     with ExitStack() as stack:
         stack.enter_context(timed(chunks, phase))
         if is_last:
@@ -60,7 +83,8 @@ def accumulate_gradients(
             stack.callback(setattr, config, "no_sync_func", None)
         else:
             stack.enter_context(_no_sync(chunks))
-        return _run(chunks, inputs, losses, forward_only=False)
+        reports = _run(chunks, given, loss_of, size=micro_batch_size, count=count, forward_only=False)
+    return {name: torch.cat([report[name] for report in reports], BATCH_DIM) for name in (reports or [{}])[0]}
 
 
 def reduce_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
@@ -99,43 +123,44 @@ def _no_sync(chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 def _run(
     chunks: Sequence[nn.Module],
-    inputs: Sequence[NetworkInput],
-    losses: Sequence[LossFunction] | None = None,
+    given: NetworkInput,
+    loss_of: Callable[[int], LossFunction] | None = None,
     *,
+    size: int,
+    count: int,
     forward_only: bool,
 ) -> list:
-    def forward_step(iterator, model: nn.Module):
-        network_input, loss = next(iterator)
-        given = () if network_input.condition is None else (network_input.condition,)
-        return model(network_input.x_SBP, network_input.timestep_1B, network_input.text_LBD, *given), loss
+    """``count`` micro-batches of ``size`` samples, each cut out when a stage comes to it."""
 
-    micro_batches = list(zip(inputs, losses or [None] * len(inputs), strict=True))
-    iterators = [iter(micro_batches) for _ in chunks]
+    def micro_batches() -> Iterator[tuple[NetworkInput, LossFunction | None]]:
+        for number in range(count):
+            yield given.micro_batch(number, size), loss_of and loss_of(number)
+
+    def forward_step(iterator, model: nn.Module):
+        part, loss = next(iterator)
+        condition = () if part.condition is None else (part.condition,)
+        return model(part.x_SBP, part.timestep_1B, part.text_LBD, *condition), loss
+
+    iterators = [micro_batches() for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
-        num_microbatches=len(inputs),
+        num_microbatches=count,
         seq_length=unwrapped(chunks[0]).layout.padded_tokens,  # schedules divide it by cp, and by tp
-        micro_batch_size=shape_of(inputs[0].x_SBP)[BATCH_DIM],
+        micro_batch_size=size * (2 if isinstance(given.x_SBP, Dual) else 1),
         forward_only=forward_only,
     )
 
 
-def _whole_rounds(chunks: Sequence[nn.Module], inputs: Sequence[NetworkInput]) -> list[NetworkInput]:
-    """``inputs``, the last one repeated until the interleaved schedule accepts their number: a multiple of pp."""
-    rounds = unwrapped(chunks[0]).layout.groups.pp.size() if len(chunks) > 1 else 1
-    return [*inputs, *[inputs[-1]] * (-len(inputs) % rounds)]
-
-
 def _from_last_stage(
-    outputs: list[Any], inputs: Sequence[NetworkInput], new_output: Callable[[int], Tensor], group: ProcessGroup
-) -> list[Tensor | Dual]:
-    """Outputs of all micro-batches in one message."""
-    if group.size() == 1:
-        return outputs
-    batches = [shape_of(item.x_SBP)[BATCH_DIM] for item in inputs]
-    stacks = [o.stacked if isinstance(o, Dual) else o for o in outputs]
-    joined = torch.cat(stacks, dim=BATCH_DIM) if stacks else new_output(sum(batches))
-    parts = share_from_last_stage(joined, group=group).split(batches, dim=BATCH_DIM)
-    return [Dual(p) if isinstance(i.x_SBP, Dual) else p for p, i in zip(parts, inputs, strict=True)]
+    outputs: list[Any], given: NetworkInput, new_output: Callable[[int], Tensor], group: ProcessGroup
+) -> Tensor | Dual:
+    """Outputs of all micro-batches in one message, and as one value."""
+    whole, dual = slice(given.batch), isinstance(given.x_SBP, Dual)
+    halves = ([o.primal for o in outputs], [o.tangent for o in outputs]) if dual else (outputs,)
+    stacked = [take(torch.cat(half, BATCH_DIM), whole) for half in halves if half]
+    rows = given.batch * (2 if dual else 1)
+    joined = torch.cat(stacked, BATCH_DIM) if stacked else new_output(rows)
+    joined = share_from_last_stage(joined, group=group)
+    return Dual(joined) if dual else joined

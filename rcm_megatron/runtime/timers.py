@@ -4,7 +4,7 @@ Megatron-Core's schedules, gradient reduction and optimizer call ``config.timers
 that callable, so forward, backward and the messages between stages are told apart by Megatron itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -19,12 +19,6 @@ from rcm_megatron.platform.device import this_device
 
 PHASES = {
     "data": "waiting for the loader",
-    "teacher": "forward passes of the teacher, both branches of the guidance",
-    "rollout": "forward passes of the student in backward simulation",
-    "fake_score": "forward passes of the fake score for DMD's target",
-    "dual": "forward of the student with its tangent (sCM); backward is apart",
-    "student": "other forward passes of the student: with a gradient, or for a target of its own",
-    "critic": "forward of the fake score with a gradient",
     "backward": "backward of the trained network, recomputation included",
     "stages": "between pipeline stages: sends, receives, the outputs' broadcast, and waiting for other stages (the bubble)",
     "reduce": "gradient reduction that no backward hid: over dp*cp, over tp, over stages",
@@ -33,7 +27,8 @@ PHASES = {
     "preview": "sample videos",
     "other": "the rest: batches, noise and arithmetic on latents between passes, sums of metrics",
 }
-"""Name -> what is in it. They exclude each other and add up to the step. Collectives of tensor and context parallelism, and gathered or
+"""Name -> what is in it; the objectives' forward passes come on top (`Objective.phases`). They exclude each other and add up to the
+step. Collectives of tensor and context parallelism, and gathered or
 copied weights, are inside the pass that waits for them."""
 
 COMMUNICATION = ("stages", "reduce", "gather")
@@ -51,7 +46,10 @@ class Timers:
     that are read in :meth:`pop`: nothing waits for the device in between. Megatron's barriers are not made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: Iterable[str] = ()) -> None:
+        """``passes``: the phases of forward passes."""
+        self.phases = tuple(dict.fromkeys(("data", *passes, *PHASES)))
+        """In one order on all ranks."""
         self._spare: list[torch.cuda.Event] = []
         self._marks: list[tuple[str, Any]] = []
         self._open = ["other"]
@@ -64,9 +62,9 @@ class Timers:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """``with timers.phase("rollout"): …`` for a name of :data:`PHASES`."""
-        if name not in PHASES:
-            raise KeyError(f"got phase {name!r}; need one of {', '.join(PHASES)}")
+        """``with timers.phase("rollout"): …`` for a name of :attr:`phases`. Raises KeyError for another."""
+        if name not in self.phases:
+            raise KeyError(f"got phase {name!r}; need one of {', '.join(self.phases)}")
         depth = len(self._open)
         self._enter(name)
         try:
@@ -79,11 +77,11 @@ class Timers:
         return _MegatronTimer(self, name)
 
     def pop(self) -> dict[str, float]:
-        """Seconds of every phase since the last :meth:`restart`, in the order of :data:`PHASES`; then restarts.
+        """Seconds of every phase since the last :meth:`restart`, in the order of :attr:`phases`; then restarts.
 
         On CUDA it waits for the device."""
         self._marks.append((self._open[-1], self._now()))
-        seconds, before = dict.fromkeys(PHASES, 0.0), self._start
+        seconds, before = dict.fromkeys(self.phases, 0.0), self._start
         if torch.cuda.is_available():
             self._marks[-1][1].synchronize()
         for phase, stamp in self._marks:

@@ -1,7 +1,6 @@
 """What objectives take, made of what the loader gives; and random batches of the same shapes, for benchmarks."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,36 +10,47 @@ from rcm_megatron.data.dali import Batch, micro_batch_indices
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.inference.conditioning import Conditioning, image_shapes
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.platform.device import this_device
-from rcm_megatron.training.objectives import MicroBatch, draw_condition
 
 
-def micro_batch(run: RunConfig, layout: TokenLayout, batch: Batch, null_text_L1D: Tensor, iteration: int) -> MicroBatch:
-    """A loader's batch as tokens of this rank, with the draws of ``iteration``."""
-    device, samples = this_device(), batch.latent_BCTHW.shape[0]
-    given = Conditioning(image_latent_BCTHW=batch.image_latent_BCTHW, image_LBD=batch.image_LBD)
-    made = MicroBatch(
-        layout.shard(batch.latent_BCTHW.to(device)),
-        batch.text_LBD.to(device),
-        null_text_L1D.expand(-1, samples, -1),
-        SeededDraws(run.seed, iteration, batch.sample_indices.tolist()),
-        given.condition(layout, samples, device),
+def samples_of(
+    run: RunConfig, layout: TokenLayout, loaded: Sequence[Batch], null_text_L1D: Tensor, iteration: int
+) -> Samples:
+    """The loader's micro-batches of a step as one value, as tokens of this rank, with the draws of ``iteration``."""
+    device, size = this_device(), run.trainer.micro_batch_size
+    count = size * len(loaded)
+    indices = torch.cat([batch.sample_indices for batch in loaded]).tolist()
+    given = Conditioning(
+        image_latent_BCTHW=_joined([batch.image_latent_BCTHW for batch in loaded], dim=0),
+        image_LBD=_joined([batch.image_LBD for batch in loaded], dim=1),
     )
-    conditional_frames = run.distillation.conditional_frames
-    if conditional_frames is None:
-        return made
-    return replace(made, condition=draw_condition(made, conditional_frames=conditional_frames))
+    samples = Samples(
+        layout.shard(_joined([batch.latent_BCTHW for batch in loaded], dim=0).to(device)),
+        _joined([batch.text_LBD for batch in loaded], dim=1).to(device),
+        null_text_L1D.expand(-1, count, -1),
+        SeededDraws(run.seed, iteration, indices),
+        given.condition(layout, count, device),
+        micro_batch_size=size,
+    )
+    choices = run.distillation.conditional_frames
+    return samples if choices is None else samples.with_conditional_frames(choices)
 
 
-def random_batches(run: RunConfig, layout: TokenLayout, groups: ParallelGroups) -> list[MicroBatch]:
-    """This rank's micro-batches of a step, of random latents, texts and images; equal on every layout."""
+def _joined(parts: Sequence[Tensor | None], *, dim: int) -> Tensor | None:
+    """Micro-batches one after the other; None where they have none."""
+    return None if parts[0] is None else torch.cat(parts, dim)
+
+
+def random_samples(run: RunConfig, layout: TokenLayout, groups: ParallelGroups) -> Samples:
+    """This rank's samples of a step, of random latents, texts and images; equal on every layout."""
     trainer, model = run.trainer, run.model
     place = {"micro_batch_size": trainer.micro_batch_size, "dp_rank": groups.dp_rank, "dp_size": groups.dp_size}
     count = trainer.global_batch_size // (trainer.micro_batch_size * groups.dp_size)
     null = SeededDraws(0, 0, [0]).normal("data/null_text", (model.text_len, model.text_dim)).transpose(0, 1)
     rows = [micro_batch_indices(first=0, micro_batch=index, **place) for index in range(count)]
-    return [micro_batch(run, layout, _random_batch(run, of), null.to(this_device()), 0) for of in rows]
+    return samples_of(run, layout, [_random_batch(run, of) for of in rows], null.to(this_device()), 0)
 
 
 def _random_batch(run: RunConfig, indices: Sequence[int]) -> Batch:

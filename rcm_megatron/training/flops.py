@@ -1,20 +1,21 @@
 """FLOPs that a step needs, and what share of the hardware's peak it reaches (MFU).
 
 Counted are matrix products, two FLOPs a multiply-add, of the tokens that exist. What is computed a second time is no use and does not
-count: recomputation, DMD's second forward of a rollout's last step, the scores that a fused attention's backward makes again, padding.
+count: recomputation, a second forward for a gradient alone, the scores that a fused attention's backward makes again, padding.
 """
 
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rcm_megatron.checkpoint.formats import internal_shapes
-from rcm_megatron.config import DistillationConfig, LatentConfig, ModelConfig, RunConfig, StageConfig
-from rcm_megatron.diffusion import trigflow
-from rcm_megatron.training.step import Step, objectives_of
+from rcm_megatron.config import DistillationConfig, LatentConfig, ModelConfig, RunConfig
+from rcm_megatron.objectives import OBJECTIVES, settings_of
+from rcm_megatron.objectives.plan import Step
 
 log = logging.getLogger(__name__)
 
@@ -112,36 +113,16 @@ def _rows_of(name: str) -> str:
     return found
 
 
-@dataclass(frozen=True)
-class Passes:
-    """How often an objective runs a network on each sample; guidance is two passes."""
-
-    forward: int
-    dual: int = 0
-    backward: int = 1
-
-
-def passes_of(objective: str, step: Step, settings: DistillationConfig) -> Passes:
-    """The passes of ``objective`` that are of use."""
-    teacher = 2 if trigflow.needs_guidance(settings.teacher_guidance) else 1
-    scm = {
-        "exact": Passes(forward=teacher, dual=1),
-        "semicontinuous": Passes(forward=teacher + 1, dual=1),
-        "finite_difference": Passes(forward=teacher + 2),
-    }
-    return {
-        "flow": Passes(forward=1),
-        "dcm": Passes(forward=settings.dcm.skip * teacher + 2),
-        "scm": scm[settings.jvp_kind],
-        "dmd": Passes(forward=step.rollout_steps + 1 + teacher),
-        "critic": Passes(forward=step.rollout_steps + 1),
-    }[objective]
-
-
-def step_flops(network: NetworkFlops, step: Step, stage: StageConfig, settings: DistillationConfig) -> int:
-    """FLOPs of one sample in ``step``, all objectives together."""
-    passes = [passes_of(name, step, settings) for name in objectives_of(step, stage)]
-    return sum(p.forward * network.forward + p.dual * network.dual + p.backward * network.backward for p in passes)
+def step_flops(
+    networks: Mapping[str, NetworkFlops], step: Step, *, distillation: DistillationConfig, objectives: Mapping[str, Any]
+) -> int:
+    """FLOPs of one sample in ``step``, all objectives together; ``networks`` by role."""
+    total = 0
+    for name in step.objectives:
+        for p in OBJECTIVES[name].passes(settings_of(name, objectives), step, distillation):
+            network = networks[p.role]
+            total += p.forward * network.forward + p.dual * network.dual + p.backward * network.backward
+    return total
 
 
 def peak_tflops(run: RunConfig) -> float | None:
@@ -163,13 +144,14 @@ class Throughput:
     def __init__(self, run: RunConfig, *, devices: int) -> None:
         self._run, self._devices, self._peak = run, devices, peak_tflops(run)
         self._tokens = run.latent.num_tokens(run.model.patch_size)
-        self._network = network_flops(run.model, run.latent)
+        self._networks = {role: network_flops(run.model_of(role), run.latent) for role in run.roles}
 
-    def rates(self, step: Step, stage: StageConfig, seconds: Mapping[str, float]) -> dict[str, float]:
+    def rates(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
         """Metrics from what `timers.step_seconds` gave; sample videos are not part of the step."""
+        run = self._run
         step_seconds = seconds["seconds/step"] - seconds.get("seconds/preview", 0.0)
-        samples = self._run.trainer.global_batch_size / step_seconds
-        flops = step_flops(self._network, step, stage, self._run.distillation)
+        samples = run.trainer.global_batch_size / step_seconds
+        flops = step_flops(self._networks, step, distillation=run.distillation, objectives=run.objectives)
         tflops = samples * flops / self._devices / 1e12
         rates = {"samples_per_second": samples, "tokens_per_second": samples * self._tokens}
         rates |= {"tflops_per_device": tflops}

@@ -16,28 +16,26 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from rcm_megatron.config import RunConfig, as_dict
+from rcm_megatron.objectives.work import ObjectiveResult
 from rcm_megatron.parallel.groups import ParallelGroups
-from rcm_megatron.training.objectives import ObjectiveResult
 from rcm_megatron.training.wandb_mode import wandb_mode
 
 log = logging.getLogger(__name__)
 
 
 def reduce_objectives(results: Mapping[str, ObjectiveResult], groups: ParallelGroups) -> dict[str, float]:
-    """Means over the global batch, the same in every layout: losses, tangent norm; counts of masked samples.
+    """Means over the global batch, the same in every layout: losses and what else objectives report of a sample; counts of masked samples.
 
     Samples masked for a NaN count 0 in the sums and are left out of the means.
     """
     sums: dict[str, torch.Tensor] = {}
     for name, result in results.items():
-        masked = torch.cat(result.nan_B)
+        masked = result.nan_B
         kept = (~masked).double()
         sums[f"{name}/count"] = kept.sum()
         sums[f"{name}/nan_samples"] = masked.double().sum()
-        sums[f"{name}/loss"] = torch.where(masked, 0.0, torch.cat(result.loss_B).double()).sum()
-        if name == "scm":
-            norm = torch.cat(result.tangent_norm_B)
-            sums[f"{name}/tangent_norm"] = torch.where(masked, 0.0, norm).sum()
+        for quantity, value_B in {"loss": result.loss_B, **result.quantities}.items():
+            sums[f"{name}/{quantity}"] = torch.where(masked, 0.0, value_B).sum()
     total = torch.stack(list(sums.values()))
     dist.all_reduce(total, group=groups.dp)
     values = dict(zip(sums, total.tolist(), strict=True))

@@ -1,6 +1,6 @@
 """The networks of a run, and one update of one of them: what the trainer, the benchmarks and the tests have in common."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,15 +19,18 @@ from rcm_megatron.networks.kernels import choose_kernels
 from rcm_megatron.networks.roles import Networks
 from rcm_megatron.networks.sharding import shard_weights
 from rcm_megatron.networks.weights import initial_weights, load_weights
+from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.objectives.plan import Step
+from rcm_megatron.objectives.samples import Samples
+from rcm_megatron.objectives.work import ObjectiveResult
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped
 from rcm_megatron.runtime.timers import Timers, attach
 from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.memory import Residency, check_memory
 from rcm_megatron.training.metrics import reduce_objectives
-from rcm_megatron.training.objectives import MicroBatch, ObjectiveResult
 from rcm_megatron.training.optimizer import wrap_ddp
-from rcm_megatron.training.step import Step, accumulate_step
+from rcm_megatron.training.step import accumulate_step
 from rcm_megatron.training.trained import TrainedNetwork, UpdateCounters
 
 
@@ -49,7 +52,12 @@ class TrainState:
     """The networks of ``run`` on this rank (`build_networks`); `trained` are those that a stage trains, by role."""
 
     def __init__(self, run: RunConfig, networks: Networks, *, timers: Timers | None = None) -> None:
-        self.run, self.networks, self.groups, self.timers = run, networks, networks.layout.groups, timers or Timers()
+        self.run, self.networks, self.groups, self.timers = (
+            run,
+            networks,
+            networks.layout.groups,
+            timers or timers_of(run),
+        )
         self.trained = {role: TrainedNetwork(role, networks[role], run.networks[role]) for role in run.trained_roles}
         attach(self.timers, list(networks.values()), [network.optimizer for network in self.trained.values()])
         self.residency = Residency(
@@ -58,15 +66,16 @@ class TrainState:
             free_idle_gradients=run.memory.free_idle_gradients,
         )
 
-    def update(self, step: Step, batches: Sequence[MicroBatch], *, stage: StageConfig) -> Updated:
-        """One update of the network that ``step`` trains, from this rank's micro-batches; call it on all ranks."""
+    def update(self, step: Step, samples: Samples, *, stage: StageConfig) -> Updated:
+        """One update of the network that ``step`` trains, from this rank's samples; call it on all ranks."""
         network = self.trained[step.trained]
         self.residency.begin_step(step.trained)
         network.zero_gradients()
-        results = accumulate_step(step, self.networks, batches, stage=stage, settings=self.run.distillation)
+        settings = {"distillation": self.run.distillation, "objectives": self.run.objectives}
+        results = accumulate_step(step, self.networks, samples, stage=stage, **settings)
         reduce_gradients(network.chunks)
         with self.timers.phase("optimizer"), self.residency.state(step.trained):
-            outcome = network.update(self.groups, peak_lr=stage.lr_of(step.trained))
+            outcome = network.update(self.groups, peak_lr=stage.lr.get(step.trained))
         return Updated(
             objectives=results,
             metrics=reduce_objectives(results, self.groups),
@@ -98,6 +107,11 @@ class TrainState:
         for role, counters in saved["networks"].items():
             self.trained[role].counters = UpdateCounters(**counters)
         return saved
+
+
+def timers_of(run: RunConfig) -> Timers:
+    """Timers with the phases of the objectives of ``run``."""
+    return Timers(phase for name in run.objectives_used for phase in OBJECTIVES[name].phases)
 
 
 def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:

@@ -23,21 +23,20 @@ from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
 from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders, load_null_text
+from rcm_megatron.objectives.plan import Step, plan_step
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.runtime.run_lock import run_lock
 from rcm_megatron.runtime.stopping import Preempted, StopRequest
-from rcm_megatron.runtime.timers import Timers, step_seconds
+from rcm_megatron.runtime.timers import step_seconds
 from rcm_megatron.runtime.watchdog import STARTUP_FACTOR, Watchdog
-from rcm_megatron.training.batches import micro_batch
+from rcm_megatron.training.batches import samples_of
 from rcm_megatron.training.flops import Throughput
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib
-from rcm_megatron.training.objectives import MicroBatch
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.replicas import require_same_rows
-from rcm_megatron.training.state import TrainState, Updated, build_networks
-from rcm_megatron.training.step import Step, plan_step
+from rcm_megatron.training.state import TrainState, Updated, build_networks, timers_of
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,8 @@ class Trainer:
     """One run on this rank's share of the layout. Build it on all ranks, call :meth:`train`, then :meth:`close`."""
 
     def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
-        self.run, self.groups, self.progress, self.timers = run, groups, Progress(), Timers()
+        self.run, self.groups, self.progress = run, groups, Progress()
+        self.timers = timers_of(run)
         self.stop = StopRequest()
         self.null_text_L1D = load_null_text(run).to(this_device())  # first: a text encoder needs room of its own
         self.state = TrainState(run, build_networks(run, groups), timers=self.timers)
@@ -158,8 +158,8 @@ class Trainer:
             loaded = [next(self.loader) for _ in range(self.loader.num_micro_batches)]
             if self.run.data.on_error == "skip":
                 require_same_rows(loaded, self.groups)
-        batches = [self._micro_batch(batch) for batch in loaded]
-        done = self.state.update(step, batches, stage=stage)
+        samples = samples_of(self.run, self.layout, loaded, self.null_text_L1D, iteration)
+        done = self.state.update(step, samples, stage=stage)
         self.progress.nan_samples += int(sum(v for k, v in done.metrics.items() if k.endswith("/nan_samples")))
         self.progress.skipped_samples += self._sum_over_dp(sum(batch.num_skipped for batch in loaded))
         self.progress.iteration += 1
@@ -189,11 +189,8 @@ class Trainer:
         record |= {"refused_updates": self.state.refused_updates}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
         record |= step_seconds(self.timers.pop())
-        record |= self.throughput.rates(step, stage, record) | {"peak_memory_gib": peak_memory_gib()}
+        record |= self.throughput.rates(step, record) | {"peak_memory_gib": peak_memory_gib()}
         self.logger.log(iteration, record)
-
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
-        return micro_batch(self.run, self.layout, batch, self.null_text_L1D, self.progress.iteration)
 
     def _sum_over_dp(self, value: int) -> int:
         total = torch.tensor(value, device=this_device())

@@ -32,7 +32,7 @@ MODEL = ModelConfig(
     freq_dim=48,
     cross_attn_norm=False,
 )
-OBJECTIVES = ("scm", "dmd", "critic")
+OBJECTIVES = ("scm", "dmd", "fake_score")
 LAYOUTS = (Layout(tp=2, ring=2), Layout(pp=2))
 
 
@@ -58,30 +58,23 @@ VIDEO2WORLD = replace(MODEL, cosmos=replace(COSMOS, learnable_positions=False, c
 
 def measure_video2world(parallel, dtype=torch.float32):
     """As `measure`, each sample given 0, 1 or 2 of its 3 latent frames; and how the frames come back from a rollout."""
-    from rcm_megatron.training import objectives
-
-    plain, build, built = test_parity.micro_batches, test_parity.build, []
+    plain, build, built = test_parity.samples_of, test_parity.build, []
 
     def with_condition(networks, *args):
-        batches = plain(networks, *args)
-        return [replace(b, condition=objectives.draw_condition(b, conditional_frames=(0, 1, 2))) for b in batches]
+        return plain(networks, *args).with_conditional_frames((0, 1, 2))
 
     def build_once(*args, **options):
         built.append(build(*args, **options))
         return built[0]
 
-    test_parity.MODEL, test_parity.micro_batches, test_parity.build = VIDEO2WORLD, with_condition, build_once
+    test_parity.MODEL, test_parity.samples_of, test_parity.build = VIDEO2WORLD, with_condition, build_once
     measured = test_parity.measure(parallel, test_parity.MICRO_BATCH, dtype, OBJECTIVES, MODEL.num_layers)
     (networks,) = built
-    batches = with_condition(networks, 4, test_parity.MICRO_BATCH)
-    rollout = objectives.rollout(networks, batches, test_parity.settings_of("exact"), steps=2)
+    samples = with_condition(networks, 4, test_parity.MICRO_BATCH)
+    rollout = test_parity.work_of("dmd", networks, samples, iteration=2).rollout()
     frames = networks.layout.grid_indices()[0][: networks.layout.valid_local]
-    worst, given = 0.0, 0
-    for batch, G in zip(batches, rollout.G, strict=True):
-        known = frames[:, None] < batch.condition.frames_B
-        error = (G - batch.x0_SBP).abs()[: len(frames)][known]
-        worst, given = max(worst, float(error.max()) if len(error) else 0.0), given + len(error)
-    return measured, worst, given
+    error = (rollout.G_SBP - samples.x0_SBP).abs()[: len(frames)][frames[:, None] < samples.condition.frames_B]
+    return measured, float(error.max()) if len(error) else 0.0, len(error)
 
 
 @pytest.fixture(scope="module")

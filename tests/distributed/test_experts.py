@@ -10,14 +10,15 @@ from rcm_megatron.config import ParallelConfig
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import command, model_config, records, train, write_tiny_run
+from tests.helpers import assert_close
 
 BOUNDARY = 0.7
 """Between the times of a micro-batch, and of the times of others on one side."""
 OBJECTIVES = ("scm", "dcm", "dmd")
 
 
-def settings_of(kind, plain=test_parity.settings_of):
-    return replace(plain(kind), expert_boundary=BOUNDARY)
+def distillation_of(plain=test_parity.distillation_of):
+    return replace(plain(), expert_boundary=BOUNDARY)
 
 
 def build(parallel, dtype=torch.float32, *, num_layers=2, sharded=False, plain=test_parity.build):
@@ -40,7 +41,7 @@ def build(parallel, dtype=torch.float32, *, num_layers=2, sharded=False, plain=t
 def measure(parallel, sharded=False):
     # In this rank's own process.
     test_parity.build = lambda *args, **options: build(*args, sharded=sharded, **options)
-    test_parity.settings_of = settings_of
+    test_parity.distillation_of = distillation_of
     return test_parity.measure(parallel, test_parity.MICRO_BATCH, torch.float32, OBJECTIVES)
 
 
@@ -62,17 +63,20 @@ def test_layout(one_rank, ranks, parallel, sharded):
 def by_hand():
     """v of both networks at all samples, what the objectives get, and how many micro-batches each network saw."""
     from rcm_megatron.diffusion import trigflow
-    from rcm_megatron.training import objectives
+    from rcm_megatron.networks.roles import Networks
 
-    networks, settings = build(ParallelConfig()), settings_of("exact")
-    batches = test_parity.micro_batches(networks, 4, test_parity.MICRO_BATCH)
-    s = [torch.tensor(pair, dtype=torch.float64) for pair in ((0.9, 0.8), (0.2, 0.71), (0.6, 0.1), (0.9, 0.69))]
-    t = [trigflow.to_trigflow(pair)[None, :, None] for pair in s]
-    xt = [batch.x0_SBP for batch in batches]
-    teachers = (networks["teacher"], networks["teacher_low_noise"])
-    alone = [
-        objectives.guided_outputs(chunks, xt, t, batches, guidance=settings.teacher_guidance) for chunks in teachers
-    ]
+    networks = build(ParallelConfig())
+    samples = test_parity.samples_of(networks, 4, test_parity.MICRO_BATCH)
+    s = torch.tensor([0.9, 0.8, 0.2, 0.71, 0.6, 0.1, 0.9, 0.72], dtype=torch.float64)
+    t, xt, teachers = (
+        trigflow.to_trigflow(s)[None, :, None],
+        samples.x0_SBP,
+        (networks["teacher"], networks["teacher_low_noise"]),
+    )
+    alone = []
+    for chunks in teachers:
+        one = Networks(layout=networks.layout, teacher=chunks)
+        alone.append(test_parity.work_of("scm", one, samples, distillation=distillation_of()).teacher(xt, t))
     calls = [0, 0]
 
     def note(which):
@@ -83,18 +87,17 @@ def by_hand():
 
     for which, chunks in enumerate(teachers):
         chunks[0].register_forward_hook(note(which))
-    got = objectives.teacher_outputs(networks, xt, t, batches, settings)
-    return s, *(torch.stack(v) for v in (*alone, got)), calls
+    got = test_parity.work_of("scm", networks, samples, distillation=distillation_of()).teacher(xt, t)
+    return s, *alone, got, calls
 
 
 def test_each_sample_is_seen_by_the_network_of_its_time():
     ((s, high, low, got, calls),) = run_ranks(by_hand, 1)
-    assert calls == [3, 3], "a network saw a micro-batch without a sample of its own"
-    for m, pair in enumerate(s):
-        for b, time in enumerate(pair.tolist()):
-            expected = high if time >= BOUNDARY else low
-            assert torch.equal(expected[m, :, b], got[m, :, b]), f"micro-batch {m}, sample {b}, s={time}"
-            assert not torch.equal(high[m, :, b], low[m, :, b])
+    assert calls == [3, 2], "5 samples of one network and 3 of the other, 2 at a time"
+    for b, time in enumerate(s.tolist()):
+        expected = high if time >= BOUNDARY else low
+        assert_close(f"sample {b}, s={time}", expected[:, b], got[:, b], rel=1e-6)
+        assert float((high[:, b] - low[:, b]).norm()) > 1e-2 * float(high[:, b].norm())
 
 
 def sampled():

@@ -17,7 +17,7 @@ UPDATES = 2
 CASES = [
     ("scm_and_dmd", Layout(dp=2)),
     ("scm", Layout(dp=2)),
-    ("critic", Layout(dp=2)),
+    ("fake_score", Layout(dp=2)),
     ("scm_and_dmd", Layout(ring=2)),
     ("scm_and_dmd", Layout(pp=2, dp=2)),
     ("scm_and_dmd", Layout(pp=2, vpp=2, dp=2)),
@@ -63,7 +63,7 @@ def events_of_updates(layout, name):
 
     small_buckets()
     networks = build(ParallelConfig(**layout.parallel), torch.float32, num_layers=layout.num_layers)
-    chunks = networks["fake_score"] if name == "critic" else networks["student"]
+    chunks = networks["fake_score"] if name == "fake_score" else networks["student"]
     spy, updates = Spy(chunks), []
     for _ in range(UPDATES):
         quantities_of(networks, name, layout.micro_batch_size)
@@ -102,7 +102,7 @@ def measure_with_small_buckets(*arguments):
 @pytest.mark.parametrize("layout", [Layout(dp=2), Layout(ring=2, dp=2)], ids=lambda layout: layout.name)
 def test_gradients_do_not_depend_on_the_buckets(layout):
     """Several steps one after the other, all but the first with their reductions inside the backward."""
-    arguments = (MICRO_BATCH, torch.float32, ("scm", "scm_and_dmd", "critic", "dcm"), layout.num_layers)
+    arguments = (MICRO_BATCH, torch.float32, ("scm", "scm_and_dmd", "fake_score", "dcm"), layout.num_layers)
     (reference,) = run_ranks(measure, 1, {}, *arguments)
     assert_equal_quantities(
         reference, run_ranks(measure_with_small_buckets, layout.processes, layout.parallel, *arguments)

@@ -15,12 +15,9 @@ import torch.distributed as dist
 from rcm_megatron.config import (
     ConfigError,
     DataConfig,
-    DcmConfig,
     DistillationConfig,
     EncodersConfig,
-    FlowConfig,
     LatentConfig,
-    LossWeights,
     ModelConfig,
     NetworkConfig,
     ParallelConfig,
@@ -62,18 +59,18 @@ MODEL = ModelConfig(
 )
 LATENT = LatentConfig(channels=3, frames=3, height=6, width=10)
 
-# name: (weights, jvp_kind, iteration); iterations 3 and 5 of a stage with student_update_freq 2 train the critic
+# name: (weights, jvp_kind, iteration); iteration 5 of a stage with student_update_freq 2 trains the fake score
 OBJECTIVES = {
-    "scm": (LossWeights(scm=100.0), "exact", 4),
-    "scm_semicontinuous": (LossWeights(scm=100.0), "semicontinuous", 4),
-    "scm_finite_difference": (LossWeights(scm=100.0), "finite_difference", 4),
-    "dcm": (LossWeights(dcm=1.0), "exact", 4),
-    "dmd": (LossWeights(dmd=1.0), "exact", 4),
-    "scm_and_dmd": (LossWeights(scm=100.0, dmd=0.3), "exact", 2),
-    "critic": (LossWeights(dmd=1.0), "exact", 5),
-    "flow": (LossWeights(flow=1.0), "exact", 0),
+    "scm": ({"scm": 100.0}, "exact", 4),
+    "scm_semicontinuous": ({"scm": 100.0}, "semicontinuous", 4),
+    "scm_finite_difference": ({"scm": 100.0}, "finite_difference", 4),
+    "dcm": ({"dcm": 1.0}, "exact", 4),
+    "dmd": ({"dmd": 1.0}, "exact", 4),
+    "scm_and_dmd": ({"scm": 100.0, "dmd": 0.3}, "exact", 2),
+    "fake_score": ({"dmd": 1.0}, "exact", 5),
+    "flow": ({"flow": 1.0}, "exact", 0),
 }
-CORE = ("scm", "dmd", "critic", "dcm")
+CORE = ("scm", "dmd", "fake_score", "dcm")
 FURTHER = frozenset(layout for layout in SELECTED if layout.processes <= 4)
 """The layouts on which all objectives run; elsewhere CORE."""
 BOUND = 1e-5  # measured 2.0e-6 at most (a finite difference), 8.6e-7 for CORE, on all layouts
@@ -81,21 +78,30 @@ NEGLIGIBLE = 1e-6
 """A parameter's error is measured against its gradient's norm, but at least against this part of the norm of them all."""
 
 
-def settings_of(kind):
+def distillation_of():
     return DistillationConfig(
         teacher_guidance=3.0,
         p_g=TimeDistribution(kind="lognormal", mean=0.7, std=1.6),
         p_d=TimeDistribution(kind="uniform_shift", shift=5.0),
         max_rollout_steps=3,
-        jvp_kind=kind,
-        fd_size=1e-2,
-        dcm=DcmConfig(total_steps=12, skip=2, shift=5.0),
-        flow=FlowConfig(caption_dropout=0.5),
     )
 
 
+def objectives_of(kind="exact"):
+    """Settings by objective."""
+    from rcm_megatron.objectives.dcm import DcmSettings
+    from rcm_megatron.objectives.flow import FlowSettings
+    from rcm_megatron.objectives.scm import ScmSettings
+
+    return {
+        "scm": ScmSettings(jvp_kind=kind, fd_size=1e-2),
+        "dcm": DcmSettings(total_steps=12, skip=2, shift=5.0),
+        "flow": FlowSettings(caption_dropout=0.5),
+    }
+
+
 def stage_of(weights):
-    return StageConfig(name="test", steps=9, losses=weights, student_update_freq=2 if weights.dmd else 1)
+    return StageConfig(name="test", steps=9, losses=weights, student_update_freq=2 if "dmd" in weights else 1)
 
 
 def run_of(parallel, weights, *, optimizer, kind="exact", num_layers=MODEL.num_layers):
@@ -112,7 +118,8 @@ def run_of(parallel, weights, *, optimizer, kind="exact", num_layers=MODEL.num_l
             "student": NetworkConfig(optimizer=optimizer),
             "fake_score": NetworkConfig(optimizer=optimizer),
         },
-        distillation=settings_of(kind),
+        distillation=distillation_of(),
+        objectives=objectives_of(kind),
         stages=(stage_of(weights),),
         encoders=EncodersConfig(video="none", text="none"),
         data=DataConfig(folder=""),
@@ -152,28 +159,25 @@ def build(parallel, dtype, *, num_layers):
     )
 
 
-def rows_of_micro_batches(groups, micro_batch_size):
-    """The samples of each of this rank's micro-batches, as the loader deals them out."""
+def rows_of(groups, micro_batch_size):
+    """The samples of this rank's micro-batches, as the loader deals them out."""
     from rcm_megatron.data.dali import micro_batch_indices
 
     place = {"micro_batch_size": micro_batch_size, "dp_rank": groups.dp_rank, "dp_size": groups.dp_size}
     count = SAMPLES // (micro_batch_size * groups.dp_size)
-    return [list(micro_batch_indices(first=0, micro_batch=m, **place)) for m in range(count)]
+    return [row for m in range(count) for row in micro_batch_indices(first=0, micro_batch=m, **place)]
 
 
-def micro_batches(networks, iteration, micro_batch_size):
-    """This rank's micro-batches of the global batch."""
-    from rcm_megatron.training.objectives import MicroBatch
+def samples_of(networks, iteration, micro_batch_size):
+    """This rank's samples of the global batch."""
+    from rcm_megatron.objectives.samples import Samples
 
     data = SeededDraws(99, 0, range(SAMPLES))
     latents = data.normal("latent", LATENT.shape_CTHW)
     text, null = data.normal("text", (5, 10)).transpose(0, 1), data.normal("null", (5, 10)).transpose(0, 1)
-    batches = []
-    for rows in rows_of_micro_batches(networks.layout.groups, micro_batch_size):
-        parts = (latents[rows], text[:, rows].contiguous(), null[:, rows].contiguous())
-        draws = SeededDraws(7, iteration, rows)
-        batches.append(MicroBatch(networks.layout.shard(parts[0]), *parts[1:], draws))
-    return batches
+    rows = rows_of(networks.layout.groups, micro_batch_size)
+    parts = (networks.layout.shard(latents[rows]), text[:, rows].contiguous(), null[:, rows].contiguous())
+    return Samples(*parts, SeededDraws(7, iteration, rows), micro_batch_size=micro_batch_size)
 
 
 def measure(
@@ -192,38 +196,58 @@ def measure(
 def quantities_of(networks, name, micro_batch_size):
     """What one objective computes: each sample's loss and dF, the raw gradient of each parameter."""
     from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.objectives.plan import plan_step
     from rcm_megatron.parallel.pipeline import reduce_gradients
     from rcm_megatron.training.optimizer import gather_main_grads
-    from rcm_megatron.training.step import accumulate_step, plan_step
+    from rcm_megatron.training.step import accumulate_step
 
     weights, kind, iteration = OBJECTIVES[name]
-    settings, stage, layout = settings_of(kind), stage_of(weights), networks.layout
-    step = plan_step(stage, iteration, max_rollout_steps=settings.max_rollout_steps)
-    assert step.trained == ("fake_score" if name == "critic" else "student")
+    distillation, stage, layout = distillation_of(), stage_of(weights), networks.layout
+    step = plan_step(stage, iteration, max_rollout_steps=distillation.max_rollout_steps)
+    assert step.trained == ("fake_score" if name == "fake_score" else "student")
     chunks = networks[step.trained]
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    batches = micro_batches(networks, iteration, micro_batch_size)
-    results = accumulate_step(step, networks, batches, stage=stage, settings=settings)
+    samples = samples_of(networks, iteration, micro_batch_size)
+    settings = {"stage": stage, "distillation": distillation, "objectives": objectives_of(kind)}
+    results = accumulate_step(step, networks, samples, **settings)
     assert len(results) == (2 if name == "scm_and_dmd" else 1)
     reduce_gradients(chunks)
     found = {}
     for objective, result in results.items():
-        found[f"loss of {objective}"] = whole_batch(layout.groups, result.loss_B)
-        if objective == "scm":
-            found["norm of the tangent"] = whole_batch(layout.groups, result.tangent_norm_B)
+        found[f"loss of {objective}"] = whole_batch(layout.groups, result.loss_B, micro_batch_size)
+        for quantity, value_B in result.quantities.items():
+            found[f"{quantity} of {objective}"] = whole_batch(layout.groups, value_B, micro_batch_size)
         if "dF" in result.outputs:  # on the last stage
-            found[f"dF of {objective}"] = whole_batch(layout.groups, [layout.gather(x) for x in result.outputs["dF"]])
+            dF = layout.gather(result.outputs["dF"])
+            found[f"dF of {objective}"] = whole_batch(layout.groups, dF, micro_batch_size)
     gradients, groups = gather_main_grads(chunks), layout.groups
     whole = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp, getter=gradients.__getitem__)
     return found | {f"gradient of {key}": value for key, value in whole if value is not None}
 
 
-def whole_batch(groups, values):
-    """Values of this rank's micro-batches, [b, ...] each, put at their samples' places in the global batch."""
-    rows = [row for batch in rows_of_micro_batches(groups, len(values[0])) for row in batch]
-    whole = torch.zeros(SAMPLES, *values[0].shape[1:], dtype=torch.float64)
-    whole[rows] = torch.cat(values).double()
+def work_of(name, networks, samples, *, iteration=0, distillation=None):
+    """What objective ``name`` works with."""
+    from rcm_megatron.objectives import OBJECTIVES as REGISTRY
+    from rcm_megatron.objectives.plan import plan_step
+    from rcm_megatron.objectives.work import Work
+
+    distillation = distillation or distillation_of()
+    return Work(
+        objective=REGISTRY[name],
+        settings=objectives_of().get(name),
+        distillation=distillation,
+        step=plan_step(stage_of({name: 1.0}), iteration, max_rollout_steps=distillation.max_rollout_steps),
+        weight=1.0,
+        networks=networks,
+        samples=samples,
+    )
+
+
+def whole_batch(groups, values, micro_batch_size):
+    """Values [b, ...] of this rank's samples, put at their places in the global batch."""
+    whole = torch.zeros(SAMPLES, *values.shape[1:], dtype=torch.float64)
+    whole[rows_of(groups, micro_batch_size)] = values.double()
     dist.all_reduce(whole, group=groups.dp)
     return whole
 
@@ -238,7 +262,7 @@ def bare_network(networks):
     x, t_x = (layout.shard(draws.normal(name, LATENT.shape_CTHW)) for name in ("x", "t_x"))
     timestep, t_timestep = 1000 * draws.uniform("t")[None], 1000 * draws.normal_scalar("t_t")[None]
     text = draws.normal("text", (5, 10)).transpose(0, 1).contiguous()
-    (v,) = evaluate(networks["student"], [NetworkInput(Dual.pack(x, t_x), Dual.pack(timestep, t_timestep), text)])
+    v = evaluate(networks["student"], NetworkInput(Dual.pack(x, t_x), Dual.pack(timestep, t_timestep), text))
     return {"v": layout.gather(v.primal), "t_v": layout.gather(v.tangent)}
 
 
@@ -292,7 +316,7 @@ def test_the_reference_has_every_loss_tangent_and_gradient(one_rank):
     for objective, quantities in one_rank.items():
         for name, value in quantities.items():
             assert bool(torch.isfinite(value).all()) and float(value.norm()) > 0, f"{objective}: {name}"
-    assert {"loss of scm", "dF of scm", "norm of the tangent"} < one_rank["scm"].keys()
+    assert {"loss of scm", "dF of scm", "tangent_norm of scm"} < one_rank["scm"].keys()
     assert {"loss of scm", "dF of scm", "loss of dmd"} < one_rank["scm_and_dmd"].keys()
 
 
@@ -306,10 +330,10 @@ def test_a_student_step_adds_the_gradients_of_scm_and_dmd(one_rank):
 def scm_and_dmd_apart():
     weights, kind, iteration = OBJECTIVES["scm_and_dmd"]
     networks, total = build(ParallelConfig(), torch.float32, num_layers=MODEL.num_layers), {}
-    for alone in (replace(weights, dmd=0.0), replace(weights, scm=0.0)):
-        OBJECTIVES["alone"] = (alone, kind, iteration)
-        for name, value in quantities_of(networks, "alone", MICRO_BATCH).items():
-            total[name] = total.get(name, 0) + value
+    for name, weight in weights.items():
+        OBJECTIVES["alone"] = ({name: weight}, kind, iteration)
+        for quantity, value in quantities_of(networks, "alone", MICRO_BATCH).items():
+            total[quantity] = total.get(quantity, 0) + value
     return total
 
 
@@ -379,7 +403,7 @@ def factors_of(layout):
 def test_bf16_runs_and_points_the_same_way(references, name):
     """bf16 parameters, activations and messages, fp32 gradients: finite, and close in direction to fp32."""
     layout = next(x for x in ALL if x.name == name)
-    objectives = ("scm", "dmd", "critic", "flow")
+    objectives = ("scm", "dmd", "fake_score", "flow")
     arguments = (layout.parallel, layout.micro_batch_size, torch.bfloat16, objectives, layout.num_layers)
     measured, reference = (
         run_ranks(measure, layout.processes, *arguments)[0],

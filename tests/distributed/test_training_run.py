@@ -36,8 +36,8 @@ def test_the_reference_run_trains_both_networks_on_all_objectives(runs):
     assert len(lines) == STEPS
     assert all(math.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     both = [line["iteration"] for line in lines if "scm/loss" in line and "dmd/loss" in line]
-    critic = [line["iteration"] for line in lines if "critic/loss" in line]
-    assert RCM_ITERATION in both and len(both) >= 7 and len(critic) >= 7, (both, critic)
+    fake_score = [line["iteration"] for line in lines if "fake_score/loss" in line]
+    assert RCM_ITERATION in both and len(both) >= 7 and len(fake_score) >= 7, (both, fake_score)
     assert [line["warmup_ratio"] for line in lines[:5]] == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
     counters = results[0][0]
     assert counters["updates/student"] + counters["updates/fake_score"] == STEPS and counters["refused_updates"] == 0

@@ -18,7 +18,7 @@ from tests.distributed.layouts import Layout
 
 WAN = WanConfig(condition_channels=4, image_dim=7, image_positions=9, conditional_frames=True)
 MODEL = replace(test_parity.MODEL, num_layers=4, wan=WAN)
-OBJECTIVES = ("scm", "dmd", "critic")
+OBJECTIVES = ("scm", "dmd", "fake_score")
 LAYOUTS = (Layout(tp=2, ring=2), Layout(ulysses=2, pp=2), Layout(pp=2, vpp=2))
 
 
@@ -40,18 +40,15 @@ def condition_of(layout, rows):
 
 def measure(parallel, dtype=torch.float32):
     from rcm_megatron.dual import Dual
+    from rcm_megatron.inputs import NetworkInput
     from rcm_megatron.parallel import pipeline
 
-    plain = test_parity.micro_batches
+    plain = test_parity.samples_of
 
     def with_condition(networks, iteration, micro_batch_size):
-        batches = plain(networks, iteration, micro_batch_size)
-        all_rows = test_parity.rows_of_micro_batches(networks.layout.groups, micro_batch_size)
-        conditions = [condition_of(networks.layout, rows) for rows in all_rows]
-        return [
-            replace(batch, condition=replace(condition, x0_SBP=batch.x0_SBP))
-            for batch, condition in zip(batches, conditions, strict=True)
-        ]
+        samples = plain(networks, iteration, micro_batch_size)
+        condition = condition_of(networks.layout, test_parity.rows_of(networks.layout.groups, micro_batch_size))
+        return replace(samples, condition=replace(condition, x0_SBP=samples.x0_SBP))
 
     def bare_network(networks):
         """v and t_v of the student for random dual inputs, on every rank."""
@@ -59,12 +56,12 @@ def measure(parallel, dtype=torch.float32):
         x, t_x = (layout.shard(draws.normal(name, layout.latent_shape)) for name in ("x", "t_x"))
         times = Dual.pack(1000 * draws.uniform("t")[None], 1000 * draws.normal_scalar("t_t")[None])
         text = draws.normal("text", (5, 10)).transpose(0, 1).contiguous()
-        given = pipeline.NetworkInput(Dual.pack(x, t_x), times, text, condition_of(layout, range(3)))
-        (v,) = pipeline.evaluate(networks["student"], [given])
+        given = NetworkInput(Dual.pack(x, t_x), times, text, condition_of(layout, range(3)))
+        v = pipeline.evaluate(networks["student"], given)
         return {"v": layout.gather(v.primal), "t_v": layout.gather(v.tangent)}
 
     # In this rank's own process.
-    test_parity.MODEL, test_parity.micro_batches, test_parity.bare_network = MODEL, with_condition, bare_network
+    test_parity.MODEL, test_parity.samples_of, test_parity.bare_network = MODEL, with_condition, bare_network
     return test_parity.measure(parallel, test_parity.MICRO_BATCH, dtype, OBJECTIVES, MODEL.num_layers)
 
 

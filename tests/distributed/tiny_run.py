@@ -1,6 +1,6 @@
 """A run of 20 steps in seconds: its data, teacher and configuration, the training as a function of a rank, what it left behind.
 
-Stages: 5 steps of sCM (3 of them warm-up), then 15 of sCM with DMD, every second one for the critic. AdamW's eps is 1e-4, so that
+Stages: 5 steps of sCM (3 of them warm-up), then 15 of sCM with DMD, every second one for the fake score. AdamW's eps is 1e-4, so that
 rounding in a gradient near zero does not become a full step.
 """
 

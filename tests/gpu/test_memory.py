@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 
 
 def train(data: Path, folder: Path, overrides: list[str]) -> list[dict]:
-    """Six steps of sCM, DMD and critic in bf16, saved and resumed in the middle; the metrics without what depends on the machine."""
+    """Six steps of sCM, DMD and fake score in bf16, saved and resumed in the middle; the metrics without what depends on the machine."""
     scm = {"name": "scm", "steps": 2, "losses": {"scm": 100.0}}
     rcm = {"name": "rcm", "steps": 4, "losses": {"scm": 100.0, "dmd": 1.0}, "student_update_freq": 2}
     fixed = ["parallel.ring=1", "precision.params_dtype=bf16", f"output_dir={folder}", f"data.folder={data}"]

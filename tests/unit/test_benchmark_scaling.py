@@ -11,12 +11,12 @@ import pytest
 
 from rcm_megatron.config import ConfigError, RunConfig, build
 from tools.scaling_points import PRESETS, make_points, parse_layout, point_from_dict, ranks_of
-from tools.scaling_report import COLOURS, summarise
+from tools.scaling_report import COLOURS, phase_colours, summarise
 
 ROOT = Path(__file__).parents[2]
 
 
-def points(series, preset="tiny", steps=("student", "critic")):
+def points(series, preset="tiny", steps=("student", "fake_score")):
     return make_points(build(RunConfig, PRESETS[preset]), series, steps=steps, rollout_steps=2)
 
 
@@ -59,7 +59,7 @@ def test_weak_series_grow_what_they_say():
 
 
 def test_a_point_survives_its_file():
-    for point in points({"strong": ["dp=1", "pp=2"]}, steps=("student", "critic", "dcm", "flow")):
+    for point in points({"strong": ["dp=1", "pp=2"]}, steps=("student", "fake_score", "dcm", "flow")):
         assert point_from_dict(json.loads(json.dumps(point.as_dict()))) == point
 
 
@@ -82,9 +82,13 @@ def test_rows_compare_with_the_first_layout():
 
 
 def test_every_phase_of_the_timers_has_a_colour():
-    from rcm_megatron.runtime.timers import PHASES
+    """Those of every step, and forward passes of any objective, after the data."""
+    from rcm_megatron.runtime.timers import PHASES, Timers
 
     assert COLOURS.keys() == PHASES.keys() - {"preview"}
+    colours = phase_colours(Timers(["probe", "teacher"]).phases)
+    assert list(colours)[:3] == ["data", "probe", "teacher"] and colours.keys() == COLOURS.keys() | {"probe", "teacher"}
+    assert len(set(colours.values())) == len(colours)
 
 
 def test_illegal_layouts_end_it_before_anything_starts():
@@ -107,7 +111,7 @@ def check_result(prefix, layouts):
     with prefix.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["layout"], row["step"]) for row in rows] == [
-        (n, s) for _, n, _ in layouts for s in ("student", "critic")
+        (n, s) for _, n, _ in layouts for s in ("student", "fake_score")
     ]
     assert prefix.with_suffix(".png").stat().st_size > 10_000
     page = prefix.with_suffix(".md").read_text()

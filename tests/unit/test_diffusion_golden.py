@@ -138,7 +138,7 @@ class Replay:
             return losses.semicontinuous_dF(dF_x, F, self.student.velocity(xt, t - h, cond), t, h=h)
         return self.student.velocity_jvp(xt, t, cond, t_xt, t_t)[1]
 
-    def scm(self):
+    def run_scm(self):
         config = self.case.config
         t = column(timesteps.lognormal_time(self.draws.normal_scalar("time"), mean=0.7, std=1.6))
         xt = trigflow.add_noise(self.golden.x0, self.normal("noise"), t)
@@ -154,7 +154,7 @@ class Replay:
         df_dt = -t.cos() * (F - F_teacher) - t.sin() * xt - dF
         return loss, {"time": t, "xt": xt, "F_teacher": F_teacher, "F_theta": F, "df_dt": df_dt}
 
-    def dcm(self):
+    def run_dcm(self):
         config, x0 = self.case.config, self.golden.x0
         skip, total = config["dcm_skipping_interval_steps"], config["dcm_total_steps"]
         times = timesteps.dcm_times(
@@ -189,7 +189,7 @@ class Replay:
         t = column(timesteps.uniform_shift_time(self.draws.uniform("score_time")))
         return t, trigflow.add_noise(G.detach(), self.normal("score_noise"), t)
 
-    def dmd(self):
+    def run_dmd(self):
         G = self.student.denoise(*self.rollout(), self.golden.cond)
         t, xt = self.score_input(G)
         with torch.no_grad():
@@ -202,12 +202,12 @@ class Replay:
         outputs = {"G_x0": G, "D_time": t, "D_xt": xt, "x0_theta_fake": x0_fake, "x0_theta_teacher": x0_teacher}
         return loss, outputs
 
-    def critic(self):
+    def run_fake_score(self):
         with torch.no_grad():
             G = self.student.denoise(*self.rollout(), self.golden.cond)
         t, xt = self.score_input(G)
         x0_fake = self.fake_score.denoise(xt, t, self.golden.cond)
-        return losses.critic_loss(G, x0_fake, t), {"G_x0": G, "D_time": t, "D_xt": xt, "x0_theta_fake": x0_fake}
+        return losses.fake_score_loss(G, x0_fake, t), {"G_x0": G, "D_time": t, "D_xt": xt, "x0_theta_fake": x0_fake}
 
 
 def column(t_B):
@@ -232,7 +232,7 @@ def test_network_and_its_tangent(golden):
 def test_case(golden, name):
     case = golden.case(name)
     replay = Replay(golden, case)
-    loss, outputs = getattr(replay, case.objective)()
+    loss, outputs = getattr(replay, f"run_{case.objective}")()
     loss = loss.flatten(1).sum(1)
     loss.sum().backward()
     bounds = case.bounds
@@ -276,7 +276,7 @@ def test_the_bounds_notice_a_wrong_setting(golden, case, change):
     case = golden.case(case)
     case = replace(case, **{**change, "config": {**case.config, **change.get("config", {})}})
     replay = Replay(golden, case)
-    loss, _ = getattr(replay, case.objective)()
+    loss, _ = getattr(replay, f"run_{case.objective}")()
     loss.sum().backward()
     parameters = dict(replay.student.model.named_parameters())
     errors = [

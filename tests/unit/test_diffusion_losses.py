@@ -205,28 +205,28 @@ def test_dmd_masks_nan_samples(layout, poisoned, value):
     assert bool((loss[1:] > 0).all())
 
 
-def test_critic_loss_is_the_velocity_error(layout):
+def test_fake_score_loss_is_the_velocity_error(layout):
     G, noise, v = layout.randn(), layout.randn(), layout.randn().requires_grad_()
     xt = trigflow.add_noise(G, noise, layout.t)
-    loss = losses.critic_loss(G, trigflow.denoised(xt, v, layout.t), layout.t)
+    loss = losses.fake_score_loss(G, trigflow.denoised(xt, v, layout.t), layout.t)
     target = layout.t.cos() * noise - layout.t.sin() * G
     assert_close("loss", (trigflow.velocity(xt, v, layout.t) - target) ** 2, loss, rel=1e-11)
     loss.sum().backward()
     assert torch.isfinite(v.grad).all()
 
 
-def test_critic_loss_at_time_zero_counts_nothing(layout):
+def test_fake_score_loss_at_time_zero_counts_nothing(layout):
     G, v = layout.randn(), layout.randn().requires_grad_()
     t = torch.zeros_like(layout.t)
-    loss = losses.critic_loss(G, trigflow.denoised(G, v, t), t)
+    loss = losses.fake_score_loss(G, trigflow.denoised(G, v, t), t)
     loss.sum().backward()
     assert loss.abs().max() == 0
     assert v.grad.abs().max() == 0
 
 
-def test_critic_gives_the_student_no_gradient(layout):
+def test_the_fake_score_gives_the_student_no_gradient(layout):
     G = layout.randn().requires_grad_()
-    assert not losses.critic_loss(G, layout.randn(), layout.t).requires_grad
+    assert not losses.fake_score_loss(G, layout.randn(), layout.t).requires_grad
 
 
 def test_flow_matching_loss(layout):

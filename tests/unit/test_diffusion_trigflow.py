@@ -68,11 +68,12 @@ def test_velocity_at_time_zero_is_finite():
 
 
 def test_x0_and_velocity_are_inverse(layout):
+    """sCM Eq. 5: f(xt, t) = cos(t) xt - sin(t) F."""
     randn, t, _ = layout
     xt, v = randn(), randn()
     F, x0 = trigflow.velocity(xt, v, t), trigflow.denoised(xt, v, t)
-    assert_close("x0", x0, trigflow.x0_from_velocity(xt, F, t), rel=1e-13)
-    assert_close("F", F, trigflow.velocity_from_x0(xt, x0, t), rel=1e-11)
+    assert_close("x0", x0, t.cos() * xt - t.sin() * F, rel=1e-13)
+    assert_close("F", F, (t.cos() * xt - x0) / t.sin(), rel=1e-11)
 
 
 def test_network_sees_rectified_flow(layout):

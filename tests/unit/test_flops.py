@@ -1,7 +1,9 @@
 """FLOPs of networks against PyTorch's own count of what runs, and passes of objectives against the calls that they make."""
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -27,15 +29,17 @@ from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition
 from rcm_megatron.networks.build import build_chunks
 from rcm_megatron.networks.weights import load_weights, seeded_weights
+from rcm_megatron.objectives import OBJECTIVES, settings_of
+from rcm_megatron.objectives.plan import plan_step
+from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from rcm_megatron.training import flops as flops_module
-from rcm_megatron.training.flops import Throughput, network_flops, passes_of, peak_tflops
-from rcm_megatron.training.objectives import MicroBatch
+from rcm_megatron.training.flops import NetworkFlops, Throughput, network_flops, peak_tflops, step_flops
 from rcm_megatron.training.state import build_networks
-from rcm_megatron.training.step import accumulate_step, objectives_of, plan_step
+from rcm_megatron.training.step import accumulate_step
 from tests.distributed.tiny_run import tiny_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "model_configs").glob("*.yaml"))
@@ -175,56 +179,64 @@ STAGES = {
 }
 SETTINGS = {"dcm": {"skip": 2, "total_steps": 8}}
 CASES = [
-    ("flow", {}, 0),
-    ("dcm", {}, 0),
-    ("dcm", {"teacher_guidance": 1.0}, 0),
-    *(("rcm", {"jvp_kind": kind}, 0) for kind in ("exact", "semicontinuous", "finite_difference")),
-    ("rcm", {}, 1),
-    ("dmd", {}, 4),
-    ("dmd", {"teacher_guidance": 1.0}, 5),
+    ("flow", {}, 0, ("flow",)),
+    ("dcm", {}, 0, ("dcm",)),
+    ("dcm", {"teacher_guidance": 1.0}, 0, ("dcm",)),
+    *(("rcm", {"jvp_kind": kind}, 0, ("scm", "dmd")) for kind in ("exact", "semicontinuous", "finite_difference")),
+    ("rcm", {}, 1, ("fake_score",)),
+    ("dmd", {}, 4, ("dmd",)),
+    ("dmd", {"teacher_guidance": 1.0}, 5, ("fake_score",)),
 ]
 
 
-def run_of(tmp_path, stage, distillation):
+def run_of(tmp_path, stage, changes):
     given = tiny_config(tmp_path) | {"stages": [{"name": stage, "steps": 9} | STAGES[stage]]}
     given["networks"]["teacher"]["init"] = None
-    given["distillation"] |= SETTINGS | distillation
+    given["objectives"] = SETTINGS | {"scm": {key: value for key, value in changes.items() if key == "jvp_kind"}}
+    given["distillation"] |= {key: value for key, value in changes.items() if key != "jvp_kind"}
     given["memory"] = {"recompute": "none"}
     return build(RunConfig, given)
 
 
-def batch_of(run, layout):
+def samples_of(run, layout):
     draws = SeededDraws(0, 0, [4, 5])
     latent = draws.normal("latent", run.latent.shape_CTHW)
     text = draws.normal("text", (run.model.text_len, run.model.text_dim)).transpose(0, 1)
-    return MicroBatch(layout.shard(latent), text, torch.zeros_like(text), draws)
+    return Samples(layout.shard(latent), text, torch.zeros_like(text), draws)
 
 
-@pytest.mark.parametrize(("stage", "distillation", "iteration"), CASES, ids=lambda case: str(case))
-def test_passes_of_a_step_are_the_calls_of_the_networks(stage, distillation, iteration, groups, tmp_path):
+@pytest.mark.parametrize(("stage", "changes", "iteration", "objectives"), CASES, ids=lambda case: str(case))
+def test_passes_of_a_step_are_the_calls_of_the_networks(stage, changes, iteration, objectives, groups, tmp_path):
     """A batch of two, in the guided teacher of four, counts by rows. DMD's second forward of the last step is no use."""
-    run = run_of(tmp_path, stage, distillation)
+    run = run_of(tmp_path, stage, changes)
     step = plan_step(run.stages[0], iteration, max_rollout_steps=run.distillation.max_rollout_steps)
     networks = build_networks(run, groups)
-    calls = {"forward": 0.0, "dual": 0.0, "backward": 0.0}
+    calls = {role: Counter() for role in networks}
 
-    def note(module, inputs, output):
+    def note(role, module, inputs, output):
         x = inputs[0]
-        rows = (x.batch if isinstance(x, Dual) else x.shape[1]) / 2
-        calls["dual" if isinstance(x, Dual) else "forward"] += rows
-        calls["backward"] += rows * torch.is_grad_enabled()
+        rows = (x.batch if isinstance(x, Dual) else x.shape[1]) // 2
+        calls[role]["dual" if isinstance(x, Dual) else "forward"] += rows
+        calls[role]["backward"] += rows * torch.is_grad_enabled()
 
-    for chunks in networks.values():
+    for role, chunks in networks.items():
         for chunk in chunks:
-            unwrapped(chunk).register_forward_hook(note)
-    accumulate_step(step, networks, [batch_of(run, networks.layout)], stage=run.stages[0], settings=run.distillation)
-    names = objectives_of(step, run.stages[0])
-    passes = [passes_of(name, step, run.distillation) for name in names]
-    assert calls == {
-        "forward": sum(p.forward for p in passes) + ("dmd" in names),
-        "dual": sum(p.dual for p in passes),
-        "backward": sum(p.backward for p in passes),
+            unwrapped(chunk).register_forward_hook(partial(note, role))
+    settings = {"distillation": run.distillation, "objectives": run.objectives}
+    accumulate_step(step, networks, samples_of(run, networks.layout), stage=run.stages[0], **settings)
+    expected = {role: Counter() for role in networks}
+    for name in step.objectives:
+        for p in OBJECTIVES[name].passes(settings_of(name, run.objectives), step, run.distillation):
+            expected[p.role].update(forward=p.forward, dual=p.dual, backward=p.backward)
+    expected["student"]["forward"] += "dmd" in step.objectives
+    assert calls == expected and step.objectives == objectives
+    one = {
+        role: NetworkFlops(linears=100, context_linears=20, self_attention=3, cross_attention=7) for role in networks
     }
+    of_use = sum(expected.values(), Counter()) - Counter(forward="dmd" in step.objectives)
+    assert (
+        step_flops(one, step, **settings) == of_use["forward"] * 130 + of_use["dual"] * 243 + of_use["backward"] * 260
+    )
 
 
 # ---- rates
@@ -233,9 +245,9 @@ def test_passes_of_a_step_are_the_calls_of_the_networks(stage, distillation, ite
 def test_rates_leave_out_previews_and_share_over_devices(tmp_path):
     run = run_of(tmp_path, "rcm", {})
     run = replace(run, logging=replace(run.logging, peak_tflops=2e-6))
-    stage, step = run.stages[0], plan_step(run.stages[0], 1, max_rollout_steps=3)
+    step = plan_step(run.stages[0], 1, max_rollout_steps=3)
     assert step.trained == "fake_score" and step.rollout_steps == 1
-    rates = Throughput(run, devices=4).rates(step, stage, {"seconds/step": 3.0, "seconds/preview": 1.0})
+    rates = Throughput(run, devices=4).rates(step, {"seconds/step": 3.0, "seconds/preview": 1.0})
     samples = run.trainer.global_batch_size / 2.0
     expected = samples * (2 + 2) * network_flops(run.model, run.latent).forward / 4 / 1e12
     assert rates == pytest.approx(
@@ -271,5 +283,5 @@ def test_peak_of_a_gpu_by_its_name(tmp_path, monkeypatch, caplog, device, peak):
     assert peak_tflops(run) is None, "fp32 has another"
     assert (peak is None) == ("fix: logging.peak_tflops" in caplog.text)
     step = plan_step(run.stages[0], 0, max_rollout_steps=3)
-    rates = Throughput(bf16, devices=1).rates(step, run.stages[0], {"seconds/step": 1.0})
+    rates = Throughput(bf16, devices=1).rates(step, {"seconds/step": 1.0})
     assert ("mfu" in rates) == (peak is not None)

@@ -18,7 +18,7 @@ ALLOWED = {
     "text": {"errors"},
     "paths": {"errors"},
     "registry": {"errors"},
-    "config": {"config", "errors", "paths", "registry", "text"},
+    "config": {"config", "errors", "paths", "registry", "objectives", "text"},
     "dtypes": set(),
     "files": set(),
     "dual": set(),
@@ -26,6 +26,7 @@ ALLOWED = {
     "platform": {"platform"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
+    "objectives": MODELS | {"registry", "diffusion", "networks", "objectives"},
     "data": {"errors", "files", "text", "data"},
     "parallel": {"config", "dual", "inputs", "platform", "parallel", "rcm_kernels"},
     "models": MODELS,
@@ -36,7 +37,18 @@ ALLOWED = {
     | {"platform", "checkpoint", "networks", "diffusion", "data", "runtime", "inference", "__version__"},
     "datasets": MODELS | {"platform", "checkpoint", "data", "inference", "datasets", "__version__"},
     "training": MODELS
-    | {"platform", "checkpoint", "networks", "diffusion", "data", "runtime", "inference", "training", "__version__"},
+    | {
+        "platform",
+        "checkpoint",
+        "networks",
+        "objectives",
+        "diffusion",
+        "data",
+        "runtime",
+        "inference",
+        "training",
+        "__version__",
+    },
 }
 """Part of the program -> the parts it may import."""
 

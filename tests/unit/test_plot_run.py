@@ -3,23 +3,24 @@
 import json
 
 import pytest
+from matplotlib import pyplot
 from PIL import Image
 
 from tools.plot_run import Run, main, panels, plot, points, read_run, smoothed
 
 
 def record(iteration, **changes):
-    """A record as the trainer writes it: two student steps of sCM, then DMD with every second step for the critic."""
-    critic = iteration >= 2 and iteration % 2 == 1
+    """A record as the trainer writes it: two student steps of sCM, then DMD with every second step for the fake score."""
+    fake = iteration >= 2 and iteration % 2 == 1
     common = {"iteration": iteration, "restarts": 0, "stage": "scm" if iteration < 2 else "rcm", "gradient_norm": 3.0}
     common |= {
-        "trained": "fake_score" if critic else "student",
+        "trained": "fake_score" if fake else "student",
         "learning_rate": 1e-4,
         "seconds/step": 1.0,
         "nan_samples": 0,
     }
     common |= {"seconds/teacher": 0.4, "seconds/backward": 0.6, "samples_per_second": 4.0, "peak_memory_gib": 0.5}
-    losses = {"critic/loss": 9.0} if critic else {"scm/loss": 1.0, "scm/tangent_norm": 30.0}
+    losses = {"fake_score/loss": 9.0} if fake else {"scm/loss": 1.0, "scm/tangent_norm": 30.0}
     return common | losses | changes
 
 
@@ -42,10 +43,10 @@ def test_the_last_record_of_an_iteration_counts_and_torn_lines_do_not(tmp_path):
     assert list(run.changes("stage")) == [(0, "scm"), (2, "rcm")]
 
 
-def test_student_and_critic_and_stages_are_drawn_apart():
+def test_networks_and_stages_are_drawn_apart():
     run = Run("run", [record(i) for i in range(6)])
     assert [[r["iteration"] for r in part] for part in run.stretches("student")] == [[0, 1], [2, 4]]
-    assert [[r["iteration"] for r in part] for part in run.stretches("critic")] == [[3, 5]]
+    assert [[r["iteration"] for r in part] for part in run.stretches("fake_score")] == [[3, 5]]
 
 
 def test_points_leave_out_what_is_no_finite_number():
@@ -63,18 +64,30 @@ def test_panels_are_those_of_what_was_recorded():
     full = Run("full", [record(i, tflops_per_device=2.0) for i in range(6)])
     expected = [
         "scm loss",
-        "critic loss",
+        "fake_score loss",
         "gradient norm",
         "tangent norm (sCM)",
         "learning rate",
         "throughput",
         "arithmetic",
     ]
-    expected += ["peak memory, rank 0", "counted since the start", "student step by phase", "critic step by phase"]
+    expected += ["peak memory, rank 0", "counted since the start", "student step by phase", "fake_score step by phase"]
     assert titles(full) == expected
     with_mfu = titles(Run("gpu", [record(i, tflops_per_device=2.0, mfu=0.4) for i in range(6)]))
     assert "MFU" in with_mfu and "arithmetic" not in with_mfu
     assert titles(Run("old", [{"iteration": 0, "flow/loss": 2.0}])) == ["flow loss"]
+
+
+def test_objectives_that_this_program_does_not_know_are_drawn(tmp_path):
+    """Those of a plugin, plotted elsewhere: their losses, what they report, the network that they train, the phases of their passes."""
+    record = {"probe/loss": 3.0, "probe/nan_samples": 0, "probe/slope": 0.5, "scm/loss": 1.0, "trained": "probe"}
+    run = Run("run", [{"iteration": i, "seconds/guess": 2.0, "seconds/step": 2.0, **record} for i in range(3)])
+    assert titles(run) == ["scm loss", "probe loss", "slope (probe)", "probe step by phase"]
+    used = {}
+    plot([run], tmp_path / "run.png")
+    for panel in panels([run], used):
+        panel.draw(pyplot.figure().gca())
+    assert used.keys() == {"guess"}
 
 
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [-1.0, 5.0, float("nan")], [1e-3, 1e3], [1.0, 1.01]])

@@ -11,6 +11,7 @@ from rcm_megatron.config.declare import Change, Problem
 from rcm_megatron.config.model import WAN_MASK_CHANNELS, ModelConfig
 from rcm_megatron.config.roles import known_roles
 from rcm_megatron.config.run import RunConfig
+from rcm_megatron.objectives import OBJECTIVES, settings_of
 
 AXES = ("frames", "height", "width")
 
@@ -104,6 +105,14 @@ def _stage_list(config: RunConfig) -> Iterator[str]:
     names = [stage.name for stage in config.stages]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"stages: the name {name!r} is used twice; names label metrics and checkpoints, make them differ"
+
+
+def _objectives(config: RunConfig) -> Iterator[str]:
+    """What each objective of a stage asks for by itself."""
+    for index, stage in enumerate(config.stages):
+        for name in stage.losses:
+            settings = settings_of(name, config.objectives)
+            yield from OBJECTIVES[name].check(config, settings, stage, f"stages.{index} ({stage.name})")
 
 
 def _roles(config: RunConfig) -> Iterator[str | Problem]:

@@ -1,0 +1,63 @@
+"""Which objectives an iteration of a stage runs, and which network it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rcm_megatron.config import StageConfig
+from rcm_megatron.diffusion import timesteps
+from rcm_megatron.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What iteration ``iteration`` of a stage does."""
+
+    trained: str
+    """Role of the network that it updates."""
+    objectives: tuple[str, ...]
+    """Whose gradients add up into the update, in this order."""
+    iteration: int
+    rollout_steps: int
+    """Student steps of a backward simulation."""
+    warmup_ratio: float
+    """r of the tangent warm-up."""
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Objectives in the order in which their gradients add up, which is that of `OBJECTIVES`, whatever that of a YAML file is."""
+    wanted = set(names)
+    return tuple(name for name in OBJECTIVES if name in wanted)
+
+
+def companions_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Role -> the objectives that train it in iterations of their own."""
+    companions = in_order(companion for name in names for companion in OBJECTIVES[name].companions)
+    roles = dict.fromkeys(OBJECTIVES[name].trains for name in companions)
+    return {role: tuple(name for name in companions if OBJECTIVES[name].trains == role) for role in roles}
+
+
+def plan_step(stage: StageConfig, iteration: int, *, max_rollout_steps: int) -> Step:
+    """Alternation and counts of iteration ``iteration`` (0-based within its stage); rCM (arXiv 2510.08431) Algorithm 1.
+
+    The objectives of ``stage.losses`` train their network in the warm-up and then in one iteration of ``student_update_freq``; in the
+    others their companions train theirs, several networks taking turns.
+    """
+    names = in_order(stage.losses)
+    companions, warmup = companions_of(names), stage.tangent_warmup
+    counting = {"warmup": warmup, "student_update_freq": stage.student_update_freq}
+    if not companions or timesteps.is_student_step(iteration, **counting):
+        before = timesteps.student_updates_before(iteration, **counting)
+        trained = OBJECTIVES[names[0]].trains
+        chosen = tuple(name for name in names if iteration >= warmup or not OBJECTIVES[name].waits_for_warmup)
+    else:
+        before, turn = divmod(timesteps.companion_updates_before(iteration, **counting), len(companions))
+        trained, chosen = list(companions.items())[turn]
+    return Step(
+        trained=trained,
+        objectives=chosen,
+        iteration=iteration,
+        rollout_steps=timesteps.rollout_steps(before, max_steps=max_rollout_steps),
+        warmup_ratio=timesteps.tangent_warmup_ratio(iteration, warmup=warmup),
+    )
