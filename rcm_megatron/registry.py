@@ -41,6 +41,12 @@ class Registry(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def register(self, name: str, value: T) -> None:
+        """``value`` is known as ``name`` from now on: for plugins. Raises UserError for a name that is taken."""
+        if name in self._entries:
+            raise UserError(f"{self.kind} {name!r} is there already; give yours another name")
+        self._entries[name] = value
+
     @contextmanager
     def registered(self, name: str, value: T) -> Iterator[None]:
         """``value`` is known as ``name`` inside: for a test, or a program around this one."""

@@ -83,7 +83,7 @@ class Rank:
             "tokens": self.state.networks.layout.num_tokens,
             "token_shards": self.groups.token_shards,
             "global_batch_size": trainer.global_batch_size,
-            "micro_batches": self.micro_batches,
+            "micro_batches": self.samples.count // self.samples.at_a_time,
             "memory": _of_all_ranks(self.memory | {"resident_bytes": _resident_bytes()}),
         }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     Raises ConfigError with every reason why it cannot run on ``world_size`` processes; without that number, with what is wrong within its
     sections alone, for a caller that goes on to change it."""
     data, problems = _overridden(_read(Path(path)), overrides)
+    unusable = list(_import_plugins(data))
     config, refused = read(RunConfig, data)
-    if problems := [*problems, *refused, *problems_of(config, world_size)]:
+    if problems := [*problems, *unusable, *refused, *problems_of(config, world_size)]:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _import_plugins(data: Mapping[str, Any]) -> Iterator[str]:
+    """Import the modules that know more objectives before the rest is read; yields what is wrong with those that cannot be."""
+    names = data.get("plugins")
+    for index, name in enumerate(names if isinstance(names, list) else ()):
+        try:
+            importlib.import_module(str(name))
+        except Exception as error:  # whatever the module does when it is imported
+            reason = f"{type(error).__name__}: {error}"
+            yield f"plugins.{index}={name} cannot be imported ({reason}); need a module of this environment: install its package"
 
 
 def validate(config: RunConfig, world_size: int) -> None:

@@ -262,6 +262,8 @@ class RunConfig:
     name: str
     seed: int = 0
     output_dir: FilePath
+    plugins: tuple[str, ...] = ()
+    """Python modules, installed beside this program, that register objectives of their own when they are imported (docs/EXTENDING.md)."""
     model: ModelConfig
     latent: LatentConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rcm_megatron.config import CosmosConfig, ModelConfig
+from rcm_megatron.config import CosmosConfig, ModelConfig, ParallelConfig
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import Layout
+from tests.helpers import assert_close
 
 COSMOS = CosmosConfig(
     adaln_lora_dim=6, rope_scale=(1.0, 4.0, 3.0), rope_fps=16.0, max_size=(4, 8, 12), learnable_positions=True
@@ -103,3 +104,34 @@ def test_video2world_in_bf16(video2world):
         assert bool(torch.isfinite(got).all()), objective
         cosine = float(torch.nn.functional.cosine_similarity(expected, got, dim=0))
         assert cosine > 0.95, f"{objective}: cosine {cosine:.3f}"
+
+
+def dmd_of_given_frames():
+    """(loss of each sample, the same by hand over the frames that the networks make, and diluted by those that they are given)."""
+    from rcm_megatron.objectives.plan import plan_step
+    from rcm_megatron.training.step import accumulate_step
+
+    test_parity.MODEL = VIDEO2WORLD
+    networks = test_parity.build(ParallelConfig(), torch.float32, num_layers=2)
+    samples = test_parity.samples_of(networks, 2, test_parity.MICRO_BATCH).with_conditional_frames((0, 1, 2))
+    distillation, stage = test_parity.distillation_of(), test_parity.stage_of({"dmd": 1.0})
+    step = plan_step(stage, 2, max_rollout_steps=2)
+    settings = {"stage": stage, "distillation": distillation, "objectives": {}}
+    result = accumulate_step(step, networks, samples, **settings)["dmd"]
+    names = ("G_x0", "x0_theta_fake", "x0_theta_teacher")
+    G, fake, teacher = (networks.layout.gather(result.outputs[name]) for name in names)
+    by_hand, diluted = [], []
+    for b, given in enumerate(samples.condition.frames_B.tolist()):
+        made = (part[b, :, given:] for part in (G, fake, teacher))
+        g, f, t = made
+        by_hand.append((((f - t) / (g - t).abs().mean()) ** 2).sum())
+        diluted.append((((f - t) / (G[b] - teacher[b]).abs().mean()) ** 2).sum())
+    return result.loss_B, torch.stack(by_hand), torch.stack(diluted), samples.condition.frames_B
+
+
+def test_given_frames_do_not_dilute_dmds_normaliser():
+    ((loss_B, by_hand, diluted, frames_B),) = run_ranks(dmd_of_given_frames, 1)
+    assert {0, 1} < set(frames_B.tolist())
+    assert_close("loss", by_hand, loss_B, rel=1e-9)
+    with_frames = frames_B > 0
+    assert float((diluted - by_hand)[with_frames].abs().min() / by_hand[with_frames].max()) > 0.1

@@ -60,7 +60,7 @@ def measure(parallel, states):
         case = CASES[name]
         chunks = build_chunks(case.model, case.latent, parallel, groups=groups, params_dtype=torch.float32)
         load_weights(chunks, state)
-        (v,) = evaluate(chunks, [network_input(name, chunks[0])])
+        v = evaluate(chunks, network_input(name, chunks[0]))
         measured[name] = [chunks[0].layout.gather(half) for half in (v.primal, v.tangent)]
     return measured
 

@@ -187,7 +187,7 @@ def tiny(tmp_path_factory):
 
 
 def test_a_run_with_every_policy_is_the_same(tiny, tmp_path):
-    """Through sCM, DMD and fake score steps, checkpoints, and resuming. In bf16 some main parameters are views of fp32 parameters, most not."""
+    """Through steps of all kinds, checkpoints, and resuming. In bf16 some main parameters are views of fp32 parameters, most not."""
     results = {}
     policies = ["memory.recompute=selective", "networks.teacher.weights=sharded", "memory.free_idle_gradients=true"]
     for away in (False, True):

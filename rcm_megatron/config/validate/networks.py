@@ -188,6 +188,7 @@ def _conditional_frames(config: RunConfig) -> Iterator[str]:
 
 NETWORK_RULES = (
     _stage_list,
+    _objectives,
     _channels,
     _inputs,
     _patches,
