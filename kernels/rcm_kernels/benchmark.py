@@ -18,10 +18,19 @@ import inspect
 import subprocess
 import sys
 import types
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rcm_kernels.flash_attention.backends import Backend
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""q, k, v, tq, tk, tv."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,7 +61,7 @@ CASES = {
 }
 
 
-def milliseconds(fn, repeats):
+def milliseconds(fn: Callable[[], Any], repeats: int) -> float:
     """Median time of `fn` on the GPU, after two calls that warm up."""
     times = []
     for i in range(repeats + 2):
@@ -66,13 +75,13 @@ def milliseconds(fn, repeats):
     return sorted(times)[len(times) // 2]
 
 
-def matmul_peak(dtype, repeats, size=8192):
+def matmul_peak(dtype: torch.dtype, repeats: int, size: int = 8192) -> float:
     """TFLOP/s of torch.matmul."""
     a, b = torch.randn(2, size, size, device="cuda").to(dtype).unbind(0)
     return 2 * size**3 / milliseconds(functools.partial(torch.matmul, a, b), repeats) / 1e9
 
 
-def peak_memory(fn):
+def peak_memory(fn: Callable[[], Any]) -> float:
     """MiB that one call needs at most beside its inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -86,7 +95,7 @@ NVLABS_FILE = Path("rcm/utils/flash_attention_jvp_triton.py")
 NVLABS_ARGUMENTS = ["q", "k", "v", "tq", "tk", "tv"]
 
 
-def load_nvlabs(path):
+def load_nvlabs(path: str | Path) -> Callable[..., Any]:
     """The attention function of NVlabs/rcm (as of commit 5b41aa9) in the user's own checkout: [b, n, s, d] tensors -> (o, to).
 
     Its file takes the backward from flash-attn, which is not timed here: where that is not installed, an empty module stands in.
@@ -106,9 +115,8 @@ def load_nvlabs(path):
             f"got --against {path}, whose {NVLABS_FILE.name} cannot be imported ({error}); need its packages; fix: install them"
         ) from error
     function = getattr(module, "attention", None)
-    forward = getattr(
-        getattr(function, "__self__", None), "forward", None
-    )  # `attention` is an autograd.Function's apply
+    # `attention` is an autograd.Function's apply
+    forward = getattr(getattr(function, "__self__", None), "forward", None)
     names = [] if forward is None else list(inspect.signature(forward).parameters)
     if names[1:7] != NVLABS_ARGUMENTS:
         raise ValueError(
@@ -119,7 +127,7 @@ def load_nvlabs(path):
 
 
 @contextlib.contextmanager
-def _flash_attn_or_stand_in():
+def _flash_attn_or_stand_in() -> Iterator[None]:
     names = ("flash_attn", "flash_attn.flash_attn_interface")
     stand_in = importlib.util.find_spec(names[0]) is None
     if stand_in:
@@ -133,21 +141,23 @@ def _flash_attn_or_stand_in():
             del sys.modules[name]
 
 
-def _no_backward(*args, **kwargs):
+def _no_backward(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError("the backward of NVlabs/rcm needs flash-attn, which is not installed")
 
 
-def nvlabs_call(function, q, k, v, tq, tk, tv):
+def nvlabs_call(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor | None, tv: Tensor | None
+) -> Callable[[], Any]:
     """Its call on [s, b, n, d] views: it has no way to leave tk and tv out, and wants tangents with the strides of their primals."""
     zeros = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).zero_() for x in (k, v)]
     tk, tv = (zero if tangent is None else tangent for tangent, zero in zip((tk, tv), zeros, strict=True))
     return functools.partial(function, *(x.permute(1, 2, 0, 3) for x in (q, k, v, tq, tk, tv)))
 
 
-def make_inputs(case, dtype, device="cuda"):
+def make_inputs(case: Case, dtype: torch.dtype, device: str = "cuda") -> Inputs:
     """q, k, v, tq, tk, tv as a training step has them: halves of stacked duals [s, 2b, n, d]."""
 
-    def stack(length):
+    def stack(length: int) -> tuple[Tensor, Tensor]:
         dual = torch.randn(length, 2 * case.batch, case.heads, case.head_dim, device=device, dtype=dtype)
         return dual[:, : case.batch], dual[:, case.batch :]
 
@@ -155,7 +165,7 @@ def make_inputs(case, dtype, device="cuda"):
     return (q, k, v, tq, tk, tv) if case.key_tangents else (q, k, v, tq, None, None)
 
 
-def other_libraries():
+def other_libraries() -> "dict[str, Backend]":
     """{name: Backend} of plain attention beside torch's flash attention, where they run; says which do not."""
     from rcm_kernels.flash_attention import backends
 
@@ -168,7 +178,9 @@ def other_libraries():
     return found
 
 
-def candidates(case, inputs, nvlabs, libraries):
+def candidates(
+    case: Case, inputs: Inputs, nvlabs: Callable[..., Any] | None, libraries: "Mapping[str, Backend]"
+) -> Iterator[tuple[str, int, Callable[[], Any]]]:
     """(implementation, operations per s*l*d, function) to be timed."""
     from rcm_kernels.flash_attention import backends
     from rcm_kernels.flash_attention_jvp import triton_impl
@@ -194,7 +206,7 @@ def candidates(case, inputs, nvlabs, libraries):
             yield f"{name}, backward", 10, functools.partial(library.backward, do, q, k, v, o, lse, scale)
 
 
-def environment():
+def environment() -> dict[str, str | None]:
     """Columns that say where a row comes from."""
     import triton
 
@@ -206,7 +218,15 @@ def environment():
     return columns | {"triton": triton.__version__, "commit": commit or "unknown"}
 
 
-def measure(name, case, dtype, peak, repeats, nvlabs, libraries):
+def measure(
+    name: str,
+    case: Case,
+    dtype: torch.dtype,
+    peak: float,
+    repeats: int,
+    nvlabs: Callable[..., Any] | None,
+    libraries: "Mapping[str, Backend]",
+) -> Iterator[dict[str, Any]]:
     """Rows of the table for one case."""
     inputs, plain_ms = make_inputs(case, dtype), None
     for implementation, operations, fn in candidates(case, inputs, nvlabs, libraries):
@@ -219,7 +239,7 @@ def measure(name, case, dtype, peak, repeats, nvlabs, libraries):
         yield row | {"ratio_to_aten_forward": ratio, "peak_mib": round(memory), "matmul_tflops": round(peak, 1)}
 
 
-def main():
+def main() -> None:
     """Parse the command line, measure, print, and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,12 @@ class Config:
     stages: int
 
 
+Key = tuple[str, int, int, str]
+"""Of TABLE: kernel, GPU generation, head dim up to, "half" or "fp32"."""
+
 # (kernel, GPU generation, head dim up to, "half" or "fp32"). Generation 80 stands for all GPUs without the matmul instructions of 9.0
 # and 10.0: 8.x, 12.x. Filled from compiler output (no spills, registers used well), not yet from measurements: no GPU was at hand.
-TABLE = {
+TABLE: dict[Key, Config] = {
     ("jvp", 80, 32, "half"): Config(128, 32, 32, 32, 8, 2),
     ("jvp", 80, 64, "half"): Config(128, 32, 64, 64, 8, 2),
     ("jvp", 80, 128, "half"): Config(128, 16, 128, 128, 8, 2),
@@ -96,7 +100,7 @@ SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 """Bytes that one program can have. For 80 the least of the GPUs that it stands for; an A100 has 166,912."""
 
 
-def config_for(kernel, q, *, irregular=False):
+def config_for(kernel: str, q: Tensor, *, irregular: bool = False) -> Config:
     """The configuration for tensors like q. `irregular`: see `narrower`."""
     bucket = block_dim(q.shape[-1])
     if q.device.type != "cuda":
@@ -105,27 +109,27 @@ def config_for(kernel, q, *, irregular=False):
     return narrower(TABLE[key]) if irregular or q.shape[-1] != bucket else TABLE[key]
 
 
-def table_key(kernel, generation, head_dim, dtype):
+def table_key(kernel: str, generation: int, head_dim: int, dtype: torch.dtype) -> Key:
     """Key of TABLE. fp32 is cut into pieces of the head dim, so that one entry serves all."""
     if dtype == torch.float32:
         return kernel, generation, 256, "fp32"
     return kernel, generation, max(32, block_dim(head_dim)), "half"
 
 
-def narrower(config):
+def narrower(config: Config) -> Config:
     """Smaller steps, for calls that need more registers: masks by chunk, unequal strides, a head dim that is no power of two."""
     if config.block_n > 16:
         return replace(config, block_n=config.block_n // 2)
     return replace(config, block_e=max(16, config.block_e // 2))
 
 
-def block_dim(head_dim):
+def block_dim(head_dim: int) -> int:
     """The power of two, at least 16, that holds the head dim."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @functools.cache
-def generation(device_index):
+def generation(device_index: int | None) -> int:
     """The GPU generation of the table: 80, 90 or 100."""
     major, minor = torch.cuda.get_device_capability(device_index)
     if (major, minor) < (8, 0):

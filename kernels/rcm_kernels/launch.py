@@ -1,10 +1,13 @@
 """What the launchers of the Triton kernels share. Import it where Triton is installed."""
 
 import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, in numpy."""
@@ -12,7 +15,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def check_machine():
+def check_machine() -> None:
     """Raise where Triton kernels cannot run."""
     if not INTERPRETED and not torch.cuda.is_available():
         raise RuntimeError(
@@ -20,9 +23,8 @@ def check_machine():
         )
 
 
-def check_tensors(*tensors):
+def check_tensors(q: Tensor, *others: Tensor | None) -> None:
     """All tensors on one device that Triton can run on, of one dtype that it can multiply, with a head dim up to 256."""
-    q = tensors[0]
     if q.dtype not in _TRITON_TYPES:
         raise ValueError(f"got {q.dtype}; need float32, bfloat16 or float16; fix: convert it or choose 'reference'")
     if q.device.type != "cuda" and not INTERPRETED:
@@ -30,12 +32,12 @@ def check_tensors(*tensors):
             f"got a tensor on {q.device}; need CUDA; fix: move it there, choose the backend 'reference', or set "
             "TRITON_INTERPRET=1 before the start, which interprets the kernels on the CPU"
         )
-    odd = next((x for x in tensors if x is not None and (x.device != q.device or x.dtype != q.dtype)), None)
+    odd = next((x for x in others if x is not None and (x.device != q.device or x.dtype != q.dtype)), None)
     if odd is not None:
         raise ValueError(
             f"got {odd.dtype} on {odd.device} beside {q.dtype} on {q.device}; need one dtype and device; fix: convert it"
         )
-    far = next((x for x in tensors if x is not None and x.stride(0) >= 2**24), None)
+    far = next((x for x in (q, *others) if x is not None and x.stride(0) >= 2**24), None)
     if far is not None:  # offsets within a tile of 128 rows are 32-bit
         raise ValueError(
             f"got tokens {far.stride(0)} elements apart; need less than {2**24}; fix: call contiguous() on it"
@@ -44,7 +46,7 @@ def check_tensors(*tensors):
         raise ValueError(f"got head dim {q.shape[-1]}; need at most 256; fix: choose the backend 'reference'")
 
 
-def dot_types(dtype):
+def dot_types(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     """(type to which factors of a matmul are rounded, type in which they are multiplied); the same but for the interpreter.
 
     The interpreter multiplies the bits of bf16 as integers, silently. A product of two bf16 is exact in fp32, so multiplying
@@ -54,16 +56,16 @@ def dot_types(dtype):
     return rounded, tl.float32 if INTERPRETED and dtype == torch.bfloat16 else rounded
 
 
-def dot_precision(dtype):
+def dot_precision(dtype: torch.dtype) -> str:
     """How factors in fp32 are multiplied: three tf32 products on tensor cores, as good as fp32. Means nothing for the others."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
-def last_dim_dense(x):
+def last_dim_dense(x: Tensor | None) -> Tensor | None:
     """`x` itself unless its last dimension is strided: the kernels take any stride for the others."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def on_device_of(x):
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which Triton launches on x's device: it launches on the current one otherwise."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

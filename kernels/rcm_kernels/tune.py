@@ -13,26 +13,29 @@ import functools
 import itertools
 import multiprocessing
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rcm_kernels import configs
-from rcm_kernels.benchmark import DTYPES, Case, make_inputs, milliseconds
+from rcm_kernels.benchmark import DTYPES, Case, Inputs, make_inputs, milliseconds
+from rcm_kernels.configs import Config, Key
 
 KERNELS = ("jvp", "forward", "dq", "dkdv")
 
 
-def candidates(base):
+def candidates(base: Config) -> list[Config]:
     """Variations of the entry in the table."""
     tiles = itertools.product((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
     found = [replace(base, block_m=m, block_n=n, warps=w, stages=s) for m, n, w, s in tiles]
     return [base, *(x for x in found if x != base)]
 
 
-def runner(kernel, inputs):
+def runner(kernel: str, inputs: Inputs) -> Callable[[Config], Any]:
     """A function of a Config that runs the kernel once."""
     from rcm_kernels.flash_attention import triton_impl as plain
     from rcm_kernels.flash_attention_jvp import triton_impl as jvp
@@ -51,7 +54,7 @@ def runner(kernel, inputs):
     return lambda config: plain.backward(*arguments, dq=dq, configs=(None, config))
 
 
-def problems(key, config):
+def problems(key: Key, config: Config) -> list[str]:
     """What the compilers have against a candidate, in words."""
     from triton.runtime.errors import TritonError
 
@@ -63,13 +66,15 @@ def problems(key, config):
         return [f"does not compile: {error}"]
 
 
-def problems_of_all(key, found):
+def problems_of_all(key: Key, found: Sequence[Config]) -> list[list[str]]:
     """`problems` of each, on all cores: a compilation takes seconds, and a GPU waits meanwhile."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(functools.partial(problems, key), found))
 
 
-def tune(kernel, head_dim, dtype, tokens, heads, repeats):
+def tune(
+    kernel: str, head_dim: int, dtype: torch.dtype, tokens: int, heads: int, repeats: int
+) -> tuple[Key, list[tuple[float, Config]]]:
     """(key of the table, [(milliseconds, Config), ...] fastest first)."""
     key = configs.table_key(kernel, configs.generation(torch.cuda.current_device()), head_dim, dtype)
     run, ranking = runner(kernel, make_inputs(Case(tokens, tokens, heads, head_dim=head_dim), dtype)), []
@@ -83,7 +88,7 @@ def tune(kernel, head_dim, dtype, tokens, heads, repeats):
     return key, sorted(ranking, key=lambda item: item[0])
 
 
-def write(key, config, path=Path(configs.__file__)):
+def write(key: Key, config: Config, path: Path = Path(configs.__file__)) -> None:
     """Replace one entry of the table in configs.py."""
     kernel, generation, head_dim, kind = key
     begin = f'    ("{kernel}", {generation}, {head_dim}, "{kind}"): Config('
@@ -95,7 +100,7 @@ def write(key, config, path=Path(configs.__file__)):
     path.write_text("\n".join(lines) + "\n")
 
 
-def main():
+def main() -> None:
     """Parse the command line, measure, print the winners."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))

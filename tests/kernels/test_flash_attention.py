@@ -182,8 +182,8 @@ def test_torch_has_the_cudnn_operators_as_they_are_called():
 )
 def test_order_of_the_backends_on_gpus(capability, head_dim, first, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert backends._candidates("cuda", torch.bfloat16, head_dim)[:3] == first
-    assert backends._candidates("cuda", torch.float32, head_dim) == ["triton", "reference"]
+    assert backends.candidates("cuda", torch.bfloat16, head_dim)[:3] == first
+    assert backends.candidates("cuda", torch.float32, head_dim) == ["triton", "reference"]
 
 
 def test_a_cudnn_that_is_too_old_or_asked_for_determinism_is_refused(monkeypatch):
@@ -223,14 +223,14 @@ def test_a_library_that_computes_something_else_is_refused(wrong, monkeypatch):
 def test_the_choice_and_what_cannot_run_are_logged(caplog, monkeypatch):
     """Once per kind of tensor; a loss of speed by a warning."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    with caplog.at_level("INFO", logger=backends.__name__):
+    with caplog.at_level("INFO", logger="rcm_kernels"):
         for _ in range(2):
-            assert backends._choose("cpu", torch.float64, 12).name == "aten_cpu"
+            assert backends.CHOICE.settle("cpu", torch.float64, 12)[0] == "aten_cpu"
         assert [r.getMessage() for r in caplog.records] == [
             "attention backend on cpu, torch.float64, head dim 12: aten_cpu"
         ]
         if not torch.cuda.is_available():
-            assert backends._choose.__wrapped__("cuda", torch.bfloat16, 128).name == "reference"
+            assert backends.CHOICE.decide("cuda", torch.bfloat16, 128)[0] == "reference"
             assert caplog.records[-1].levelname == "WARNING"
             for name in ("flash_attn_3: ", "cudnn: got cuDNN", "flash_attn_2: ", "aten_cuda: ", "triton: "):
                 assert name in caplog.records[-1].getMessage()

@@ -233,7 +233,7 @@ def test_bad_calls_say_what_they_need():
         attention_jvp(*inputs, chunk=0)
     with pytest.raises(ValueError, match=r"got a carry of shape \(3, 3, 2, 16\)"):
         attention_jvp(*inputs, carry=[x.float() for x in attention_jvp(*inputs)])
-    with pytest.raises(ValueError, match="got attention_jvp backend 'cutlass'; need one of reference"):
+    with pytest.raises(ValueError, match="got attention_jvp backend 'cutlass'; need one of auto, reference"):
         select_backend("cutlass")
 
 

@@ -1,9 +1,8 @@
-"""The fused ops: in the interpreter, each choice of kernels, and compiled for GPUs without one.
+"""The fused ops: in the interpreter, and each choice of kernels (`test_triton_compile.py` compiles them).
 
 TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_fused.py tests/kernels/interpreted_fused_network.py
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from rcm_kernels import fused
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
 
 
 def run(*command, **environment):
@@ -53,9 +51,9 @@ def test_selection(caplog):
             assert fused.kernel_for("rms_norm_rope", x) is None
             assert fused.kernel_for("gelu_tanh", x.double()) is None
         assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == [
-            "fused Triton kernel",
-            "PyTorch",
-            "PyTorch",
+            "triton",
+            "pytorch",
+            "pytorch",
         ]
         with pytest.raises(
             ValueError, match="got fused ops 'gelu' with the unknown gelu; need auto, none, all or some of layer"
@@ -74,13 +72,3 @@ def test_a_kernel_that_was_ordered_refuses_cpu_tensors():
             fused.kernel_for("gelu_tanh", torch.zeros(1)).plain(torch.zeros(1, 1, 4))
     finally:
         fused.select_ops("auto")
-
-
-def test_every_shipped_launch_compiles_without_spills():
-    """For sm_80, sm_90a and sm_100, by Triton and ptxas as installed."""
-    report = json.loads(run("rcm_kernels.fused.aot", "--json"))
-    assert {r["capability"] for r in report["results"]} == set(SHARED_LIMITS)
-    for r in report["results"]:
-        what = f"Triton {report['triton']}, ptxas {r['ptxas']}: {r}"
-        assert r["spills"] == 0, what
-        assert r["shared"] <= SHARED_LIMITS[r["capability"]], what

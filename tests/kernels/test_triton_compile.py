@@ -15,8 +15,19 @@ except (ImportError, RuntimeError) as error:
 
 import torch
 
-from rcm_kernels.compile_report import BEGIN, END, JVP_OF_TRAINING, README, VARIANTS, compile_entry, row, versions
+from rcm_kernels.compile_report import (
+    BEGIN,
+    END,
+    JVP_OF_TRAINING,
+    README,
+    VARIANTS,
+    compile_entry,
+    compile_launch,
+    row,
+    versions,
+)
 from rcm_kernels.configs import SHARED_MEMORY, TABLE, Config, config_for, table_key
+from rcm_kernels.fused.launches import launches
 
 MAIN = ("jvp", 90, 128, "half")
 
@@ -48,6 +59,16 @@ def test_cross_attention_has_four_matmuls_where_self_attention_has_six():
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_the_plain_kernels_on_hopper(kernel):
     check((kernel, *MAIN[1:]), ["main"])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("generation", SHARED_MEMORY)
+def test_every_launch_of_the_fused_kernels(generation):
+    found = launches()
+    assert len(found) == 36, "108 binaries over three generations, as kernels/rcm_kernels/fused/README.md says"
+    for launch in found:
+        wrong = compile_launch(launch, generation).problems(generation, multiplies=False)
+        assert not wrong, f"with {versions()}: {launch[0].__name__} {launch[3]}: {wrong}"
 
 
 def test_the_table_in_the_readme_is_of_these_compilers_and_configurations():

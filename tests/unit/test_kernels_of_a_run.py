@@ -49,16 +49,12 @@ def test_a_kernel_that_fails_its_check_is_replaced_before_the_first_step(caplog,
     def broken():
         raise RuntimeError("the kernel's to is 1.0e+00 off the reference on this GPU")
 
-    monkeypatch.setitem(flash_attention_jvp._LOADERS, "triton", broken)
-    flash_attention_jvp._load.cache_clear()
-    q = torch.empty(1, 1, 1, 64)
-    try:
-        with caplog.at_level("WARNING"):
-            name, _ = flash_attention_jvp._choose.__wrapped__("cuda", torch.bfloat16, q.shape[-1])
-    finally:
-        flash_attention_jvp._load.cache_clear()
+    monkeypatch.setitem(flash_attention_jvp.CHOICE.loaders, "triton", broken)
+    monkeypatch.setattr(flash_attention_jvp.CHOICE, "_loaded", {})
+    with caplog.at_level("WARNING"):
+        name, _ = flash_attention_jvp.CHOICE.decide("cuda", torch.bfloat16, 64)
     assert name == "reference"
-    assert "slow attention with tangent" in caplog.text
+    assert "attention_jvp: reference is taken because others cannot run: triton" in caplog.text
     assert "off the reference on this GPU" in caplog.text
 
 

@@ -6,74 +6,33 @@ on [s, b, n, d] tensors with a dense last dimension and at least one key; lse is
 `aten_cpu`, torch 2.13, dies of a floating point exception.)
 """
 
-import functools
-import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from rcm_kernels.choice import Choice
 from rcm_kernels.flash_attention import reference
-
-_logger = logging.getLogger(__name__)
-_forced: str | None = None
 
 CUDNN_VERSION, CUDNN_HEAD_DIM = 91501, 128
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of attention; `name` as in `select_backend`."""
+    """One implementation of attention; `name` as in `CHOICE.select`."""
 
     name: str
-    forward: Callable
-    backward: Callable
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, ...]]
     accumulates: bool = False
     """`backward` takes `dq`, an fp32 sum to which it adds, and then returns dk and dv in fp32."""
 
 
-def select_backend(name):
-    """Force one backend for this process; "auto" undoes it. It is then given everything: there is no silent fallback."""
-    global _forced
-    if name != "auto" and name not in _LOADERS:
-        raise ValueError(
-            f"got attention backend {name!r}; need one of auto, {', '.join(_LOADERS)}; "
-            "fix: set one of these, 'auto' to choose by device"
-        )
-    if name != "auto":
-        load(name)
-    _forced = None if name == "auto" else name
-    _choose.cache_clear()
-
-
-def backend_for(q):
-    """The backend for q's device, dtype and head dim; chosen and logged once per combination."""
-    return _choose(q.device.type, q.dtype, q.shape[-1])
-
-
-@functools.cache
-def _choose(device, dtype, head_dim):
-    names = [_forced] if _forced else _candidates(device, dtype, head_dim)
-    refused = []
-    for name in names:
-        try:
-            backend = load(name)
-        except ValueError as error:
-            if _forced:
-                raise
-            refused.append(f"{name}: {error.__cause__}")
-            continue
-        _logger.info("attention backend on %s, %s, head dim %d: %s", device, dtype, head_dim, name)
-        if refused:
-            level = logging.WARNING if name == "reference" else logging.INFO
-            _logger.log(level, "%s is taken because others cannot run: %s", name, "; ".join(refused))
-        return backend
-    raise AssertionError("reference always loads")
-
-
-def _candidates(device, dtype, head_dim):
+def candidates(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Fastest first, by design and not by measurement. The CUDA flash kernels take half precision and head dims up to 256 only.
 
     flash-attn 2 and torch's flash attention use the matmul instructions of 8.0 on every GPU. cuDNN has kernels for those of 9.0 and
@@ -91,19 +50,7 @@ def _candidates(device, dtype, head_dim):
     return ["reference"]
 
 
-@functools.cache
-def load(name):
-    """The backend of that name; ValueError where it cannot run."""
-    try:
-        return _LOADERS[name]()
-    except (ImportError, AttributeError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"got attention backend {name!r}, which cannot run here ({error}); need the package that provides it; "
-            "fix: install it or choose 'auto'"
-        ) from error
-
-
-def _checked(backend):
+def _checked(backend: Backend) -> Backend:
     """Refuse a library whose private interface or layout is not the one known here: one small case against the reference.
 
     As a ring calls it: odd lengths, strided views, batch 2, and a backward on some of the keys with the output and lse of all.
@@ -124,38 +71,42 @@ def _checked(backend):
     return backend
 
 
-def _heads_first(*tensors):
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.permute(1, 2, 0, 3) for x in tensors]  # [s, b, n, d] -> [b, n, s, d], a view
 
 
-def _tokens_first(*tensors):
+def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.permute(2, 0, 1, 3) for x in tensors)
 
 
-def _aten_cpu():
+def _aten_cpu() -> Backend:
     forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-    def forward(q, k, v, scale):
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         o, lse = forward_op(*_heads_first(q, k, v), scale=scale)
         return *_tokens_first(o), lse
 
-    def backward(do, q, k, v, o, lse, scale):
+    def backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
         do, q, k, v, o = _heads_first(do, q, k, v, o)
         return _tokens_first(*backward_op(do, q, k, v, o, lse, 0.0, False, scale=scale))
 
     return Backend("aten_cpu", forward, backward)
 
 
-def _aten_cuda():
+def _aten_cuda() -> Backend:
     forward_op = torch.ops.aten._scaled_dot_product_flash_attention
     backward_op = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
-    def forward(q, k, v, scale):
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         o, lse = forward_op(*_heads_first(*_pad_head_dim(q, k, v)), scale=scale)[:2]
         return *_tokens_first(o[..., : q.shape[-1]]), lse
 
-    def backward(do, q, k, v, o, lse, scale):
+    def backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # read with dropout only
         padded = _heads_first(*_pad_head_dim(do, q, k, v, o))
         ends = None, None, q.shape[0], k.shape[0]
@@ -165,7 +116,7 @@ def _aten_cuda():
     return _checked(Backend("aten_cuda", forward, backward))
 
 
-def _cudnn():
+def _cudnn() -> Backend:
     """cuDNN as torch wraps it; head dims up to 128."""
     version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     if version is None or version < CUDNN_VERSION:
@@ -181,21 +132,23 @@ def _cudnn():
     return _checked(_cudnn_backend(forward_op, backward_op, lse_tail))
 
 
-def _cudnn_backend(forward_op, backward_op, lse_tail):
+def _cudnn_backend(forward_op: Callable[..., Any], backward_op: Callable[..., Any], lse_tail: Sequence[int]) -> Backend:
     """`lse_tail`: dims of torch's lse after [b, n, s]: (1,) or none, by torch's version. The backward takes what the forward gives.
 
     torch keeps a compiled graph per shapes and strides of q, k and v, and runs it on whatever strides o, do and lse come with: they
     are contiguous here, always. A single key is not supported by cuDNN (torch's can_use_cudnn_attention): the reference takes it.
     """
 
-    def forward(q, k, v, scale):
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         _check_for_cudnn(q)
         if k.shape[0] == 1:
             return reference.forward(q, k, v, scale)
         o, lse = forward_op(*_heads_first(*_pad_head_dim(q, k, v)), None, True, scale=scale)[:2]
         return *_tokens_first(o[..., : q.shape[-1]]), lse.flatten(2)
 
-    def backward(do, q, k, v, o, lse, scale):
+    def backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
         _check_for_cudnn(q)
         if k.shape[0] == 1:
             return reference.backward(do, q, k, v, o, lse, scale)
@@ -210,7 +163,7 @@ def _cudnn_backend(forward_op, backward_op, lse_tail):
     return Backend("cudnn", forward, backward)
 
 
-def _check_for_cudnn(q):
+def _check_for_cudnn(q: Tensor) -> None:
     """torch's operators themselves check neither: they would read fp32 as fp16."""
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > CUDNN_HEAD_DIM:
         raise ValueError(
@@ -219,28 +172,30 @@ def _check_for_cudnn(q):
         )
 
 
-def _pad_head_dim(*tensors):
+def _pad_head_dim(*tensors: Tensor) -> Sequence[Tensor]:
     """The CUDA kernels want a head dim that divides by 8; zeros change neither scores nor outputs."""
     missing = -tensors[0].shape[-1] % 8
     return [F.pad(x, (0, missing)) for x in tensors] if missing else tensors
 
 
-def _batch_first(*tensors):
+def _batch_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1) for x in tensors]  # [s, b, n, d] -> [b, s, n, d], the flash-attn packages' layout
 
 
-def _flash_attn_2():
+def _flash_attn_2() -> Backend:
     from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
     plain = {"dropout_p": 0.0, "causal": False, "softcap": 0.0, "alibi_slopes": None}
     plain |= {"window_size_left": -1, "window_size_right": -1}
 
-    def forward(q, k, v, scale):
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         padded = _batch_first(*_pad_head_dim(q, k, v))
         o, lse = _flash_attn_forward(*padded, softmax_scale=scale, return_softmax=False, **plain)[:2]
         return o[..., : q.shape[-1]].transpose(0, 1), lse
 
-    def backward(do, q, k, v, o, lse, scale):
+    def backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
         do, q_pad, k_pad, v_pad, o = _batch_first(*_pad_head_dim(do, q, k, v, o))
         grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_pad, k_pad, v_pad)]
         _flash_attn_backward(do, q_pad, k_pad, v_pad, o, lse, *grads, softmax_scale=scale, deterministic=False, **plain)
@@ -249,14 +204,16 @@ def _flash_attn_2():
     return _checked(Backend("flash_attn_2", forward, backward))
 
 
-def _flash_attn_3():
+def _flash_attn_3() -> Backend:
     from flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
-    def forward(q, k, v, scale):
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         o, lse = _flash_attn_forward(*_batch_first(*_pad_head_dim(q, k, v)), softmax_scale=scale)[:2]
         return o[..., : q.shape[-1]].transpose(0, 1), lse
 
-    def backward(do, q, k, v, o, lse, scale):
+    def backward(
+        do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
         do, q_pad, k_pad, v_pad, o = _batch_first(*_pad_head_dim(do, q, k, v, o))
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_pad, k_pad, v_pad))
         _flash_attn_backward(do, q_pad, k_pad, v_pad, o, lse, dq=dq, dk=dk, dv=dv, softmax_scale=scale)
@@ -265,7 +222,7 @@ def _flash_attn_3():
     return _checked(Backend("flash_attn_3", forward, backward))
 
 
-def _triton():
+def _triton() -> Backend:
     from rcm_kernels import launch
     from rcm_kernels.flash_attention import triton_impl
 
@@ -274,7 +231,7 @@ def _triton():
     return backend if launch.INTERPRETED else _checked(backend)
 
 
-_LOADERS = {
+_LOADERS: dict[str, Callable[[], Backend]] = {
     "flash_attn_3": _flash_attn_3,
     "flash_attn_2": _flash_attn_2,
     "cudnn": _cudnn,
@@ -283,3 +240,10 @@ _LOADERS = {
     "triton": _triton,
     "reference": lambda: Backend("reference", reference.forward, reference.backward),
 }
+CHOICE = Choice("attention", _LOADERS, candidates, slow="reference")
+select_backend, load = CHOICE.select, CHOICE.load
+
+
+def backend_for(q: Tensor) -> Backend:
+    """The backend for q's device, dtype and head dim; chosen and logged once per combination."""
+    return CHOICE.settle(q.device.type, q.dtype, q.shape[-1])[1]

@@ -1,11 +1,16 @@
 """`attention` and its two halves. Valid keys, empty blocks and layout are dealt with here, so that a backend need not."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from rcm_kernels.flash_attention.backends import backend_for
 
 
-def attention_forward(q, k, v, *, valid_keys=None, scale=None):
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, valid_keys: int | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the first `valid_keys` keys. Returns o [s, b, n, d] in q's dtype and lse [b, n, s].
 
     Without a valid key o = 0 and lse = -inf.
@@ -18,7 +23,18 @@ def attention_forward(q, k, v, *, valid_keys=None, scale=None):
     return backend_for(q).forward(q, k, v, _scale(q, scale))
 
 
-def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None, dq=None):
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    valid_keys: int | None = None,
+    scale: float | None = None,
+    dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) in q's dtype for this block of keys; `o` and `lse` may be those of a larger set of keys.
 
     With `dq`, a contiguous sum over blocks in lse's dtype, dq is added to it in place, and dk and dv have that dtype too.
@@ -42,26 +58,26 @@ def attention_backward(do, q, k, v, o, lse, *, valid_keys=None, scale=None, dq=N
     return dq, _pad_keys(dk, k.shape[0]), _pad_keys(dv, v.shape[0])
 
 
-def attention(q, k, v, *, valid_keys=None, scale=None):
+def attention(q: Tensor, k: Tensor, v: Tensor, *, valid_keys: int | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T) v with autograd. q: [s, b, n, d]; k, v: [l, b, n, d], of which the first `valid_keys` exist."""
     return _Attention.apply(q, k, v, valid_keys, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, valid_keys, scale):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, valid_keys: int | None, scale: float | None) -> Tensor:
         o, lse = attention_forward(q, k, v, valid_keys=valid_keys, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.valid_keys, ctx.scale = valid_keys, scale
         return o
 
     @staticmethod
-    def backward(ctx, do):
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         return *attention_backward(do, q, k, v, o, lse, valid_keys=ctx.valid_keys, scale=ctx.scale), None, None
 
 
-def _count_keys(k, valid_keys):
+def _count_keys(k: Tensor, valid_keys: int | None) -> int:
     if valid_keys is None:
         return k.shape[0]
     if not 0 <= valid_keys <= k.shape[0]:
@@ -71,15 +87,15 @@ def _count_keys(k, valid_keys):
     return valid_keys
 
 
-def _scale(q, scale):
+def _scale(q: Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def _last_dim_dense(x):
+def _last_dim_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _pad_keys(grad, length):
+def _pad_keys(grad: Tensor, length: int) -> Tensor:
     if grad.shape[0] == length:
         return grad
     padded = grad.new_zeros(length, *grad.shape[1:])

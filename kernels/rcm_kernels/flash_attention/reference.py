@@ -1,11 +1,12 @@
 """Plain attention and its backward in PyTorch, tiled over queries: for devices and dtypes that the fast backends refuse."""
 
 import torch
+from torch import Tensor
 
 TILE_ELEMENTS = 2**24  # of scores held at once
 
 
-def forward(q, k, v, scale):
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """o [s, b, n, d] in q's dtype, lse [b, n, s] in the compute type (fp64 for fp64, else fp32). At least one key."""
     dtype = _compute_dtype(q)
     k_BNKL, v_BNLK = k.to(dtype).permute(1, 2, 3, 0), v.to(dtype).permute(1, 2, 0, 3)
@@ -17,7 +18,9 @@ def forward(q, k, v, scale):
     return o, lse
 
 
-def backward(do, q, k, v, o, lse, scale):
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in q's dtype, with o and lse from outside; dk and dv are summed over queries in the compute type."""
     dtype = _compute_dtype(q)
     k_BNLK, v_BNLK = (x.to(dtype).permute(1, 2, 0, 3) for x in (k, v))
@@ -33,10 +36,10 @@ def backward(do, q, k, v, o, lse, scale):
     return dq, dk.permute(2, 0, 1, 3).to(q.dtype), dv.permute(2, 0, 1, 3).to(q.dtype)
 
 
-def _compute_dtype(q):
+def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _query_tiles(q, k):
+def _query_tiles(q: Tensor, k: Tensor) -> list[slice]:
     step = max(1, TILE_ELEMENTS // (q.shape[1] * q.shape[2] * k.shape[0]))
     return [slice(i, min(i + step, q.shape[0])) for i in range(0, q.shape[0], step)]

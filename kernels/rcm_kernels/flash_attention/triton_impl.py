@@ -8,11 +8,14 @@ would need five. Per tile, with delta = sum(do * o) over the head dim and dS = P
 Letters: M rows that stay, N rows of a tile that passes, D head dim, E the head dims of the result that this program makes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rcm_kernels.configs import config_for
+from rcm_kernels.configs import Config, config_for
 from rcm_kernels.launch import check_tensors, dot_precision, dot_types, last_dim_dense, on_device_of
 from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
@@ -179,21 +182,21 @@ def backward_kernel(
         tl.store(grad2 + offsets_ME, acc2_ME.to(grad2.dtype.element_ty), mask=mask_ME)
 
 
-def _cut(config, head_dim):
+def _cut(config: Config, head_dim: int) -> dict[str, int]:
     cut = {"HEAD_DIM": head_dim, "BLOCK_D": config.block_d, "BLOCK_E": config.block_e, "BLOCK_M": config.block_m}
     return cut | {"BLOCK_N": config.block_n, "num_warps": config.warps, "num_stages": config.stages}
 
 
-def _types(dtype):
+def _types(dtype: torch.dtype) -> dict[str, Any]:
     p_type, dot_type = dot_types(dtype)
     return {"P_TYPE": p_type, "DOT_TYPE": dot_type, "PRECISION": dot_precision(dtype)}
 
 
-def _strides(*tensors):
+def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def forward(q, k, v, scale, *, config=None):
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """o [s, b, n, d] in q's dtype and lse [b, n, s] in fp32. At least one key."""
     check_tensors(q, k, v)
     s, b, n, d = q.shape
@@ -207,7 +210,18 @@ def forward(q, k, v, scale, *, config=None):
     return o, lse
 
 
-def backward(do, q, k, v, o, lse, scale, *, dq=None, configs=(None, None)):
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    dq: Tensor | None = None,
+    configs: tuple[Config | None, Config | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv for this block of keys, in q's dtype. With `dq`, an fp32 sum, dq is added to it, and dk and dv are fp32.
 
     `configs`: of the kernel for dq and of the one for dk and dv, to override the table.

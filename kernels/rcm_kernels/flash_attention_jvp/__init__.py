@@ -4,22 +4,25 @@ A backend is a function with the signature and the contract of `reference.attent
 and a function that imports and returns it, raising ImportError or RuntimeError where it cannot run.
 """
 
-import functools
-import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from rcm_kernels.choice import Choice
 from rcm_kernels.flash_attention_jvp import reference
-from rcm_kernels.flash_attention_jvp.reference import merge_blocks
+from rcm_kernels.flash_attention_jvp.reference import Carry, merge_blocks
 
-__all__ = ["attention_jvp", "available_backends", "backend_for", "merge_blocks", "select_backend"]
+__all__ = ["attention_jvp", "backend_for", "merge_blocks", "select_backend"]
 
-_logger = logging.getLogger(__name__)
-_forced: str | None = None
+"""What `reference.attention_jvp` is."""
+
+AttentionJvp = Callable[..., Carry]
+"""What `reference.attention_jvp` is."""
 
 
-def _triton():
+def _triton() -> AttentionJvp:
     from rcm_kernels import launch
     from rcm_kernels.flash_attention_jvp import triton_impl
 
@@ -27,7 +30,7 @@ def _triton():
     return triton_impl.attention_jvp if launch.INTERPRETED else _checked(triton_impl.attention_jvp)
 
 
-def _checked(kernel):
+def _checked(kernel: AttentionJvp) -> AttentionJvp:
     """Refuse a kernel that this GPU, driver or Triton makes something else of: one small case against the reference."""
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = torch.randn(6, 130, 1, 2, 128, device="cuda", generator=generator).bfloat16().unbind(0)
@@ -39,63 +42,39 @@ def _checked(kernel):
     return kernel
 
 
-_LOADERS: dict[str, Callable[[], Callable]] = {"reference": lambda: reference.attention_jvp, "triton": _triton}
+_LOADERS: dict[str, Callable[[], AttentionJvp]] = {"reference": lambda: reference.attention_jvp, "triton": _triton}
 
 
-def available_backends() -> tuple[str, ...]:
-    """Names that `select_backend` knows, beside "auto"."""
-    return tuple(_LOADERS)
-
-
-def select_backend(name):
-    """Force one implementation of `attention_jvp` in this process; "auto" undoes it. ValueError where it cannot run."""
-    global _forced
-    if name != "auto" and name not in _LOADERS:
-        raise ValueError(
-            f"got attention_jvp backend {name!r}; need one of {', '.join(_LOADERS)}, auto; fix: choose one of these"
-        )
-    if name != "auto":
-        _load(name)
-    _forced = None if name == "auto" else name
-    _choose.cache_clear()
-
-
-@functools.cache
-def _load(name):
-    try:
-        return _LOADERS[name]()
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"got attention_jvp backend {name!r}, which cannot run here ({error}); need its packages and device; "
-            "fix: install them or choose 'reference'"
-        ) from error
-
-
-@functools.cache
-def _choose(device, dtype, head_dim):
-    """(name, implementation) for tensors of this kind; chosen and logged once per kind."""
+def _candidates(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     fast = device == "cuda" and head_dim <= 256 and dtype in (torch.bfloat16, torch.float16, torch.float32)
-    name = _forced or ("triton" if fast else "reference")
-    try:
-        backend = _load(name)
-    except ValueError as error:
-        if _forced:
-            raise
-        _logger.warning("slow attention with tangent: %s", error)
-        name, backend = "reference", _load("reference")
-    _logger.info("attention_jvp backend on %s, %s, head dim %d: %s", device, dtype, head_dim, name)
-    return name, backend
+    return ["triton", "reference"] if fast else ["reference"]
 
 
-def backend_for(q):
+CHOICE = Choice("attention_jvp", _LOADERS, _candidates, slow="reference")
+select_backend = CHOICE.select
+
+
+def backend_for(q: Tensor) -> str:
     """Name of the implementation for q's device, dtype and head dim; chosen and logged once per combination."""
-    return _choose(q.device.type, q.dtype, q.shape[-1])[0]
+    return CHOICE.settle(q.device.type, q.dtype, q.shape[-1])[0]
 
 
-def attention_jvp(q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None, **options):
+def attention_jvp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
+    *,
+    valid_keys: int | None = None,
+    scale: float | None = None,
+    carry: Carry | None = None,
+    **options: Any,
+) -> Carry:
     """Softmax attention and its tangent: by Triton on a GPU, by the reference elsewhere, or as `select_backend` said.
 
     Arguments, `options` (masks, output type) and results as in `reference.attention_jvp`: `(o, to, lse, mu)`.
     """
-    _, backend = _choose(q.device.type, q.dtype, q.shape[-1])
+    _, backend = CHOICE.settle(q.device.type, q.dtype, q.shape[-1])
     return backend(q, k, v, tq, tk, tv, valid_keys=valid_keys, scale=scale, carry=carry, **options)

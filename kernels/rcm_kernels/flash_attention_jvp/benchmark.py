@@ -7,6 +7,8 @@ or CPU time of one thread, which a busy machine disturbs less.
 import argparse
 import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ CPU_SHAPES = [(64, 16, 6, 32), (64, 16, 3, 32), (256, 4, 6, 32), (1024, 1, 6, 32
 CUDA_SHAPES = [(4096, 1, 12, 128), (32760, 1, 12, 128), (32760, 1, 40, 128)]
 
 
-def best_seconds(fn, repeats, device):
+def best_seconds(fn: Callable[[], Any], repeats: int, device: str) -> float:
     """Shortest of `repeats` runs after one that warms up: wall time on CUDA, time of the process on CPU."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     synchronize = torch.cuda.synchronize if device == "cuda" else int
@@ -32,7 +34,7 @@ def best_seconds(fn, repeats, device):
     return min(times[1:])
 
 
-def main():
+def main() -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -4,10 +4,16 @@ Shapes: s queries, l keys, b batch, n heads, d head dim. With softmax weights P 
 
     o = P v        mu = sum_keys P * tS        to = P tv + (P * (tS - mu)) v        lse = logsumexp(scale q k^T)
 
-`mu` is what a block of keys must return, beside o, to and lse, for two blocks to merge exactly (DESIGN, section 5).
+`mu` is what a block of keys must return, beside o, to and lse, for two blocks to merge exactly (docs/ARCHITECTURE.md, "Attention").
 """
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
+
+Carry = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(o, to, lse, mu)."""
 
 # Measured on one core of an EPYC for 64..4096 tokens, see kernels/README.md: a tile of scores stays in the L2 cache.
 BLOCK_QUERIES = 256
@@ -17,24 +23,24 @@ TILE_ELEMENTS = {"cpu": 2**16, "cuda": 2**26}
 
 @torch.no_grad()
 def attention_jvp(
-    q,
-    k,
-    v,
-    tq,
-    tk=None,
-    tv=None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
     *,
-    valid_keys=None,
-    scale=None,
-    carry=None,
-    chunk=None,
-    q_offset=0,
-    k_offset=0,
-    out_dtype=None,
-    update_carry=False,
-    block_queries=BLOCK_QUERIES,
-    block_keys=BLOCK_KEYS,
-):
+    valid_keys: int | None = None,
+    scale: float | None = None,
+    carry: Carry | None = None,
+    chunk: int | None = None,
+    q_offset: int = 0,
+    k_offset: int = 0,
+    out_dtype: torch.dtype | None = None,
+    update_carry: bool = False,
+    block_queries: int = BLOCK_QUERIES,
+    block_keys: int = BLOCK_KEYS,
+) -> Carry:
     """Softmax attention and its Jacobian-vector product over one block of keys.
 
     q, tq: [s, b, n, d]; k, v, tk, tv: [l, b, n, d]; strided views are fine. `tk = tv = None` means that keys and values
@@ -68,7 +74,18 @@ def attention_jvp(
     return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
-def check_call(q, k, tk, tv, valid_keys, scale, carry, chunk, out_dtype, update_carry):
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    valid_keys: int | None,
+    scale: float | None,
+    carry: Carry | None,
+    chunk: int | None,
+    out_dtype: torch.dtype | None,
+    update_carry: bool,
+) -> tuple[int, float]:
     """Raise for arguments that do not fit together. Returns the number of keys and the scale."""
     if (tk is None) != (tv is None):
         raise ValueError("got only one of tk and tv; need both or neither; fix: pass zeros for the missing one")
@@ -96,14 +113,16 @@ def check_call(q, k, tk, tv, valid_keys, scale, carry, chunk, out_dtype, update_
     return num_keys, scale
 
 
-def without_keys(q, carry, out_dtype):
+def without_keys(q: Tensor, carry: Carry | None, out_dtype: torch.dtype | None) -> Carry:
     """The result of a block without a valid key: the carry, or lse = -inf and zeros."""
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
     o, to, lse, mu = _empty_block(q, full) if carry is None else carry
     return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
-def _rows_by_limit(num_queries, num_keys, chunk, q_offset, k_offset):
+def _rows_by_limit(
+    num_queries: int, num_keys: int, chunk: int, q_offset: int, k_offset: int
+) -> Iterator[tuple[slice, int]]:
     """(rows, number of leading keys that they see), one entry per chunk of queries."""
     begin = 0
     while begin < num_queries:
@@ -113,7 +132,18 @@ def _rows_by_limit(num_queries, num_keys, chunk, q_offset, k_offset):
         begin = end
 
 
-def _block(q, k, v, tq, tk, tv, num_keys, scale, block_queries, block_keys):
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    num_keys: int,
+    scale: float,
+    block_queries: int,
+    block_keys: int,
+) -> Carry:
     """(o, to, lse, mu) over the first `num_keys` keys, at least one, all of which every query sees."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = [None if x is None else _rows(x[:num_keys], dtype) for x in (k, v, tk, tv)]
@@ -122,7 +152,7 @@ def _block(q, k, v, tq, tk, tv, num_keys, scale, block_queries, block_keys):
     return o.view(s, b, n, d), to.view(s, b, n, d), lse.view(b, n, s), mu.view(b, n, s)
 
 
-def merge_blocks(first, second):
+def merge_blocks(first: Carry, second: Carry) -> Carry:
     """The (o, to, lse, mu) of two disjoint sets of keys together, in the centred form; either may hold no valid key.
 
     With w = sigmoid(lse2 - lse1):  to = to1 + w (to2 - to1) + w (1 - w)(mu2 - mu1)(o2 - o1), the others linear in w.
@@ -133,7 +163,7 @@ def merge_blocks(first, second):
     return o, to, lse, torch.lerp(mu1, mu2, w)
 
 
-def _update(carry, block):
+def _update(carry: Carry, block: Carry) -> Carry:
     """`merge_blocks`, bit for bit, into the carry's tensors: no third o and to. Uses up the block."""
     (o1, to1, lse1, mu1), (o2, to2, lse2, mu2) = carry, block
     lse, w, w_mu = _merge_weights(lse1, lse2, mu2 - mu1)
@@ -143,36 +173,46 @@ def _update(carry, block):
     return o1.add_(step.mul_(w_SBN1)), to1, lse1.copy_(lse), mu1.lerp_(mu2, w)
 
 
-def _merge_weights(lse1, lse2, mu_step):
+def _merge_weights(lse1: Tensor, lse2: Tensor, mu_step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """lse of both blocks, w, and w (1 - w) mu_step, all [b, n, s]."""
     lse = torch.logaddexp(lse1, lse2)
     w = torch.where(lse == -torch.inf, 0.0, torch.exp(lse2 - lse))
     return lse, w, w * (1 - w) * mu_step
 
 
-def _per_row(*statistics_BNS):
+def _per_row(*statistics_BNS: Tensor) -> list[Tensor]:
     """[b, n, s] -> [s, b, n, 1]."""
     return [x.permute(2, 0, 1).unsqueeze(-1) for x in statistics_BNS]
 
 
-def _interpolate(o1, to1, o2, to2, w, w_mu):
+def _interpolate(o1: Tensor, to1: Tensor, o2: Tensor, to2: Tensor, w: Tensor, w_mu: Tensor) -> tuple[Tensor, Tensor]:
     step = o2 - o1
     to = torch.lerp(to1, to2, w).addcmul_(w_mu, step)
     return step.mul_(w).add_(o1), to
 
 
-def _rows(x_SBNK, dtype):
+def _rows(x_SBNK: Tensor, dtype: torch.dtype) -> Tensor:
     """[s, b, n, d] -> [b*n, s, d] in the compute type; a view unless b and n do not merge or the type changes."""
     return x_SBNK.to(dtype).flatten(1, 2).transpose(0, 1)
 
 
-def _empty_block(q, dtype):
+def _empty_block(q: Tensor, dtype: torch.dtype) -> Carry:
     s, b, n, _ = q.shape
     o, lse = q.new_zeros(q.shape, dtype=dtype), q.new_full((b, n, s), -torch.inf, dtype=dtype)
     return o, torch.zeros_like(o), lse, torch.zeros_like(lse)
 
 
-def _attend(q, tq, k, v, tk, tv, scale, block_queries, block_keys):
+def _attend(
+    q: Tensor,
+    tq: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    scale: float,
+    block_queries: int,
+    block_keys: int,
+) -> Carry:
     """Tiles of [heads, queries, keys]; q.. are [B, s, d]. Returns o, to [s, B, d] and lse, mu [B, s]."""
     (rows, s, d), num_keys = q.shape, k.shape[1]
     qb, kb = min(block_queries, s), min(block_keys, num_keys)
@@ -192,7 +232,9 @@ def _attend(q, tq, k, v, tk, tv, scale, block_queries, block_keys):
     return o, to, lse, mu
 
 
-def _tile(q, tq, k, v, tk, tv, scale, workspace):
+def _tile(
+    q: Tensor, tq: Tensor, k: Tensor, v: Tensor, tk: Tensor | None, tv: Tensor | None, scale: float, workspace: Tensor
+) -> Carry:
     """One tile, whose keys are all valid: o, to [h, s, d] and lse, mu [h, s, 1]. Normalised at the end, by the row's total."""
     shape = (q.shape[0], q.shape[1], k.shape[1])
     scores, tangent = (x[: shape[0] * shape[1] * shape[2]].view(shape) for x in workspace)
@@ -214,7 +256,7 @@ def _tile(q, tq, k, v, tk, tv, scale, workspace):
     return o.div_(total), to.div_(total), peak + total.log(), mu
 
 
-def _merge_rows(first, second):
+def _merge_rows(first: Carry, second: Carry) -> Carry:
     """`merge_blocks` for tiles, where every row has a valid key and lse, mu are [h, s, 1]."""
     (o1, to1, lse1, mu1), (o2, to2, lse2, mu2) = first, second
     w = torch.sigmoid(lse2 - lse1)

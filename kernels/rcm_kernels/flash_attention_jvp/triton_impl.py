@@ -6,7 +6,7 @@ not fit into the registers, so that two programs then share the work, each with 
 
     S = q k^T    tS = tq k^T + q tk^T    P = exp(S - running max)    o += P v    to += P tv + (P * (tS - c)) v
 
-Both products of `to` go into one accumulator: a third one costs 64 registers a thread, which do not exist (DESIGN, section 5).
+Both products of `to` go into one accumulator: a third one costs 64 registers a thread, which do not exist (kernels/README.md).
 c is a constant per row, the mean of tS over a sample of the keys. It changes nothing but the rounding: (P * tS) v is rounded to bf16
 before its matmul, and a tangent that is common to all keys would drown the rest. The sample is spread over all of them, so that a common
 tangent may drift. See `_add_tile` for the two sums behind mu.
@@ -15,9 +15,10 @@ tangent may drift. See `_add_tile` for the two sums behind mu.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from rcm_kernels.configs import config_for
-from rcm_kernels.flash_attention_jvp.reference import check_call, without_keys
+from rcm_kernels.configs import Config, config_for
+from rcm_kernels.flash_attention_jvp.reference import Carry, check_call, without_keys
 from rcm_kernels.launch import check_tensors, dot_precision, dot_types, last_dim_dense, on_device_of
 from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
@@ -206,9 +207,23 @@ def forward_kernel(
 
 @torch.no_grad()
 def attention_jvp(
-    q, k, v, tq, tk=None, tv=None, *, valid_keys=None, scale=None, carry=None,
-    chunk=None, q_offset=0, k_offset=0, out_dtype=None, update_carry=False, config=None,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor,
+    tk: Tensor | None = None,
+    tv: Tensor | None = None,
+    *,
+    valid_keys: int | None = None,
+    scale: float | None = None,
+    carry: Carry | None = None,
+    chunk: int | None = None,
+    q_offset: int = 0,
+    k_offset: int = 0,
+    out_dtype: torch.dtype | None = None,
+    update_carry: bool = False,
+    config: Config | None = None,
+) -> Carry:
     """`reference.attention_jvp` on a GPU (or, with TRITON_INTERPRET=1, in the interpreter): same arguments, same results.
 
     `config` overrides the table of configurations; the tuning tool uses it.
@@ -242,7 +257,7 @@ def attention_jvp(
     return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
-def _new_outputs(q, out_dtype):
+def _new_outputs(q: Tensor, out_dtype: torch.dtype | None) -> Carry:
     s, b, n, _ = q.shape
     o, to = (torch.empty(q.shape, dtype=out_dtype or torch.float32, device=q.device) for _ in range(2))
     lse, mu = (torch.empty((b, n, s), dtype=torch.float32, device=q.device) for _ in range(2))

@@ -4,11 +4,14 @@ Each op is a module with `plain(...)`, differentiable, and `dual(...)` on a stac
 kernels compute in fp32. `kernel_for(op, x)` is the module to use for x, or None: the caller then applies its own PyTorch rules.
 """
 
-import functools
 import importlib
-import logging
+from functools import partial
+from types import ModuleType
 
 import torch
+from torch import Tensor
+
+from rcm_kernels.choice import Choice
 
 __all__ = ["OPS", "kernel_for", "select_ops"]
 
@@ -16,11 +19,10 @@ OPS = ("layer_norm_modulate", "rms_norm_rope", "gated_residual", "gelu_tanh")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """fp64 always takes the caller's rules."""
 
-_logger = logging.getLogger(__name__)
 _setting = "auto"
 
 
-def select_ops(setting):
+def select_ops(setting: str) -> None:
     """Which ops run fused in this process: "auto" (all, on CUDA tensors), "none", "all", or names joined by commas.
 
     "all" and names are an order: a tensor that Triton cannot take is then an error. ValueError where they cannot run.
@@ -33,40 +35,30 @@ def select_ops(setting):
                 f"got fused ops {setting!r} with the unknown {', '.join(unknown)}; need auto, none, all or some of "
                 f"{', '.join(OPS)}; fix: choose of these"
             )
-        try:
-            for name in _names(setting):
-                _module(name)
-        except ImportError as error:
-            raise ValueError(
-                f"got fused ops {setting!r}, which cannot run here ({error}); need Triton; fix: install it or choose 'none'"
-            ) from error
+        for name in _names(setting):
+            _CHOICES[name].load("triton")
     _setting = setting
-    _kernel_for.cache_clear()
+    for choice in _CHOICES.values():
+        choice.reconsider()
 
 
-def kernel_for(op, x):
+def kernel_for(op: str, x: Tensor) -> ModuleType | None:
     """The module that computes `op` on a tensor like x, or None; chosen and logged once per op, device type and dtype."""
-    return _kernel_for(op, x.device.type, x.dtype)
+    return _CHOICES[op].settle(x.device.type, x.dtype)[1]
 
 
-@functools.cache
-def _kernel_for(op, device, dtype):
-    assert op in OPS, op
+def _candidates(op: str, device: str, dtype: torch.dtype, head_dim: None) -> list[str]:
     wanted = dtype in DTYPES and (device == "cuda" if _setting == "auto" else op in _names(_setting))
-    module = None
-    if wanted:
-        try:
-            module = _module(op)
-        except ImportError as error:
-            _logger.warning("slow %s on %s: Triton is missing (%s)", op, device, error)
-    _logger.info("%s on %s, %s: %s", op, device, dtype, "PyTorch" if module is None else "fused Triton kernel")
-    return module
+    return ["triton", "pytorch"] if wanted else ["pytorch"]
 
 
-def _names(setting):
+def _names(setting: str) -> tuple[str, ...]:
     return () if setting == "none" else OPS if setting == "all" else tuple(name.strip() for name in setting.split(","))
 
 
-@functools.cache
-def _module(op):
-    return importlib.import_module(f"rcm_kernels.fused.{op}")
+def _choice(op: str) -> Choice[ModuleType | None]:
+    loaders = {"triton": partial(importlib.import_module, f"rcm_kernels.fused.{op}"), "pytorch": lambda: None}
+    return Choice(op, loaders, partial(_candidates, op), slow="pytorch")
+
+
+_CHOICES = {op: _choice(op) for op in OPS}

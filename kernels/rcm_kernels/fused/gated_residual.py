@@ -3,9 +3,12 @@
 Letters: S tokens of a tile (ROWS), D features of a tile (BLOCK_D), B batch, P programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcm_kernels.fused.launcher import batch_stride, empty_like, gradient_of, halves, launch, prepared, row_programs
 
@@ -64,17 +67,17 @@ def backward_kernel(
     tl.store(d_gate + out_D, tl.sum(sum_SD, 0), mask=cols_D < FEATURES)
 
 
-def plain(h_SBD, x_SBD, gate_1BD):
+def plain(h_SBD: Tensor, x_SBD: Tensor, gate_1BD: Tensor) -> Tensor:
     """`h + gate x` in the dtype of h."""
     return _Plain.apply(h_SBD, x_SBD, gate_1BD)
 
 
-def dual(h_SBD, x_SBD, gate_1BD):
+def dual(h_SBD: Tensor, x_SBD: Tensor, gate_1BD: Tensor) -> Tensor:
     """The same on stacks `[s, 2b, d]`, `[1, 2b, d]`."""
     return _forward(h_SBD, x_SBD, gate_1BD, is_dual=True)
 
 
-def _forward(h, x, gate, *, is_dual=False):
+def _forward(h: Tensor, x: Tensor, gate: Tensor, *, is_dual: bool = False) -> Tensor:
     h, x, gate = prepared(h, x, gate)
     y = empty_like(h)
     batch, (tokens, _, features) = halves(h) if is_dual else h.shape[1], h.shape
@@ -86,7 +89,7 @@ def _forward(h, x, gate, *, is_dual=False):
     return y
 
 
-def _backward(dy, x, gate):
+def _backward(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, d_gate `[b, d]` in fp32)."""
     dy, x, gate = prepared(dy, x, gate)
     tokens, batch, features = x.shape
@@ -104,12 +107,12 @@ def _backward(dy, x, gate):
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, x, gate):
+    def forward(ctx: Any, h: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(x, gate)
         return _forward(h, x, gate)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, gate = ctx.saved_tensors
         dx, d_gate = _backward(dy, x, gate)
         return dy, dx, gradient_of(gate, d_gate)

@@ -5,9 +5,12 @@ With u = sqrt(2/π) (x + 0.044715 x³), (1 + tanh u) / 2 is sigmoid(2u), so gelu
 Letters: S tokens of a tile (ROWS), F features of a tile (BLOCK_F), B batch, P programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcm_kernels.fused.launcher import empty_like, gradient_of, halves, launch, prepared, row_programs
 
@@ -79,17 +82,17 @@ def backward_kernel(
         tl.store(d_bias + out_F, tl.sum(sum_SF, 0), mask=cols_F < FEATURES)
 
 
-def plain(x_SBF, bias_F=None):
+def plain(x_SBF: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """`gelu(x + bias)` in the dtype of x, `[s, b, f]`."""
     return _Plain.apply(x_SBF, bias_F)
 
 
-def dual(x_SBF, bias_F=None):
+def dual(x_SBF: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """The same on a stack `[s, 2b, f]`; the bias belongs to the primal alone."""
     return _forward(x_SBF, bias_F, is_dual=True)
 
 
-def _forward(x, bias, *, is_dual=False):
+def _forward(x: Tensor, bias: Tensor | None, *, is_dual: bool = False) -> Tensor:
     x, bias = prepared(x, bias)
     y = empty_like(x)
     batch, (tokens, _, features) = halves(x) if is_dual else x.shape[1], x.shape
@@ -101,7 +104,7 @@ def _forward(x, bias, *, is_dual=False):
     return y
 
 
-def _backward(dy, x, bias):
+def _backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(dx, d_bias `[f]` in fp32 or None)."""
     dy, x, bias = prepared(dy, x, bias)
     tokens, batch, features = x.shape
@@ -118,12 +121,12 @@ def _backward(dy, x, bias):
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, bias)
         return _forward(x, bias)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         x, bias = ctx.saved_tensors
         dx, d_bias = _backward(dy, x, bias)
         return dx, None if bias is None else gradient_of(bias, d_bias)

@@ -1,9 +1,13 @@
 """How the fused kernels are launched, and what they share."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from rcm_kernels.launch import INTERPRETED, on_device_of
 
@@ -14,10 +18,12 @@ while the other reduces. The backward has sums over tokens too, and takes 16 war
 PROGRAMS = 512
 """Programs that sum gradients over tokens, each into its own fp32 row: about four for each of the 132 SMs of an H100 or H200."""
 
-_records = None
+Launch = tuple[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+"""(kernel, grid, arguments, meta)."""
+_records: list[Launch] | None = None
 
 
-def launch(kernel, grid, *arguments, **meta):
+def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
     """Run `kernel` on the device of its first argument; under `recorded` only note the launch."""
     if _records is not None:
         _records.append((kernel, grid, arguments, meta))
@@ -27,7 +33,7 @@ def launch(kernel, grid, *arguments, **meta):
 
 
 @contextlib.contextmanager
-def recorded():
+def recorded() -> Iterator[list[Launch]]:
     """The launches made inside, as (kernel, grid, arguments, meta), without running them: for meta tensors."""
     global _records
     _records = []
@@ -37,18 +43,18 @@ def recorded():
         _records = None
 
 
-def prepared(*tensors):
+def prepared(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors with a dense last dimension. ValueError if Triton cannot run where they are."""
-    device = tensors[0].device
+    device = first.device
     if device.type != "cuda" and not INTERPRETED and _records is None:
         raise ValueError(
             f"got a tensor on {device} for a fused kernel; need CUDA; fix: move it there or select_ops('auto') "
             "(TRITON_INTERPRET=1, set before the start, interprets the kernels on the CPU)"
         )
-    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (first, *others))
 
 
-def block_of(size):
+def block_of(size: int) -> int:
     """The power of two that holds `size` features in one program."""
     block = triton.next_power_of_2(size)
     if block > MAX_BLOCK:
@@ -59,22 +65,22 @@ def block_of(size):
     return block
 
 
-def warps_of(block, *, most=8):
+def warps_of(block: int, *, most: int = 8) -> int:
     """16 elements a thread (two 16-byte loads of bf16) until that needs more than `most` warps."""
     return min(max(block // 512, 1), most)
 
 
-def row_programs(rows):
+def row_programs(rows: int) -> int:
     """Programs that share `rows` rows, at most PROGRAMS."""
     return max(1, min(rows, PROGRAMS))
 
 
-def halves(stacked):
+def halves(stacked: Tensor) -> int:
     """Batch of the primal, which is the first half of dimension 1."""
     return stacked.shape[1] // 2
 
 
-def batch_stride(vector):
+def batch_stride(vector: Tensor) -> int:
     """Elements between the vectors of two samples: `[1, b, d]`, or one for all of them, `[1, 1, d]` or `[d]`."""
     if vector.dim() == 1:
         return 0
@@ -85,11 +91,11 @@ def batch_stride(vector):
     return vector.stride(1) if vector.shape[1] > 1 else 0
 
 
-def gradient_of(vector, sums):
+def gradient_of(vector: Tensor, sums: Tensor) -> Tensor:
     """Gradient of a vector from fp32 sums over tokens, `[b, d]` or `[d]`, in its shape and dtype."""
     return sums.sum_to_size(vector.shape[-2:]).to(vector.dtype).view(vector.shape)
 
 
-def empty_like(x, dtype=None):
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous, whatever the strides of x are."""
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)

@@ -7,9 +7,12 @@ in place of tx. The backward recomputes the statistics: x is all that it saves.
 Letters: S tokens, B batch, D features (padded to BLOCK_D), P programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcm_kernels.fused.launcher import (
     MAX_REGISTERS,
@@ -95,17 +98,35 @@ def backward_kernel(
     tl.store(d_scale + out_D, d_scale_D, mask=mask_D)
 
 
-def plain(x_SBD, shift, scale, *, eps, dtype, one=1.0):
+def plain(x_SBD: Tensor, shift: Tensor, scale: Tensor, *, eps: float, dtype: torch.dtype, one: float = 1.0) -> Tensor:
     """`layer_norm(x) * (one + scale) + shift` in `dtype`; shift and scale are `[1, b, d]`, or `[d]` for all samples."""
     return _Plain.apply(x_SBD, shift, scale, eps, dtype, one)
 
 
-def dual(x_SBD, shift, scale, *, eps, dtype, one=1.0, vector_tangents=True):
+def dual(
+    x_SBD: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    one: float = 1.0,
+    vector_tangents: bool = True,
+) -> Tensor:
     """The same on a stack `[s, 2b, d]`, shift and scale being stacks `[1, 2b, d]`, or without tangents: `[d]`."""
     return _forward(x_SBD, shift, scale, eps, dtype, one, tangents=(True, vector_tangents))
 
 
-def _forward(x, shift, scale, eps, dtype, one, *, tangents=(False, False)):
+def _forward(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    one: float,
+    *,
+    tangents: tuple[bool, bool] = (False, False),
+) -> Tensor:
     x, shift, scale = prepared(x, shift, scale)
     y = empty_like(x, dtype)
     batch = halves(x) if tangents[0] else x.shape[1]
@@ -119,7 +140,7 @@ def _forward(x, shift, scale, eps, dtype, one, *, tangents=(False, False)):
     return y
 
 
-def _backward(dy, x, scale, eps, one):
+def _backward(dy: Tensor, x: Tensor, scale: Tensor, eps: float, one: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, d_shift, d_scale): the sums over tokens as `[b, d]` in fp32."""
     dy, x, scale = prepared(dy, x, scale)
     (tokens, batch, features), block = x.shape, block_of(x.shape[-1])
@@ -136,13 +157,15 @@ def _backward(dy, x, scale, eps, one):
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, eps, dtype, one):
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype, one: float
+    ) -> Tensor:
         ctx.save_for_backward(x, shift, scale)
         ctx.eps, ctx.one = eps, one
         return _forward(x, shift, scale, eps, dtype, one)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, shift, scale = ctx.saved_tensors
         dx, *sums = _backward(dy, x, scale, ctx.eps, ctx.one)
         d_shift, d_scale = (gradient_of(v, s) for v, s in zip((shift, scale), sums, strict=True))

@@ -10,9 +10,13 @@ caller's own, by autograd.
 Letters: S tokens, B batch, N heads, K head dim (padded to BLOCK_N, BLOCK_K), J = K / 2 pairs, P programs.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from rcm_kernels.fused.launcher import (
     MAX_REGISTERS,
@@ -160,19 +164,35 @@ def backward_kernel(
     tl.store(out_NK, sum_NK, mask=mask_NK)
 
 
-def plain(x_SBNK, weight_NK, rotation_SJ=None, *, eps, num_features, sum_over_tp=None):
+def plain(
+    x_SBNK: Tensor,
+    weight_NK: Tensor,
+    rotation_SJ: Tensor | None = None,
+    *,
+    eps: float,
+    num_features: int,
+    sum_over_tp: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """RMSNorm over `num_features`, the features of all ranks, then RoPE by `rotation_SJ` (complex64) unless it is None."""
     return _Plain.apply(x_SBNK, weight_NK, rotation_SJ, eps, num_features, sum_over_tp)
 
 
-def dual(x_SBNK, weight_NK, rotation_SJ=None, *, eps, num_features, sum_over_tp=None):
+def dual(
+    x_SBNK: Tensor,
+    weight_NK: Tensor,
+    rotation_SJ: Tensor | None = None,
+    *,
+    eps: float,
+    num_features: int,
+    sum_over_tp: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The same on a stack `[s, 2b, n, k]`."""
     x, weight, rotation = _inputs(x_SBNK, weight_NK, rotation_SJ)
     stats = None if sum_over_tp is None else sum_over_tp(_statistics(x, is_dual=True))
     return _forward(x, weight, rotation, stats, eps, num_features, is_dual=True)
 
 
-def _inputs(x, weight, rotation):
+def _inputs(x: Tensor, weight: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """x and weight dense in the last dimension; the rotation as real pairs `[s, k]` in fp32."""
     x, weight = prepared(x, weight)
     if x.shape[-1] % 2:
@@ -184,7 +204,7 @@ def _inputs(x, weight, rotation):
     return x, weight.contiguous(), rotation
 
 
-def _tile(x, features=None, *, warps=8):
+def _tile(x: Tensor, features: int | None = None, *, warps: int = 8) -> dict[str, int]:
     """What the kernels must know of the heads, and the warps for it, at most `warps`."""
     heads, head_dim = x.shape[-2:]
     sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_N": block_of(heads), "BLOCK_K": block_of(head_dim)}
@@ -193,7 +213,7 @@ def _tile(x, features=None, *, warps=8):
     return sizes | {"num_warps": warps_of(block_of(sizes["BLOCK_N"] * sizes["BLOCK_K"]), most=warps)}
 
 
-def _statistics(x, *, is_dual):
+def _statistics(x: Tensor, *, is_dual: bool) -> Tensor:
     """`[s, b, stats]` in fp32."""
     batch = halves(x) if is_dual else x.shape[1]
     stats = torch.empty(x.shape[0], batch, 2 if is_dual else 1, dtype=torch.float32, device=x.device)
@@ -201,7 +221,16 @@ def _statistics(x, *, is_dual):
     return stats
 
 
-def _forward(x, weight, rotation, stats, eps, features, *, is_dual):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    rotation: Tensor | None,
+    stats: Tensor | None,
+    eps: float,
+    features: int,
+    *,
+    is_dual: bool,
+) -> Tensor:
     y = empty_like(x)
     batch = halves(x) if is_dual else x.shape[1]
     launch(
@@ -213,7 +242,9 @@ def _forward(x, weight, rotation, stats, eps, features, *, is_dual):
     return y
 
 
-def _backward_statistics(dy, x, weight, rotation, stats, eps, features):
+def _backward_statistics(
+    dy: Tensor, x: Tensor, weight: Tensor, rotation: Tensor | None, stats: Tensor, eps: float, features: int
+) -> Tensor:
     d_stats = torch.empty_like(stats)
     launch(
         backward_stats_kernel, (x.shape[0] * x.shape[1],), dy, x, weight, _or(rotation, x), stats, d_stats,
@@ -222,7 +253,16 @@ def _backward_statistics(dy, x, weight, rotation, stats, eps, features):
     return d_stats
 
 
-def _backward(dy, x, weight, rotation, stats, d_stats, eps, features):
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rotation: Tensor | None,
+    stats: Tensor | None,
+    d_stats: Tensor | None,
+    eps: float,
+    features: int,
+) -> tuple[Tensor, Tensor]:
     """(dx, d_weight `[n, k]` in fp32)."""
     rows = x.shape[0] * x.shape[1]
     dx, programs = empty_like(x), row_programs(rows)
@@ -235,14 +275,22 @@ def _backward(dy, x, weight, rotation, stats, d_stats, eps, features):
     return dx, sums.sum(0)
 
 
-def _or(optional, stand_in):
+def _or(optional: Tensor | None, stand_in: Tensor) -> Tensor:
     """A pointer for an argument that the kernel does not read."""
     return stand_in if optional is None else optional
 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, rotation, eps, features, sum_over_tp):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        rotation: Tensor | None,
+        eps: float,
+        features: int,
+        sum_over_tp: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
         ctx.eps, ctx.features, ctx.sum = eps, features, None
         dense, w, pairs = _inputs(x, weight, rotation)
         stats = None
@@ -255,7 +303,7 @@ class _Plain(torch.autograd.Function):
         return _forward(dense, w, pairs, stats, eps, features, is_dual=False)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rotation, stats = ctx.saved_tensors
         dense, w, pairs = _inputs(x, weight, rotation)
         (dy,) = prepared(dy)
