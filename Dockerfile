@@ -54,7 +54,7 @@ import importlib.util
 pinned = dict(line.strip().split("==") for line in open("/opt/base-constraints.txt") if line.count("==") == 1)
 for name in ("torch", "triton"):
     assert metadata.version(name) == pinned.get(name, metadata.version(name)), f"{name} was replaced"
-assert metadata.version("megatron-core") == "0.16.1"
+assert metadata.version("megatron-core") == "0.19.2"
 missing = [name for name in ("amp_C", "apex", "flash_attn", "nvidia.dali", "transformer_engine") if not importlib.util.find_spec(name)]
 assert not missing, f"missing: {missing}"
 engine = metadata.version("transformer_engine")

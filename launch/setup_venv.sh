@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes or updates .venv at the repository root from requirements.txt; nothing happens when it is up to date.
+# Makes or updates VENV (.venv at the repository root) from requirements.txt; nothing happens when it is up to date.
 # PYTHON=/path/to/python3.12 picks the interpreter.
 set -euo pipefail
 
@@ -8,6 +8,7 @@ main() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
     unset PYTHONPATH PYTHONHOME # pip takes packages of a site's module that are in the former for installed ones
 
+    venv="$(realpath -m "${VENV:-.venv}")"
     python="${PYTHON:-python3}"
     got="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo "none: '$python' does not run")"
     if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -17,15 +18,15 @@ main() {
     fi
 
     stamp="$(cat requirements.txt <("$python" -VV) <(pwd) | sha256sum | cut -d' ' -f1)"
-    if [ -f .venv/stamp ] && [ "$(cat .venv/stamp)" = "$stamp" ]; then
+    if [ -f "$venv/stamp" ] && [ "$(cat "$venv/stamp")" = "$stamp" ]; then
         exit 0
     fi
 
-    echo "setup_venv: installing into $PWD/.venv (Python $got)"
+    echo "setup_venv: installing into $venv (Python $got)"
     # --no-compile: byte code of the few modules that are used is made when they are
-    "$python" -m venv --clear .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-    echo "$stamp" >.venv/stamp # last, so that an interrupted installation is made again
+    "$python" -m venv --clear "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    echo "$stamp" >"$venv/stamp" # last, so that an interrupted installation is made again
 }
 main

@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class InputError(UserError, ValueError):
     """A request that cannot be met: an unknown word, a step count, no caption; the message says got, need and fix."""
+
+
+class InstallationError(UserError):
+    """A library is not of a version that the program knows."""

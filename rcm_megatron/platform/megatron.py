@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import warnings
 
 import torch
 
+from rcm_megatron.errors import InstallationError
 from rcm_megatron.platform import megatron_cpu
 
 log = logging.getLogger(__name__)
 
-MEGATRON_VERSION = "0.16.1"
+MEGATRON_VERSION = "0.16.1" if sys.version_info < (3, 12) else "0.19.2"
+"""The one that goes with this Python, as in requirements.txt: the newest release, and the last one for Python 3.11."""
 
 _NO_NEWS = (
     r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls
     r"`torch\.jit\.script",
     "`load_state_dict` is deprecated",  # Megatron's dist_checkpointing calls it on torch's
+    "absl.logging is not installed",
+    "MimoModelConfig is experimental",
 )
 _NO_NEWS_ON_CPU = (
     "Transformer Engine and Apex are not installed",
@@ -35,18 +40,26 @@ for _message in _NO_NEWS if torch.cuda.is_available() else _NO_NEWS + _NO_NEWS_O
 def prepare_megatron() -> None:
     """Check Megatron's version and, without CUDA, make it run on the CPU. Call before building anything; idempotent.
 
-    Raises RuntimeError for a Megatron that is not the one this was written for."""
+    Raises InstallationError for a Megatron that is not the one this was written for."""
     _check_version()
+    # From 0.19 on: the layout that DDP computes by itself is the one meant, and a checkpoint keeps its common.pt.
+    _silence("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided")
+    _silence("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated")
     if not torch.cuda.is_available():
         megatron_cpu.install(MEGATRON_VERSION)
+
+
+def _silence(logger: str, message: str) -> None:
+    logging.getLogger(logger).addFilter(lambda record: message not in record.getMessage())
 
 
 def _check_version() -> None:
     import megatron.core
 
     if megatron.core.__version__ != MEGATRON_VERSION:
-        raise RuntimeError(
-            f"got megatron-core {megatron.core.__version__}; need {MEGATRON_VERSION}, whose internals "
+        python = "{}.{}".format(*sys.version_info)
+        raise InstallationError(
+            f"got megatron-core {megatron.core.__version__}; need {MEGATRON_VERSION} on Python {python}, the one whose internals "
             f"rcm_megatron/platform knows; fix: pip install megatron-core=={MEGATRON_VERSION}"
         )
 

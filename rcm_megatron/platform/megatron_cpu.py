@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from rcm_megatron.errors import InstallationError
+
 LITERALS = {
     "cuda": "cpu",
     "torch.cuda.FloatTensor": "torch.FloatTensor",
@@ -35,6 +37,15 @@ REWRITTEN_FUNCTIONS = {
         "megatron.core.dist_checkpointing.exchange_utils": 2,
         "megatron.core.dist_checkpointing.strategies.state_dict_saver": 1,
     },
+    "0.19.2": {
+        "megatron.core.optimizer.optimizer": 4,
+        "megatron.core.optimizer.distrib_optimizer": 2,
+        "megatron.core.optimizer.clip_grads": 3,
+        "megatron.core.pipeline_parallel.schedules": 4,
+        "megatron.core.utils": 1,
+        "megatron.core.dist_checkpointing.exchange_utils": 2,
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver": 1,
+    },
 }
 """Version of megatron-core -> module -> how many of its functions hold one of LITERALS."""
 
@@ -42,7 +53,7 @@ REWRITTEN_FUNCTIONS = {
 def install(version: str) -> None:
     """Count, rewrite and replace what megatron-core `version` needs; once in a process, by `megatron.prepare_megatron`.
 
-    Raises RuntimeError, with nothing changed, where a module does not have as many places as that version."""
+    Raises InstallationError, with nothing changed, where a module does not have as many places as that version."""
     need = REWRITTEN_FUNCTIONS[version]
     rewritten = {name: _rewritten_functions(importlib.import_module(name)) for name in need}
     for name, functions in rewritten.items():
@@ -56,7 +67,7 @@ def install(version: str) -> None:
 
 def _check_count(module_name: str, *, got: int, need: int, version: str) -> None:
     if got != need:
-        raise RuntimeError(
+        raise InstallationError(
             f"{module_name}: got {got} functions with CUDA literals; need {need}, as in megatron-core "
             f"{version}; fix: pip install --force-reinstall megatron-core=={version}, or, for a "
             "new version, review that module and megatron_cpu.REWRITTEN_FUNCTIONS"
@@ -67,6 +78,8 @@ def _replace_cuda_functions() -> None:
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # Megatron passes its result on as device=...
     torch.cuda.synchronize = lambda device=None: None
+    # From 0.19 on, DDP asks for the stream before it knows whether there is anything to wait for.
+    torch.cuda.current_stream = lambda device=None: None
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
@@ -77,7 +90,7 @@ def _replace_random_state(version: str) -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
         if not hasattr(random, name):
-            raise RuntimeError(f"{random.__name__}: got no {name}; need it to be there to replace it; fix: install "
+            raise InstallationError(f"{random.__name__}: got no {name}; need it to be there to replace it; fix: install "
                                f"megatron-core=={version}")  # fmt: skip
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

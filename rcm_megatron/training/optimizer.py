@@ -47,7 +47,10 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        if capturable:
+            raise ValueError("got capturable=True; need False: this Adam counts steps on the host; fix: install Apex")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._kernel = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron.config import ParallelConfig
+from rcm_megatron.errors import InstallationError
 from rcm_megatron.parallel.transformer_config import transformer_config
 from rcm_megatron.platform import megatron_cpu
 from rcm_megatron.platform.megatron import MEGATRON_VERSION, prepare_megatron
@@ -65,15 +66,15 @@ def install_without_a_function():
 
 
 def _error_of_install():
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(InstallationError) as caught:
         prepare_megatron()
     return str(caught.value)
 
 
 def test_another_megatron_is_an_error_with_the_fix():
     [message] = run_ranks(install_another_version, 1)
-    assert message.startswith("got megatron-core 0.17.0; need 0.16.1")
-    assert "pip install megatron-core==0.16.1" in message
+    assert message.startswith(f"got megatron-core 0.17.0; need {MEGATRON_VERSION} on Python 3.")
+    assert f"pip install megatron-core=={MEGATRON_VERSION}" in message
 
 
 def test_another_number_of_places_is_an_error_that_names_the_module_and_changes_nothing():

@@ -120,7 +120,8 @@ def test_a_base_without_torch_ends_the_build(image):
 
 def test_the_check_of_the_image_is_a_program():
     compile(SCRIPT, "Dockerfile", "exec")
-    version = re.search(r"^megatron-core==(.*)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    pin = r'^megatron-core==(\S+); python_version >= "3.12"$'  # of the base's Python
+    version = re.search(pin, (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
     assert f'metadata.version("megatron-core") == "{version}"' in SCRIPT
 
 

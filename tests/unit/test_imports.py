@@ -23,7 +23,7 @@ ALLOWED = {
     "files": set(),
     "dual": set(),
     "inputs": {"dual"},
-    "platform": {"platform"},
+    "platform": {"errors", "platform"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "objectives": MODELS | {"registry", "diffusion", "networks", "objectives"},
