@@ -229,9 +229,8 @@ def _preflight(arguments: argparse.Namespace) -> None:
     listed = [name for name in arguments.nodes.split(",") if name]
     status = preflight(config, timeout=arguments.timeout, listed=listed)
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(
-        status
-    )  # a rank that takes its Gloo threads down after others have left may abort, and would look like a bad node
+    # a rank that takes its Gloo threads down after others have left may abort, and would look like a bad node
+    os._exit(status)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

@@ -352,9 +352,8 @@ def _open_pickle(path: Path) -> CheckpointSource:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _require_stored(path)
-        with torch.serialization.safe_globals(
-            [io.BytesIO]
-        ):  # Transformer Engine's `_extra_state`: bytes that stay bytes
+        # Transformer Engine's `_extra_state`: bytes that stay bytes
+        with torch.serialization.safe_globals([io.BytesIO]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except CheckpointError:
         raise

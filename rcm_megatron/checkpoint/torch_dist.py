@@ -181,9 +181,8 @@ def write_torch_dist(
     try:
         for internal, tensor in named_tensors:
             tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-            if (
-                tensor.untyped_storage().nbytes() != tensor.nbytes
-            ):  # torch.save would write the rest of its memory as well
+            # torch.save would write the rest of its memory as well
+            if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()
             if file is None or (file.tell() and file.tell() + tensor.nbytes > max_shard_bytes):
                 file = _next_file(

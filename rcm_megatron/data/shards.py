@@ -34,9 +34,8 @@ _MAX_OPEN_SHARDS = 64
 
 def encode_tensor(tensor: Tensor, member_format: TensorFormat) -> bytes:
     """The tensor as the bytes of a member file; the same tensor always gives the same bytes."""
-    tensor = (
-        tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    )  # torch.save would store a view's whole base
+    # torch.save would store a view's whole base
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     if member_format == "safetensors":
         return safetensors.torch.save({_SAFETENSORS_KEY: tensor})
     buffer = io.BytesIO()
@@ -104,9 +103,8 @@ class ShardWriter:
         members[f"{key}.{PROMPT_SUFFIX}"] = prompt.encode("utf-8")
         tar = self._tar or self._open_shard()
         for name, data in members.items():
-            header = tarfile.TarInfo(
-                name
-            )  # its defaults (mtime, uid and gid 0, no owner names) are what makes it repeatable
+            # its defaults (mtime, uid and gid 0, no owner names) are what makes it repeatable
+            header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
         self._keys.add(key)
@@ -172,9 +170,8 @@ class ShardReader:
             return self._read(shard, offset, size, shard_size)
 
     def _read(self, shard: str, offset: int, size: int, shard_size: int) -> bytes:
-        file = self._file(
-            shard, shard_size
-        )  # our reference keeps the descriptor open, even if another thread evicts it
+        # our reference keeps the descriptor open, even if another thread evicts it
+        file = self._file(shard, shard_size)
         pieces, missing = [], size
         while missing:
             piece = os.pread(file.fileno(), missing, offset + size - missing)

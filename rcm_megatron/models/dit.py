@@ -74,10 +74,8 @@ class DiffusionTransformer(MegatronModule):
         self.model, self.layout, self.recompute = model, layout, recompute
         self.spec = spec or local_layer_spec()
         self.stage = stage or PipelineStage(range(model.num_layers))
-        self.pre_process, self.post_process = (
-            self.stage.is_first,
-            self.stage.is_last,
-        )  # finalize_model_grads asks for them
+        # finalize_model_grads asks for them
+        self.pre_process, self.post_process = (self.stage.is_first, self.stage.is_last)
         self._received: Tensor | None = None
         self._geometry: dict[torch.device, TokenGeometry] = {}
 

@@ -232,6 +232,5 @@ def test_video2world(groups, tmp_path):
     theirs, sigmas = call(Cosmos2VideoToWorldPipeline, VIDEO2WORLD, transformer, KnownVideo(known), **given)
     v = ours(chunks, VIDEO2WORLD, sigmas, condition)
     assert_close("latents", theirs, v, rel=1e-5)
-    assert_close(
-        "the given frame", known[:, :1].expand(2, -1, -1, -1, -1), v[:, :, :1], rel=1e-2
-    )  # sigma ends at 0.002
+    # sigma ends at 0.002
+    assert_close("the given frame", known[:, :1].expand(2, -1, -1, -1, -1), v[:, :, :1], rel=1e-2)
