@@ -57,6 +57,7 @@ MODEL = ModelConfig(
     text_len=5,
     freq_dim=26,
 )
+SEEDS = {"student": 1, "teacher": 2, "fake_score": 3}
 LATENT = LatentConfig(channels=3, frames=3, height=6, width=10)
 
 # name: (weights, jvp_kind, iteration); iteration 5 of a stage with student_update_freq 2 trains the fake score
@@ -128,35 +129,38 @@ def run_of(parallel, weights, *, optimizer, kind="exact", num_layers=MODEL.num_l
 
 
 def build(parallel, dtype, *, num_layers):
-    """Three different networks on this rank, student and fake score under DDP."""
+    """Three different networks of one size on this rank, student and fake score under DDP."""
+    return build_of(dict.fromkeys(SEEDS, (replace(MODEL, num_layers=num_layers), parallel)), dtype)
+
+
+def build_of(networks, dtype):
+    """The networks of {role: (architecture, how it is cut over ranks)}."""
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
-    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.networks.build import build_chunks, frozen
     from rcm_megatron.networks.roles import Networks
-    from rcm_megatron.networks.weights import load_weights, seeded_weights
+    from rcm_megatron.networks.weights import load_weights
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.optimizer import wrap_ddp
 
-    groups, model = initialize_parallel(parallel), replace(MODEL, num_layers=num_layers)
-
-    def network(seed, *, trained):
+    groups, built = initialize_parallel(networks["student"][1]), {}
+    for role, (model, parallel) in networks.items():
         chunks = build_chunks(model, LATENT, parallel, groups=groups, params_dtype=dtype)
-        weights = dict(seeded_weights(model, seed=seed))
-        generator = torch.Generator().manual_seed(seed)
-        for name, value in weights.items():
-            if "norm" in name:  # seeded weights leave norms at one
-                weights[name] = value + 0.3 * torch.randn(value.shape, generator=generator)
-        load_weights(chunks, weights)
-        return wrap_ddp(chunks, chunks[0].config) if trained else [chunk.requires_grad_(False) for chunk in chunks]
+        load_weights(chunks, weights_of(model, SEEDS[role]))
+        built[role] = frozen(chunks) if role == "teacher" else wrap_ddp(chunks, chunks[0].config)
+    return Networks(layout=built["student"][0].module.layout, **built)
 
-    student = network(1, trained=True)
-    return Networks(
-        layout=student[0].module.layout,
-        student=student,
-        teacher=network(2, trained=False),
-        fake_score=network(3, trained=True),
-    )
+
+def weights_of(model, seed):
+    """Random weights of a whole network in internal names; seeded weights leave norms at one, these do not."""
+    from rcm_megatron.networks.weights import seeded_weights
+
+    weights, generator = dict(seeded_weights(model, seed=seed)), torch.Generator().manual_seed(seed)
+    for name, value in weights.items():
+        if "norm" in name:
+            weights[name] = value + 0.3 * torch.randn(value.shape, generator=generator)
+    return weights
 
 
 def rows_of(groups, micro_batch_size):

@@ -7,7 +7,7 @@ rounding in a gradient near zero does not become a full step.
 import contextlib
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -31,16 +31,23 @@ MODEL = {
 ADAM = {"lr": 1e-3, "betas": [0.0, 0.999], "eps": 1e-4, "weight_decay": 0.01, "lr_warmup_steps": 4}
 
 
-def write_tiny_run(folder, **changes):
-    """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path. `changes`: other fields of MODEL."""
+def write_tiny_run(folder, *, sizes=None, **changes):
+    """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path.
+
+    `changes`: other fields of MODEL. `sizes`: {role: what of `model` differs}; then each network has random weights of its own."""
     from rcm_megatron.checkpoint.convert import export_diffusers
     from rcm_megatron.networks.weights import seeded_weights
     from tools.quickstart.build_dataset import write_digits_dataset
 
     folder, model = Path(folder), model_config(**changes)
     write_digits_dataset(folder / "data", num_samples=13, samples_per_shard=5, seed=0)
-    export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
-    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder, **changes), sort_keys=False))
+    config = tiny_config(folder, **changes)
+    for seed, role in enumerate(config["networks"] if sizes else ("teacher",), start=5):
+        own = replace(model, **sizes.get(role, {})) if sizes else model
+        export_diffusers(seeded_weights(own, seed=seed).items(), own, folder / role)
+        if sizes:
+            config["networks"][role] |= {"init": str(folder / role), "model": sizes.get(role)}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder / "run.yaml"
 
 
