@@ -241,7 +241,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("target", help="what to write: a folder, or a .pt/.safetensors file for nvlabs and nvidia")
     parser.add_argument("--to", required=True, choices=CONVERT_FORMATS, help="format of the target")
     parser.add_argument(
-        "--weights", choices=("student", "ema", "fake_score", "teacher"), help="which of several networks"
+        "--weights",
+        metavar="ROLE",
+        help="of several networks: student, fake_score, or ema, ROLE.ema for averages",
     )
     parser.add_argument("--subfolder", help="which of two experts: transformer_2, or low_noise_model")
     parser.add_argument("--config", type=Path, metavar="YAML", help="of the run, if not where it was written")

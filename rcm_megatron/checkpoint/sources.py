@@ -255,7 +255,8 @@ def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path |
             "fix: pass it with --config"
         ) from error
     facts = {"run": run.name, "weights": name, "step": folder.name.split("_")[1].lstrip("0") or "0"}
-    return replace(source, config=configs.internal_config(run.model), facts=facts, run=run)
+    model = run.model_of(prefix.split(".")[0])
+    return replace(source, config=configs.internal_config(model), facts=facts, run=run)
 
 
 def _lazy(opened: TorchDistFolder) -> CheckpointSource:

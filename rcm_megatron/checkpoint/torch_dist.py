@@ -34,13 +34,8 @@ from rcm_megatron.checkpoint.errors import CheckpointError, nearest
 from rcm_megatron.checkpoint.folders import sync_to_disk
 
 METADATA_FILE, CONFIG_FILE, COMMON_FILE = ".metadata", "metadata.json", "common.pt"
-_WEIGHTS = {
-    "student": ("student.main.", "student.model."),
-    "ema": ("student.ema.",),
-    "fake_score": ("fake_score.main.", "fake_score.model."),
-    "network": ("network.model.",),
-}
-"""What may be asked of a folder -> the prefixes of its keys, the better one first: fp32 main parameters."""
+_KINDS = ("model", "main")
+"""Of a network's weights, the better one last: fp32 main parameters."""
 _MEGATRON_CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -67,12 +62,7 @@ class TorchDistFolder:
 
     def choose(self, weights: str | None) -> tuple[str, str]:
         """(what is read, prefix of its keys): the one network that is there, or the one of them that `weights` names."""
-        found = {
-            name: prefix
-            for name, prefixes in _WEIGHTS.items()
-            for prefix in reversed(prefixes)
-            if any(key.startswith(prefix) for key in self.shapes)
-        }
+        found = self.networks()
         if not found:
             raise CheckpointError(f"{self.folder}: no network in it; keys look like {sorted(self.shapes)[:3]}")
         if weights is None and len(found) > 1:
@@ -85,6 +75,17 @@ class TorchDistFolder:
             )
         name = weights or next(iter(found))
         return name, found[name]
+
+    def networks(self) -> dict[str, str]:
+        """What may be asked for -> prefix of its keys: networks by role, their averages as ROLE.ema (the student's as ema)."""
+        begins = {tuple(key.split(".", 2)[:2]) for key in self.shapes}
+        found = {}
+        for role in sorted({role for role, *_ in begins}, key=lambda role: (role != "student", role)):
+            if kinds := [kind for kind in _KINDS if (role, kind) in begins]:
+                found[role] = f"{role}.{kinds[-1]}."
+            if (role, "ema") in begins:
+                found["ema" if role == "student" else f"{role}.ema"] = f"{role}.ema."
+        return found
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
         """`tensor[index]` of a key, for slices of step 1, reading the chunks that it touches one after the other."""

@@ -16,7 +16,7 @@ from tests.unit.test_wan_model import Case, float_means_double, wide_twin
 
 
 def oracle(models, objectives):
-    """{objective: {"loss of …", "norm of the tangent", "gradient of <diffusers' name>"}} of networks of ``models`` (by role)."""
+    """{objective: {"loss of …", "tangent_norm of …", "dF of …", "gradient of <diffusers' name>"}} of networks of ``models`` (by role)."""
     networks = {role: twin(model, test_parity.SEEDS[role]) for role, model in models.items()}
     with float_means_double(), sdpa_kernel(SDPBackend.MATH):
         return {name: {"scm": scm, "dmd": dmd}[name](networks) for name in objectives}
@@ -39,8 +39,8 @@ class Point:
     """A step's data and draws."""
 
     def __init__(self, objective):
-        weights, kind, self.iteration = test_parity.OBJECTIVES[objective]
-        self.settings, self.weights = test_parity.settings_of(kind), weights
+        _, _, self.iteration = test_parity.OBJECTIVES[objective]
+        self.settings = test_parity.distillation_of()
         data, latent = SeededDraws(99, 0, range(SAMPLES)), test_parity.LATENT.shape_CTHW
         self.x0 = data.normal("latent", latent).double()
         self.text, self.null = (data.normal(name, (5, 10)).double() for name in ("text", "null"))
@@ -88,7 +88,7 @@ def scm(networks):
     g = g / (wide(norm_B) + 0.1)
     loss_B = (F - F.detach() - g).square().flatten(1).sum(1)
     found = gradients_of(student, 100.0 * loss_B.mean())
-    return found | {"loss of scm": loss_B.detach(), "norm of the tangent": norm_B}
+    return found | {"loss of scm": loss_B.detach(), "tangent_norm of scm": norm_B, "dF of scm": dF}
 
 
 def dmd(networks):
