@@ -246,11 +246,16 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         help="of several networks: student, fake_score, or ema, ROLE.ema for averages",
     )
     parser.add_argument("--subfolder", help="which of two experts: transformer_2, or low_noise_model")
+    parser.add_argument("--prefix", help="read only the keys that begin with it, e.g. model.diffusion_model.")
     parser.add_argument("--config", type=Path, metavar="YAML", help="of the run, if not where it was written")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16; default: every tensor's own")
     parser.add_argument("--max-shard-size", type=_bytes, default="5GB", metavar="SIZE", help="e.g. 500MB; default: 5GB")
     parser.add_argument("--num-heads", type=int, help="where the source does not say")
     parser.add_argument("--text-len", type=int, help="where the source does not say")
+    parser.add_argument("--eps", type=float, help="where the source does not say; default: 1e-6")
+    parser.add_argument(
+        "--patch-size", type=int, nargs=3, metavar=("T", "H", "W"), help="where the source does not say; default: 1 2 2"
+    )
     parser.add_argument(
         "--rope-scale", type=float, nargs=3, metavar=("T", "H", "W"), help="where the source does not say"
     )
@@ -278,7 +283,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
         return student_companions(run, folder)
 
-    fields = {name: getattr(arguments, name) for name in ("num_heads", "text_len", "rope_scale")}
+    fields = {name: getattr(arguments, name) for name in ("num_heads", "text_len", "eps", "patch_size", "rope_scale")}
     verify = None
     if arguments.verify:
         from rcm_megatron.inference.verify import verify_conversion as verify
@@ -289,19 +294,19 @@ def _convert(arguments: argparse.Namespace) -> None:
             target_format=arguments.to,
             weights=arguments.weights,
             subfolder=arguments.subfolder,
+            prefix=arguments.prefix,
             run_config=arguments.config,
             dtype=arguments.dtype,
             force=arguments.force,
-            model_fields={name: value for name, value in fields.items() if value is not None},
+            model_fields={n: tuple(v) if isinstance(v, list) else v for n, v in fields.items() if v is not None},
             max_shard_bytes=arguments.max_shard_size,
             verify=verify,
             companions=companions,
         )
     except CheckpointError as error:
         raise SystemExit(f"{arguments.prog}: {error}") from None
-    print(
-        f"{arguments.source} written to {arguments.target} ({arguments.to}, {arguments.dtype or 'dtypes as they were'})"
-    )
+    dtype = "" if arguments.dtype is None else f", {arguments.dtype}"
+    print(f"{arguments.source} written to {arguments.target} ({arguments.to}{dtype})")
 
 
 if __name__ == "__main__":

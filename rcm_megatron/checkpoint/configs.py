@@ -79,6 +79,14 @@ _COSMOS_OWN_FIELDS = {
 }
 
 
+def config_format(config: Mapping[str, Any]) -> str | None:
+    """Whose `config.json` it is, by its class or its own fields: it may lie beside weights in another naming. None: nobody's here."""
+    classes = {"WanTransformer3DModel": "diffusers", "CosmosTransformer3DModel": "diffusers", "WanModel": "wan"}
+    if (name := config.get("_class_name")) is not None:
+        return classes.get(name)
+    return "internal" if "hidden_size" in config and "num_heads" in config else None
+
+
 def model_config_from_diffusers(config: Mapping[str, Any], *, text_len: int = 512) -> dict[str, Any]:
     """Keyword arguments for ModelConfig from a diffusers `config.json`; `text_len` is not stored there."""
     if config.get("_class_name") == "CosmosTransformer3DModel":
@@ -187,6 +195,9 @@ def model_config_from_wan(
 
     `shapes` of its weights tell image-to-video of Wan2.1, with CLIP, from that of Wan2.2: their files say the same.
     """
+    _require(
+        config, "_class_name", "WanModel", "the class of the Wan release; move a config.json of another model away"
+    )
     kind = config.get("model_type", "t2v")
     if kind not in _MODEL_TYPES:
         raise CheckpointError(f"config.json: model_type={kind!r}; need one of {', '.join(_MODEL_TYPES)}")
@@ -283,7 +294,14 @@ def model_config_from_shapes(
 
 def check_same_network(source_fields: Mapping[str, Any], model_config: ModelConfig, *, where: str) -> None:
     """The file's configuration must describe the model that is being built (a wrong head count fits every shape)."""
-    different = []
+    if different := differences(source_fields, model_config):
+        listed = (f"{name}={got!r} (the run has {need!r})" for name, (got, need) in different.items())
+        raise CheckpointError(f"{where} holds another network: {', '.join(listed)}; set the run's model to the file's")
+
+
+def differences(source_fields: Mapping[str, Any], model_config: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Field -> (the file's, the model's) where they are two networks."""
+    different = {}
     for name in FIELDS:
         got, need = source_fields[name], getattr(model_config, name)
         got, need = (tuple(got), tuple(need)) if name == "patch_size" else (got, need)
@@ -292,11 +310,8 @@ def check_same_network(source_fields: Mapping[str, Any], model_config: ModelConf
         if name in _FREE_OWN_FIELDS and got is not None and need is not None:
             got = dataclasses.replace(got, **{free: getattr(need, free) for free in _FREE_OWN_FIELDS[name]})
         if name not in FREE_FIELDS and got != need:
-            different.append(f"{name}={got!r} (the run has {need!r})")
-    if different:
-        raise CheckpointError(
-            f"{where} holds another network: {', '.join(different)}; set the run's model to the file's"
-        )
+            different[name] = (got, need)
+    return different
 
 
 def check_heads(hidden_size: int, num_heads: int) -> None:

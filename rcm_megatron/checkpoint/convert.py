@@ -24,16 +24,18 @@ from rcm_megatron.checkpoint.formats import (
     Source,
     check_divides,
     checked_entries,
+    entries_for,
     from_internal,
-    internal_shapes,
     key_map,
     read_internal,
-    to_internal,
+    translate,
+    widened,
 )
 from rcm_megatron.checkpoint.key_map_wan import Entry
 from rcm_megatron.checkpoint.model_card import Companions, folder_texts
-from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
+from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.torch_dist import write_torch_dist
+from rcm_megatron.checkpoint.values import say_once
 from rcm_megatron.checkpoint.writers import (
     DEFAULT_SHARD_BYTES,
     FILE_SUFFIXES,
@@ -177,6 +179,7 @@ def convert(
     target_format: str,
     weights: str | None = None,
     subfolder: str | None = None,
+    prefix: str | None = None,
     run_config: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     force: bool = False,
@@ -189,7 +192,7 @@ def convert(
     """Convert any checkpoint to a folder (`diffusers`, `wan`, `internal`, `torch_dist`) or a file (`nvlabs`, `nvidia`).
 
     Args:
-        weights, subfolder, run_config: which network of the source, and of which run: see `open_checkpoint`.
+        weights, subfolder, prefix, run_config: which network of the source, and of which run: see `open_checkpoint`.
         dtype: `fp32`, `bf16`, `fp16`, or None to keep every tensor's own.
         model_fields: ModelConfig fields that the source does not store (`text_len`; without config.json `num_heads`).
         verify: called before anything is written; what it returns checks the target before it appears under its name.
@@ -210,16 +213,20 @@ def convert(
     check_target(target_path, force=force)
     if Path(source_path).resolve().is_relative_to(Path(target_path).resolve()):
         raise CheckpointError(f"{target_path} is the source or holds it; choose another target")
-    source = open_checkpoint(source_path, weights=weights, subfolder=subfolder, run_config=run_config)
+    source = open_checkpoint(source_path, weights=weights, subfolder=subfolder, prefix=prefix, run_config=run_config)
     model_config = ModelConfig(**source.model_fields(overrides=model_fields))
     naming = "internal" if target_format == "torch_dist" else target_format
     key_map(naming, model_config)
     checked_entries(source, model_config)
     check = verify(source, model_config, dtype) if verify is not None else None
-    facts = _facts(source, source_path, dtype)
-    title, total = f"{source.format} -> {target_format}", len(internal_shapes(model_config))
-    internal = tqdm(to_internal(source, model_config), title, total=total, unit="tensor", disable=not progress)
-    external = from_internal(internal, model_config, naming)
+    joined = widened(source, model_config, naming) if dtype is None else []
+    facts = _facts(source, source_path, dtype, joined)
+    title, total = (
+        f"{source.format} -> {target_format}",
+        sum(len(e.external) for e in entries_for(naming, model_config).values()),
+    )
+    tensors = translate(source, model_config, naming)
+    external = tqdm(tensors, title, total=total, unit="tensor", disable=not progress)
     if target_format in _FOLDERS:
         write_config, write_weights = _FOLDERS[target_format]
         about = {
@@ -235,10 +242,50 @@ def convert(
         write_folder(target_path, fill, config=write_config(model_config), force=force, texts=texts, check=check)
     else:
         write_file(target_path, external, dtype=dtype, force=force, metadata=facts, check=check)
+        if unsaid := _unsaid(target_format, model_config):
+            say_once(f"{target_path}: {target_format} does not say {unsaid}")
+    if joined:
+        say_once(f"{target_path}: dtypes as they were{_widening(joined)}")
     return model_config
 
 
-def _facts(source: CheckpointSource, path: str | Path, dtype: torch.dtype | None) -> dict[str, str]:
+_FLAGS = {
+    "num_heads": "--num-heads {}",
+    "patch_size": "--patch-size {} {} {}",
+    "eps": "--eps {}",
+    "rope_scale": "--rope-scale {} {} {}",
+}
+"""What the command line takes for a source that does not say it."""
+
+
+def _unsaid(format: str, model_config: ModelConfig) -> str:
+    """What a file of weights alone leaves to guess and would be guessed wrongly, and how to pass it; empty if there is nothing."""
+    shapes = {
+        name: entry.external_shape for entry in entries_for(format, model_config).values() for name in entry.external
+    }
+    source = CheckpointSource("", {name: LazyTensor(shape, None) for name, shape in shapes.items()})
+    values = {name: getattr(model_config, name) for name in ("num_heads", "patch_size", "eps")}
+    if model_config.cosmos is not None:
+        values["rope_scale"] = model_config.cosmos.rope_scale
+    values = {name: value for name, value in values.items() if _differs(source, model_config, values, without=name)}
+    flags = [_FLAGS[name].format(*(value if isinstance(value, tuple) else (value,))) for name, value in values.items()]
+    rest = configs.differences(source.model_fields(overrides=values), model_config)
+    lost = [f"{name}={need!r}" for name, (_, need) in rest.items()]
+    return "; ".join([*([f"this: read it with {' '.join(flags)}"] if flags else []), *lost])
+
+
+def _differs(source: CheckpointSource, model_config: ModelConfig, values: Mapping[str, Any], *, without: str) -> bool:
+    """Whether reading a file goes wrong when one value is not passed."""
+    try:
+        got = source.model_fields(overrides={name: value for name, value in values.items() if name != without})
+    except CheckpointError:
+        return True
+    return configs.differences(got, model_config) != configs.differences(
+        source.model_fields(overrides=values), model_config
+    )
+
+
+def _facts(source: CheckpointSource, path: str | Path, dtype: torch.dtype | None, joined: list[str]) -> dict[str, str]:
     """Provenance of a conversion, with what an export before it left in the source's header."""
     path = Path(path)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -250,9 +297,15 @@ def _facts(source: CheckpointSource, path: str | Path, dtype: torch.dtype | None
         "source format": source.format,
         "source size": f"{sum(file.stat().st_size for file in files)} bytes in {len(files)} file(s)",
         **before,
-        "dtype": names.get(dtype, "as in the source"),
+        "dtype": names.get(dtype, "as in the source" + _widening(joined)),
         "rcm_megatron": __version__,
     }
+
+
+def _widening(joined: list[str]) -> str:
+    if not joined:
+        return ""
+    return f", but for {len(joined)} tensors that join parts of several, in one that holds them all: {joined[0]!r} and its like"
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -64,7 +64,7 @@ def checked_entries(
     """The source and its entries, after checking that its keys are exactly those of the map, with the right shapes."""
     source = as_source(source)
     entries = entries_for(format or source.format, model_config)
-    if source.config is not None:
+    if source.config_reader is not None:
         check_same_network(source.model_fields(), model_config, where=source.where)
     shapes = {name: entry.external_shape for entry in entries.values() for name in entry.external}
     held = {name for name in source if not name.endswith(UNUSED)}
@@ -82,6 +82,42 @@ def to_internal(source: Source, model_config: ModelConfig, format: str | None = 
     """Stream (internal name, full tensor) for every parameter of the model; `format` default: told from the keys."""
     source, entries = checked_entries(source, model_config, format)
     return ((name, read_internal(source, entry)) for name, entry in entries.items())
+
+
+def translate(source: CheckpointSource, model_config: ModelConfig, format: str) -> Iterator[tuple[str, Tensor]]:
+    """Stream (name in `format`, tensor), each tensor in its own dtype; what `format` joins, in the narrowest that holds all parts."""
+    source, entries = checked_entries(source, model_config)
+    targets, prefix = entries_for(format, model_config), key_map(format, model_config).prefix
+    return (
+        (prefix + name, part)
+        for internal, entry in entries.items()
+        for name, part in _translate(source, entry, targets[internal])
+    )
+
+
+def _translate(source: CheckpointSource, entry: Entry, target: Entry) -> Iterator[tuple[str, Tensor]]:
+    dtypes = []
+
+    def parts() -> Iterator[Tensor]:
+        for name in entry.external:
+            part = source.read(name)
+            dtypes.append(part.dtype)
+            yield part
+
+    together = entry.join(parts())
+    alike = len(entry.external) == len(target.external)
+    for index, (name, part) in enumerate(zip(target.external, target.split(together), strict=True)):
+        yield name, part.to(dtypes[index]) if alike else part
+
+
+def widened(source: CheckpointSource, model_config: ModelConfig, format: str) -> list[str]:
+    """Names of the tensors in `format` that join parts of several dtypes."""
+    targets = entries_for(format, model_config)
+    return [
+        targets[internal].external[0]
+        for internal, entry in entries_for(source.format, model_config).items()
+        if not targets[internal].fused and len({source.tensors[name].dtype for name in entry.external}) > 1
+    ]
 
 
 def read_internal(

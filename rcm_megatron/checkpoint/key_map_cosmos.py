@@ -9,7 +9,7 @@ tables of learned positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,11 @@ class CosmosKeyMap:
             entries += [self._entry(row, sizes, index) for row in _BLOCK]
         entries += [self._entry(row, sizes, None) for row in _AFTER]
         return {entry.internal: entry for entry in entries}
+
+    def names(self) -> Iterator[str]:
+        """Every parameter's name, of any network, a block's number written as `#`."""
+        for outside, table in (("", _BEFORE + _AFTER), (f"{self.scope}.#.", _BLOCK)):
+            yield from (outside + name for row in table for name in row[self.column].split())
 
     def _entry(self, row: tuple[str, str, str, str], sizes: dict[str, int], block: int | None) -> Entry:
         inside, outside = ("", "") if block is None else (f"blocks.{block}.", f"{self.scope}.{block}.")

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+from rcm_megatron.checkpoint.values import common_dtype
 
 if TYPE_CHECKING:
     from rcm_megatron.config import ModelConfig
@@ -126,8 +127,8 @@ class Entry:
             per_head = part.unflatten(0, (-1, self.head_dim))
             if joined is None:
                 joined = per_head.new_empty(per_head.shape[0], len(self.external), *per_head.shape[1:])
-            if joined.dtype != part.dtype:
-                joined = joined.to(torch.promote_types(joined.dtype, part.dtype))
+            if joined.dtype != (wide := common_dtype(joined.dtype, part.dtype)):
+                joined = joined.to(wide)
             joined[:, index] = per_head
         return joined.flatten(0, 2)
 
@@ -158,6 +159,14 @@ class KeyMap:
         rows = ((scope, row) for scope, table in scopes for row in table if not row.internal.startswith(absent))
         entries = (entry for scope, row in rows for entry in self._expand(row, config, sizes, scope))
         return {entry.internal: entry for entry in entries}
+
+    def names(self) -> Iterator[str]:
+        """Every parameter's name, of any network, a block's number written as `#`."""
+        for scope, table in (("", _GLOBAL_BEFORE + _IMAGE + _GLOBAL_AFTER), ("blocks.#.", _BLOCK)):
+            for row in table:
+                columns = getattr(row, self.column)
+                for name in (columns,) if isinstance(columns, str) else columns:
+                    yield from (f"{scope}{name}{suffix}" for suffix in row.shapes)
 
     def _expand(self, row: Row, config: ModelConfig, sizes: dict[str, int], scope: str) -> list[Entry]:
         names = getattr(row, self.column)

@@ -6,11 +6,12 @@ file allows. Every defect of a file is a CheckpointError that names the file.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,23 +21,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcm_megatron.checkpoint import configs, key_map_cosmos
+from rcm_megatron.checkpoint import configs, key_map_cosmos, key_map_wan
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
+from rcm_megatron.checkpoint.files import (
+    PICKLE_SUFFIXES,
+    is_index,
+    refuse_shard,
+    snapshot,
+    transformer_folder,
+    weights_file,
+)
 from rcm_megatron.checkpoint.folders import find_latest
 from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_plain, is_torch_dist
+from rcm_megatron.checkpoint.values import DTYPES_IN_HEADERS, dequantised
+from rcm_megatron.checkpoint.wrappers import choose_root, without_inner_wrappers
 from rcm_megatron.config import ConfigError, RunConfig, load_config
+from rcm_megatron.finite import find_nonfinite
 
-_NETWORK_PREFIXES = {"student": "net.", "ema": "net_ema.", "fake_score": "net_fake_score.", "teacher": "net_teacher."}
-"""Weights that may be asked for -> what their keys begin with in a file of NVIDIA's that holds several networks."""
-_PICKLE_SUFFIXES = (".pt", ".pth")
-_TRANSFORMERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")
-"""Folders of the networks in diffusers' pipelines, and of the two experts in the Wan2.2 release; the first of two is for high noise."""
 _CONFIG_READERS = {
     "diffusers": configs.model_config_from_diffusers,
     "wan": configs.model_config_from_wan,
     "nvlabs": configs.model_config_from_wan,
     "internal": configs.model_config_from_internal,
 }
+_SETTINGS = (bool, int, float, str, bytes, type(None))
+"""What a trainer saves beside tensors, such as its step."""
 _SHAPE_READERS = {
     "wan": configs.model_config_from_shapes,
     "nvlabs": configs.model_config_from_shapes,
@@ -47,10 +56,11 @@ _SHAPE_READERS = {
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in a file: its shape, and `read(index)` for any tuple of slices."""
+    """A tensor in a file: its shape, `read(index)` for any tuple of slices, and its dtype where that is known without reading."""
 
     shape: tuple[int, ...]
     read: Callable[[tuple[slice, ...]], Tensor]
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,10 @@ class CheckpointSource(Mapping[str, Tensor]):
             raise CheckpointError(f"{self.where}: cannot read {name!r}: {error}") from error
         if not value.is_floating_point():
             raise CheckpointError(f"{self.where}: {name!r} holds {value.dtype}; need floating-point weights")
+        if (bad := find_nonfinite(value)) is not None:
+            raise CheckpointError(
+                f"{self.where}: {name!r} holds {bad}; need finite weights: take an earlier checkpoint"
+            )
         return value
 
     def with_prefix(self, prefix: str) -> CheckpointSource:
@@ -121,9 +135,15 @@ class CheckpointSource(Mapping[str, Tensor]):
         ):
             return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
         raise CheckpointError(
-            f"{self.where}: not a Wan or Cosmos-Predict2 network; keys look like {sorted(self.tensors)[:3]}; need the "
+            f"{self.where}: not a Wan or Cosmos-Predict2 network{_hint(self.tensors)}; keys look like {sorted(self.tensors)[:3]}; need the "
             "naming of diffusers, the Wan release, NVlabs/rcm, NVIDIA's Cosmos-Predict2 or rcm_megatron"
         )
+
+    @property
+    def config_reader(self) -> str | None:
+        """Whose way to read this source's config.json; None where it has none that says what network this is."""
+        reader = None if self.config is None else configs.config_format(self.config) or self.format
+        return reader if reader in _CONFIG_READERS else None
 
     def model_fields(self, *, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Keyword arguments for ModelConfig: from config.json, else from the shapes.
@@ -142,9 +162,10 @@ class CheckpointSource(Mapping[str, Tensor]):
         for name in overrides:
             if name not in known:
                 raise CheckpointError(f"unknown model field {name!r}{nearest(name, known)}")
-        if self.config is not None and form in _CONFIG_READERS:
-            seen = (self.shapes(),) if form in ("wan", "nvlabs") else ()
-            fields = _CONFIG_READERS[form](self.config, *seen)
+        reader = self.config_reader
+        if reader is not None:
+            seen = (self.shapes(),) if reader in ("wan", "nvlabs") else ()
+            fields = _CONFIG_READERS[reader](self.config, *seen)
             fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
             if fixed:
                 raise CheckpointError(
@@ -156,9 +177,15 @@ class CheckpointSource(Mapping[str, Tensor]):
         return _SHAPE_READERS[form](self.shapes(), overrides=overrides)
 
 
+def _hint(names: Iterable[str]) -> str:
+    if any(".lora_" in name or name.endswith((".diff", ".diff_b")) for name in names):
+        return ", but a LoRA, which changes one: merge it into its network"
+    return ""
+
+
 def source_from_tensors(tensors: Mapping[str, Tensor], *, where: str = "tensors in memory") -> CheckpointSource:
     """A source over tensors that are already there (a state dict, a set of gradients)."""
-    lazy = {name: LazyTensor(tuple(tensor.shape), tensor.__getitem__) for name, tensor in tensors.items()}
+    lazy = {name: LazyTensor(tuple(t.shape), t.__getitem__, t.dtype) for name, t in tensors.items()}
     return CheckpointSource(where, lazy)
 
 
@@ -175,56 +202,41 @@ def open_checkpoint(
     Args:
         weights: `student`, `ema`, `fake_score` or `teacher`, where there are several networks.
         subfolder: of a diffusers pipeline, the transformer to read; default: `transformer`, if it is the only one.
-        prefix: use only keys that begin with it; default: what all keys share, as `net.`.
+        prefix: use only keys that begin with it; default: what stands before the network's keys, as `net.` or `model.diffusion_model.`.
         run_config: the run's YAML, for one of its checkpoints that lies elsewhere than below its config.yaml.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    path = snapshot(path)
     checkpoint = _find_torch_dist(path)
     if checkpoint is not None:
         return _open_torch_dist(checkpoint, weights, run_config)
     dcp = _dcp_folder(path)
-    source = _open_dcp(dcp) if dcp is not None else _open_weights(_transformer_folder(path, subfolder))
+    source = _open_dcp(dcp) if dcp is not None else _open_weights(transformer_folder(path, subfolder))
+    source = replace(source, tensors=without_inner_wrappers(source.tensors, where=source.where))
     if prefix is not None:
-        return source.with_prefix(prefix)
+        source = source.with_prefix(prefix)
     return _choose_network(source, weights)
 
 
 def _choose_network(source: CheckpointSource, weights: str | None) -> CheckpointSource:
-    """The network that `weights` names, or the only one; its keys' common prefix is removed."""
-    found = {
-        name: prefix for name, prefix in _NETWORK_PREFIXES.items() if any(key.startswith(prefix) for key in source)
-    }
-    if weights is None and len(found) > 1:
-        raise CheckpointError(
-            f"{source.where} holds several networks: {', '.join(found)}; choose one: `convert ... --weights NAME`"
-        )
-    if weights is None and not (found and all(key.startswith(tuple(found.values())) for key in source)):
-        return source
-    name = weights or next(iter(found))
-    if name not in found:
-        raise CheckpointError(
-            f"{source.where} does not hold {name!r}, but {', '.join(found) or 'one network without a name'}; drop --weights or choose one "
-            "of them"
-        )
-    return replace(source.with_prefix(found[name]), facts={"weights": name})
+    """The network that `weights` names, or the only one: its keys without what stands before all of them, its values without scales."""
+    root, role, names = choose_root(source.tensors, parameter_names(), weights, where=source.where)
+    tensors = {name[len(root) :]: source.tensors[name] for name in names}
+    return replace(
+        source,
+        where=f"{source.where} [{root}]" if root else source.where,
+        tensors=dequantised(tensors, where=source.where),
+        facts={"weights": role} if role else {},
+    )
 
 
-def _transformer_folder(path: Path, subfolder: str | None) -> Path:
-    """The folder of the transformer inside a diffusers pipeline or the Wan2.2 release, or `path` itself."""
-    if (path / "config.json").is_file() and subfolder is None:
-        return path
-    found = [name for name in _TRANSFORMERS if (path / name / "config.json").is_file()]
-    if subfolder is not None:
-        if not (path / subfolder).is_dir():
-            raise CheckpointError(f"{path} has no folder {subfolder!r}; it has {found or 'no transformer'}")
-        return path / subfolder
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{path} holds two experts: {found[0]} (high noise) and {found[1]} (low noise); choose one with --subfolder"
-        )
-    return path / found[0] if found else path
+@functools.cache
+def parameter_names() -> frozenset[str]:
+    """What parameters are called in any format, a block's number written as `#`."""
+    maps = (*key_map_wan.KEY_MAPS.values(), *key_map_cosmos.KEY_MAPS.values())
+    return frozenset(name for key_map in maps for name in key_map.names())
 
 
 def _find_torch_dist(path: Path) -> Path | None:
@@ -260,7 +272,9 @@ def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path |
 
 
 def _lazy(opened: TorchDistFolder) -> CheckpointSource:
-    tensors = {key: LazyTensor(shape, partial(opened.read, key)) for key, shape in opened.shapes.items()}
+    tensors = {
+        key: LazyTensor(shape, partial(opened.read, key), opened.dtypes[key]) for key, shape in opened.shapes.items()
+    }
     return CheckpointSource(str(opened.folder), tensors)
 
 
@@ -276,20 +290,11 @@ def _open_dcp(folder: Path) -> CheckpointSource:
 
 
 def _open_weights(path: Path) -> CheckpointSource:
-    return _open_folder(path) if path.is_dir() else _open_file(path)
-
-
-def _open_folder(folder: Path) -> CheckpointSource:
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        return replace(_open_index(indices[0]), config=config, folder=folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(f for f in folder.iterdir() if f.suffix in _PICKLE_SUFFIXES)
-    if len(indices) > 1 or len(files) != 1:
-        names = [file.name for file in (indices or files)]
-        fix = "pass one file, or add the index" if names else "pass a folder of .safetensors, .pt, .pth or torch_dist"
-        raise CheckpointError(f"{folder}: need one set of weights, got {names or 'none'}; {fix}")
-    return replace(_open_file(files[0]), config=config, folder=folder)
+    """A file, or those of a folder, with the config.json beside them: the same network, however it is named."""
+    file = weights_file(path) if path.is_dir() else path
+    source = _open_index(file) if is_index(file) else _open_file(file)
+    config = file.parent / "config.json"
+    return replace(source, config=_read_json(config) if config.is_file() else None, folder=file.parent)
 
 
 def _open_index(index_path: Path) -> CheckpointSource:
@@ -307,7 +312,7 @@ def _open_index(index_path: Path) -> CheckpointSource:
         if Path(name).name != name or not shard_path.is_file():
             raise CheckpointError(f"{index_path.name} names the file {name!r}, which is not in {index_path.parent}")
         shard = _open_safetensors(shard_path)
-        listed = {key for key, file in weight_map.items() if file == name}
+        listed = {key for key, file in weight_map.items() if file == name and not key_map_cosmos.is_no_weight(key)}
         problems = name_keys(f"listed in the index but not in {name}", listed - set(shard), shard)
         problems += name_keys(f"in {name} but not listed for it", set(shard) - listed, listed)
         if problems:
@@ -318,9 +323,10 @@ def _open_index(index_path: Path) -> CheckpointSource:
 
 
 def _open_file(path: Path) -> CheckpointSource:
+    refuse_shard(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix in _PICKLE_SUFFIXES:
+    if path.suffix in PICKLE_SUFFIXES:
         return _open_pickle(path)
     raise CheckpointError(f"{path}: need a folder, or a file that ends in .safetensors, .pt or .pth")
 
@@ -328,15 +334,19 @@ def _open_file(path: Path) -> CheckpointSource:
 def _open_safetensors(path: Path) -> CheckpointSource:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as handle:
-            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            about = {
+                name: (tuple(part.get_shape()), DTYPES_IN_HEADERS.get(part.get_dtype()))
+                for name, part in slices.items()
+            }
             metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: truncated or not a safetensors file ({error}); download or write it again"
         ) from error
     tensors = {
-        name: LazyTensor(shape, partial(_read_safetensors, path, name))
-        for name, shape in shapes.items()
+        name: LazyTensor(shape, partial(_read_safetensors, path, name), dtype)
+        for name, (shape, dtype) in about.items()
         if not key_map_cosmos.is_no_weight(name)
     }
     return CheckpointSource(str(path), tensors, metadata=metadata)
@@ -367,16 +377,24 @@ def _open_pickle(path: Path) -> CheckpointSource:
         raise CheckpointError(f"{path}: truncated or not a PyTorch file ({_first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; need a dict of tensors")
-    content = {name: value for name, value in content.items() if not key_map_cosmos.is_no_weight(str(name))}
+    content = {name: value for name, value in _flat(content) if not key_map_cosmos.is_no_weight(name)}
     for name, value in content.items():
         if not isinstance(value, Tensor):
-            fix = "; fix: save that dict alone" if isinstance(value, dict) else ""
-            raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}; need a flat dict of tensors{fix}")
+            raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}; need tensors, in dicts or in none")
         if not is_plain(value):
             raise CheckpointError(
                 f"{path}: refused, {name!r} is no plain tensor; need one with all of its values in the file"
             )
     return source_from_tensors(content, where=str(path))
+
+
+def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of dicts and lists in dicts, as a trainer saves them, keys joined by dots; settings are none."""
+    for name, value in content.items():
+        if isinstance(value, dict | list | tuple):
+            yield from _flat(value if isinstance(value, dict) else dict(enumerate(value)), f"{prefix}{name}.")
+        elif not isinstance(value, _SETTINGS):
+            yield f"{prefix}{name}", value
 
 
 def _require_stored(path: Path) -> None:

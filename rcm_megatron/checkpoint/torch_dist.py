@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from rcm_megatron.checkpoint.errors import CheckpointError, nearest
 from rcm_megatron.checkpoint.folders import sync_to_disk
+from rcm_megatron.checkpoint.values import rounded
 
 METADATA_FILE, CONFIG_FILE, COMMON_FILE = ".metadata", "metadata.json", "common.pt"
 _KINDS = ("model", "main")
@@ -57,7 +58,9 @@ class TorchDistFolder:
         self._metadata = read_metadata(folder)
         with _damaged(folder / METADATA_FILE):
             tensors = self._metadata.state_dict_metadata.items()
-            self.shapes = {key: tuple(t.size) for key, t in tensors if isinstance(t, TensorStorageMetadata)}
+            held = {key: tensor for key, tensor in tensors if isinstance(tensor, TensorStorageMetadata)}
+            self.shapes = {key: tuple(tensor.size) for key, tensor in held.items()}
+            self.dtypes = {key: tensor.properties.dtype for key, tensor in held.items()}
             self._check_files()
 
     def choose(self, weights: str | None) -> tuple[str, str]:
@@ -181,7 +184,7 @@ def write_torch_dist(
     file, name = None, ""
     try:
         for internal, tensor in named_tensors:
-            tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            tensor = rounded(internal, tensor.detach().cpu(), dtype).contiguous()
             # torch.save would write the rest of its memory as well
             if tensor.untyped_storage().nbytes() != tensor.nbytes:
                 tensor = tensor.clone()

@@ -18,6 +18,7 @@ from torch import Tensor
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import sync_to_disk
 from rcm_megatron.checkpoint.torch_dist import save_with_torch
+from rcm_megatron.checkpoint.values import rounded
 from rcm_megatron.files import save_safetensors
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -126,7 +127,7 @@ def write_file(
     check_target(path, force=force)
     with replaced_when_done(path) as temporary:
         temporary.touch()  # fail now, and not after hours of conversion, where nothing can be written
-        tensors = {name: _owned(tensor, dtype) for name, tensor in named_tensors}
+        tensors = {name: _owned(rounded(name, tensor, dtype)) for name, tensor in named_tensors}
         if path.suffix == ".safetensors":
             _save_safetensors(tensors, temporary, _header(metadata))
         else:
@@ -143,7 +144,7 @@ def _shards(
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in named_tensors:
-        tensor = _owned(tensor, dtype)
+        tensor = _owned(rounded(name, tensor, dtype))
         num_bytes = tensor.numel() * tensor.element_size()
         if shard and size + num_bytes > max_bytes:
             yield shard
@@ -168,15 +169,13 @@ def _name_shards(folder: Path, stem: str, shards: list[dict[str, int]]) -> None:
     _write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _owned(tensor: Tensor) -> Tensor:
     """The tensor, contiguous, on the CPU and alone in its memory, as safetensors asks for; a copy where it is not."""
     tensor = tensor.detach()
     alone = (
         tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     )
-    if alone and dtype in (None, tensor.dtype):
-        return tensor
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="cpu").copy_(tensor)
+    return tensor if alone else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor)
 
 
 def _header(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -92,7 +92,9 @@ def test_truncated_and_nested_pt(tiny, tmp_path):
     path.write_bytes(path.read_bytes()[:4000])
     fails(path, "rcm.pt: ")
     torch.save({"model": {"a": torch.zeros(1)}}, path)
-    fails(path, "'model' is a dict; need a flat dict of tensors")
+    fails(path, r"not a Wan or Cosmos-Predict2 network; keys look like \['model.a'\]")
+    torch.save({"model": {"a": {1, 2}}}, path)
+    fails(path, "'model.a' is a set; need tensors, in dicts or in none")
     torch.save([torch.zeros(1)], path)
     fails(path, "holds a list")
 
