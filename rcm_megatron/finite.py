@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rcm_megatron.errors import UserError
+
+
+class NonFiniteError(UserError):
+    """NaN or Inf where numbers are about to be shown or kept."""
+
+
+def require_finite(tensor: Tensor, *, what: str) -> None:
+    """NonFiniteError that says what, where and how many; `what`: the sample and its tensor."""
+    if (bad := find_nonfinite(tensor)) is not None:
+        raise NonFiniteError(
+            f"{what} holds {bad}; need finite numbers: take other weights, or a wider dtype (precision.params_dtype=fp32)"
+        )
+
 
 def find_nonfinite(tensor: Tensor) -> str | None:
     """`nan at [0, 3], 2 of 100 values are not finite`, of a tensor of any floating-point dtype; None where all are finite.

@@ -14,6 +14,8 @@ import av
 import numpy as np
 from torch import Tensor
 
+from rcm_megatron.finite import require_finite
+
 VIEWABLE_SIDE = 128
 """Shorter side, in pixels, that small videos are enlarged to."""
 _CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -36,6 +38,7 @@ def to_frames(video_CTHW: Tensor, *, scale: int | None = None) -> np.ndarray:
         raise ValueError(
             f"got {channels} channels, need 1 (grey) or 3 (RGB); decode latents with their video encoder first"
         )
+    require_finite(video_CTHW, what="a video")  # as bytes, NaN would be black
     scale = scale or max(1, -(-VIEWABLE_SIDE // min(height, width)))
     video_THWC = video_CTHW.float().clamp(-1, 1).add(1).mul(127.5).round().byte().movedim(0, -1).cpu().numpy()
     rgb_THWC = np.broadcast_to(video_THWC, (*video_THWC.shape[:3], 3))

@@ -28,6 +28,7 @@ from rcm_megatron.data.shards import TensorFormat, file_sha256
 from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild, Unit, stored, wait_for
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import InputError
+from rcm_megatron.finite import require_finite
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.broadcast import computed_once
 from rcm_megatron.platform.device import this_device
@@ -53,7 +54,9 @@ class BuildRequest:
     def sample(
         self, index: int, latent_CTHW: Tensor, embed_LD: Tensor, prompt: str, *, text_len: int, **image: Tensor
     ) -> BuiltSample:
-        """A sample as it is stored. `image`: further members, as `ShardWriter.add` takes them."""
+        """A sample as it is stored. `image`: further members, as `ShardWriter.add` takes them. NonFiniteError names sample and tensor."""
+        for name, tensor in {"latent": latent_CTHW, "embed": embed_LD, **image}.items():
+            require_finite(tensor, what=f"sample {index} ({prompt!r:.80}): {name}")
         dtype = DTYPES[self.dtype]
         return BuiltSample(
             index=index,

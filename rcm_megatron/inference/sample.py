@@ -21,6 +21,7 @@ from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.diffusion.trigflow import needs_guidance
 from rcm_megatron.errors import InputError
 from rcm_megatron.files import save_safetensors
+from rcm_megatron.finite import require_finite
 from rcm_megatron.inference.conditioning import ConditioningFiles, check_conditioning, load_conditioning
 from rcm_megatron.inference.encoding import check_encoders, encode_captions, load_null_text, video_encoder
 from rcm_megatron.inference.networks import (
@@ -81,8 +82,10 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     writes = groups.token_shard == 0 and groups.pp_rank == 0
     with video_encoder(run, wanted=writes) as encoder:
         for indices, latents_BCTHW in batches(network, draw):
-            for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True) if writes else ():
-                _write(run, request, index, names[index], latent_CTHW.cpu(), encoder)
+            for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True):
+                require_finite(latent_CTHW, what=f"sample {index} ({names[index]!r}): latent")
+                if writes:
+                    _write(run, request, index, names[index], latent_CTHW.cpu(), encoder)
     dist.barrier()
     if dist.get_rank() == 0:
         evaluations = teacher_evaluations(request.steps, guidance=run.sampling.guidance) if teacher else request.steps
@@ -137,5 +140,7 @@ def _write(
     facts = {"prompt": name, "weights": request.weights, "steps": str(request.steps), "seed": str(run.sampling.seed)}
     save_safetensors({"latent": latent_CTHW.contiguous()}, path, metadata={**facts, "sample": str(index)})
     if encoder is not None:
-        frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
+        video_CTHW = encoder.decode(latent_CTHW[None])[0]
+        require_finite(video_CTHW, what=f"sample {index} ({name!r}): decoded video")
+        frames_THWC = to_frames(video_CTHW)
         write_mp4(path.with_suffix(".mp4"), frames_THWC, fps=run.sampling.fps)

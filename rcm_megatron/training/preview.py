@@ -1,6 +1,6 @@
 """Samples written while a run trains: the student's, and its EMA's, for captions of the current batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
 from rcm_megatron.files import save_safetensors
+from rcm_megatron.finite import NonFiniteError, require_finite
 from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.encoding import video_encoder
 from rcm_megatron.inference.sampler import Sampler, student_videos
@@ -52,6 +53,7 @@ def write_previews(
         with context:
             for steps, latents_BCTHW in student_videos(sampler, run.sampling).items():
                 latents[f"{weights}_{steps}_steps"] = latents_BCTHW.cpu()
+    _require_finite_everywhere(latents, iteration)
     if dist.get_rank() != 0:
         return {}
     folder = Path(run.output_dir) / "previews" / f"{iteration:07d}"
@@ -74,6 +76,21 @@ def _given(run: RunConfig, batch: Batch, count: int) -> Conditioning:
         image_latent_BCTHW=None if batch.image_latent_BCTHW is None else batch.image_latent_BCTHW[:count],
         image_LBD=None if batch.image_LBD is None else batch.image_LBD[:, :count],
     )
+
+
+def _require_finite_everywhere(latents: Mapping[str, Tensor], iteration: int) -> None:
+    """NonFiniteError on every rank where one of them has made a latent that is not finite: none waits for it afterwards."""
+    found = ""
+    try:
+        for name, latents_BCTHW in latents.items():
+            for i, latent_CTHW in enumerate(latents_BCTHW):
+                require_finite(latent_CTHW, what=f"preview of iteration {iteration}, {name}, sample {i}: latent")
+    except NonFiniteError as error:
+        found = str(error)
+    everywhere: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(everywhere, found)
+    if message := next(filter(None, everywhere), None):
+        raise NonFiniteError(message)
 
 
 def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
@@ -100,7 +117,9 @@ def _write(
     for i, latent_CTHW in enumerate(latents_BCTHW):
         if stop.noted:
             break
-        frames_THWC = to_frames(encoder.decode(latent_CTHW[None])[0])
+        video_CTHW = encoder.decode(latent_CTHW[None])[0]
+        require_finite(video_CTHW, what=f"preview {folder.name}/{name}, sample {i}: decoded video")
+        frames_THWC = to_frames(video_CTHW)
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
         path = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
         videos[f"previews/{name}/{i}"] = (path, prompts[i])

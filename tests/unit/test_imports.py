@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rcm_megatron"
 TOOLS = ROOT / "tools"
 KERNELS = ROOT / "kernels" / "rcm_kernels"
 
-MODELS = {"errors", "files", "config", "dtypes", "dual", "inputs", "parallel", "models", "rcm_kernels"}
+MODELS = {"errors", "files", "finite", "config", "dtypes", "dual", "inputs", "parallel", "models", "rcm_kernels"}
 ALLOWED = {
     "errors": set(),
     "text": {"errors"},
@@ -21,13 +21,14 @@ ALLOWED = {
     "config": {"config", "errors", "paths", "registry", "objectives", "text"},
     "dtypes": set(),
     "files": set(),
+    "finite": {"errors"},
     "dual": set(),
     "inputs": {"dual"},
     "platform": {"errors", "platform"},
     "cluster": {"errors", "config", "platform", "cluster"},
     "diffusion": {"diffusion"},
     "objectives": MODELS | {"registry", "diffusion", "networks", "objectives"},
-    "data": {"errors", "files", "text", "data"},
+    "data": {"errors", "files", "finite", "text", "data"},
     "parallel": {"config", "dual", "inputs", "platform", "parallel", "rcm_kernels"},
     "models": MODELS,
     "checkpoint": MODELS | {"errors", "platform", "checkpoint", "__version__"},
