@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rcm_megatron.errors import UserError
+from rcm_megatron.errors import InputError
 
 
-class NonFiniteError(UserError):
+class NonFiniteError(InputError):
     """NaN or Inf where numbers are about to be shown or kept."""
 
 

@@ -4,7 +4,10 @@ Needs torch and diffusers alone: `export` puts a copy of this file beside the we
 """
 
 import math
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -17,8 +20,8 @@ from torch import Tensor
 class RCMScheduler(SchedulerMixin, ConfigMixin):
     """rCM's multistep consistency sampling (arXiv 2510.08431): denoise, re-noise to the next time, denoise again.
 
-    Use it without guidance (`guidance_scale=1.0`) and set it on a pipeline that is complete: `pipeline.scheduler = RCMScheduler(...)`. The
-    Cosmos2 pipelines write a sigma_max of their own, 80, over that of a scheduler which they are made with.
+    Use it without guidance (`guidance_scale=1.0`): `pipeline.scheduler = RCMScheduler(...)`. `pipeline.save_pretrained` puts this file
+    beside the configuration, and `from_pretrained(..., trust_remote_code=True)` of the pipeline's class loads it from there.
 
     The Wan pipelines give the network their first noise as it is, while the sampler starts a little below pure noise: give them
     `latents=scheduler.init_noise_sigma * noise`, or make the scheduler with `sigma_max=None`. The Cosmos2 pipelines scale it themselves.
@@ -35,6 +38,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
+    __module__ = "rcm_scheduler"  # what a saved pipeline names, wherever this was imported from: the file beside the configuration
 
     @register_to_config
     def __init__(
@@ -52,6 +56,18 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("got sigma_max=None with space='edm', need a number: x0 + sigma noise has no pure noise")
         self.generator: torch.Generator | list[torch.Generator] | None = None
         self.set_timesteps(1)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Once, as it is made: the Cosmos2 pipelines would write their own sigma_max, 80, over that of a student."""
+        if not hasattr(self, "_internal_dict"):
+            super().register_to_config(**kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the configuration, and this file beside it."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        target = Path(save_directory) / "rcm_scheduler.py"
+        if target.resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, target)
 
     @property
     def init_noise_sigma(self) -> float:

@@ -39,13 +39,20 @@ output = pipeline({call})
 """
 
 
+_SAVING = """\
+pipeline.save_pretrained("pipeline")
+pipeline = {pipeline}.from_pretrained("pipeline", trust_remote_code=True, torch_dtype=torch.bfloat16)
+"""
+
+
 def student_companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]]:
     """How to sample the student of `folder`, for its model card, and the files that this takes beside the weights."""
     times = ", ".join(str(time) for time in run.sampling.student_times)
     usage = (
         f"A few-step generator distilled with rCM: start at TrigFlow time atan({run.sampling.sigma_max:g}), denoise, re-noise to the "
         f"next of {times}, 1 to {len(run.sampling.student_times) + 1} network evaluations, no guidance. With diffusers' pipelines:\n\n"
-        f"```python\n{pipeline_usage(run, folder)}```"
+        f"```python\n{pipeline_usage(run, folder)}```\n\nThe whole pipeline saves and loads like any other, with the "
+        f"scheduler's class, which is code that you trust:\n\n```python\n{_SAVING.format(pipeline=_PIPELINES[_kind(run)][0])}```"
     )
     return usage, scheduler_files(run)
 

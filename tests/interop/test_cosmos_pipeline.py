@@ -149,6 +149,22 @@ def test_text2image_of_a_student(groups, tmp_path, steps, sigma_max):
     assert_close("latents", our_student(chunks, IMAGE, steps=steps, sigma_max=sigma_max)[:, :, 0], theirs, rel=1e-5)
 
 
+@pytest.mark.parametrize("case", [IMAGE, VIDEO2WORLD], ids=["text2image", "video2world"])
+def test_a_saved_pipeline_keeps_the_students_noise_level(groups, tmp_path, case):
+    """Made with the scheduler, saved and loaded: the pipelines write 80 over other schedulers' sigma_max."""
+    cls = Cosmos2TextToImagePipeline if case is IMAGE else Cosmos2VideoToWorldPipeline
+    _, transformer = exported(case, groups, tmp_path / "net")
+    scheduler = RCMScheduler(space="edm", sigma_max=800.0, mid_times=(1.3, 1.1))
+    parts = {"text_encoder": None, "tokenizer": None, "vae": None, "safety_checker": NoChecker()}
+    pipeline = cls(transformer=transformer, scheduler=scheduler, **parts)
+    assert pipeline.scheduler.config.sigma_max == 800.0
+    pipeline.register_modules(safety_checker=None)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = cls.from_pretrained(tmp_path / "pipeline", trust_remote_code=True, **parts)
+    assert (loaded.scheduler.config.sigma_max, loaded.scheduler.config.mid_times) == (800.0, [1.3, 1.1])
+    assert loaded.scheduler.init_noise_sigma == pytest.approx(800.0)
+
+
 class PassingChecker(NoChecker):
     """A guardrail that lets everything pass."""
 

@@ -171,3 +171,26 @@ def test_the_listing_of_every_network_names_its_pipeline(path):
     assert name == next((kind for part, kind in kinds.items() if part in path.stem), "WanPipeline")
     assert ("image=image" in listing) == (name in ("WanImageToVideoPipeline", "Cosmos2VideoToWorldPipeline"))
     assert ("fps=24" in listing) == (name == "Cosmos2VideoToWorldPipeline"), "its networks know no frame rate"
+
+
+def test_a_saved_pipeline_loads_as_the_card_says(trained, tmp_path, monkeypatch):
+    """Twice over, without rcm_megatron and without the exported folder: the same videos, bit for bit."""
+    card = (trained / "student" / "README.md").read_text()
+    pipeline = pipeline_of(trained, "student", scheduler_of_export(trained / "student")).to(torch.bfloat16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "rcm_scheduler", raising=False)
+
+    def made(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler.generator = generator = torch.Generator().manual_seed(4)
+        first = pipeline.scheduler.init_noise_sigma * torch.randn(1, *LATENT.values(), generator=generator)
+        options = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+        return pipeline(PROMPTS[0], latents=first, **options, **SIZE).frames
+
+    names = {"pipeline": pipeline, "torch": torch, "WanPipeline": WanPipeline}
+    for _ in range(2):
+        exec(compile(card.split("```python\n")[2].split("```")[0], "README.md", "exec"), names)
+        assert names["pipeline"].scheduler.config == pipeline.scheduler.config
+        assert torch.equal(made(pipeline), made(names["pipeline"]))
+    assert (tmp_path / "pipeline" / "scheduler" / "rcm_scheduler.py").is_file()
+    assert "rcm_scheduler" not in sys.modules
