@@ -89,7 +89,8 @@ class _Reader:
         typed, value = value, value_of(value)
         for note in notes:
             if isinstance(note, MergedOnto) and isinstance(value, Mapping):
-                value, self.merged[path] = _merged(_at(self.data, note.path), value), note.path
+                typed = value = _merged(_at(self.data, note.path), value)
+                self.merged[path] = note.path
             elif isinstance(note, Variants) and isinstance(value, Mapping):
                 return self.variant(value, note.tag, note.classes(), path)
             elif isinstance(note, ByName) and isinstance(value, Mapping):

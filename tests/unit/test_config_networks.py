@@ -1,0 +1,106 @@
+"""`networks:` of different sizes: what is taken from `model`, and what must agree is refused pair by pair before a weight is read."""
+
+from dataclasses import replace
+
+import pytest
+
+from rcm_megatron.config import as_dict, build, load_config, to_yaml, validate
+from rcm_megatron.config.run import RunConfig
+from tests.unit.test_config import CONFIGS, QUICKSTART, error_of
+from tools.scaling_points import make_points
+
+LARGE = "networks.teacher.model={num_layers: 40, hidden_size: 5120, num_heads: 40, ffn_hidden_size: 13824}"
+SMALL = CONFIGS / "wan2.1_t2v_1.3b_480p.yaml"
+OWN = ("networks.student.init=ckpt/1.3b", "networks.fake_score.init=ckpt/1.3b")
+
+
+def test_a_large_teacher_of_a_small_student(tmp_path):
+    """What differs is enough; everything else of the teacher is `model`'s, and the saved configuration is the same run."""
+    run = load_config(SMALL, [LARGE, *OWN], world_size=32)
+    teacher = run.model_of("teacher")
+    assert (teacher.num_layers, teacher.head_dim, teacher.text_len) == (40, 128, run.model.text_len)
+    assert replace(teacher, num_layers=30, hidden_size=1536, num_heads=12, ffn_hidden_size=8960) == run.model
+    assert run.model_of("student") is run.model_of("fake_score") is run.model
+    (tmp_path / "saved.yaml").write_text(to_yaml(run))
+    assert load_config(tmp_path / "saved.yaml", world_size=32) == run == build(RunConfig, as_dict(run))
+
+
+def test_pieces_of_a_pipeline_are_each_networks_own():
+    pieces = ["parallel.pp=2", "parallel.chunk_layers=[10, 20]", "networks.teacher.chunk_layers=[25, 15]"]
+    run = load_config(SMALL, [LARGE, *OWN, *pieces], world_size=32)
+    cuts = {role: run.parallel_of(role).layer_ranges(run.model_of(role).num_layers) for role in run.roles}
+    assert cuts["teacher"] == (range(25), range(25, 40))
+    assert cuts["student"] == cuts["fake_score"] == (range(10), range(10, 30))
+    even = load_config(SMALL, [LARGE, *OWN, *pieces[:2]], world_size=32)
+    assert even.parallel_of("teacher").layer_ranges(40) == (range(20), range(20, 40)), "[10, 20] is not of 40 blocks"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            [LARGE, OWN[0]],
+            "networks.fake_score.init=null starts as the teacher, but model.num_layers=30 and networks.teacher.model.num_layers=40; "
+            "set networks.fake_score.init to ckpt/1.3b",
+        ),
+        (
+            [LARGE, *OWN, "networks.teacher.model.text_len=256"],
+            "networks.teacher.model.text_len=256 must equal model.text_len=512: all networks of a run see the same latents, texts and "
+            "images; set networks.teacher.model.text_len to 512",
+        ),
+        (
+            [*OWN, "networks.fake_score.model.patch_size=[1, 1, 1]"],
+            "networks.fake_score.model.patch_size=[1, 1, 1] must equal model.patch_size=[1, 2, 2]: all networks of a run see the same "
+            "latents, texts and images; set networks.fake_score.model.patch_size to [1, 2, 2]",
+        ),
+        (
+            [LARGE, *OWN, "parallel.tp=4", "networks.teacher.model.num_heads=10"],
+            "networks.teacher.model.num_heads=10 must divide by parallel.tp=4; set parallel.tp to 1 or 2",
+        ),
+        (
+            [LARGE, *OWN, "parallel.pp=2", "networks.teacher.chunk_layers=[10, 20]"],
+            "networks.teacher.chunk_layers=[10, 20] must hold 2 counts (pp*vpp = 2*1 = 2) whose sum is "
+            "networks.teacher.model.num_layers=40; set networks.teacher.chunk_layers to [20, 20], "
+            "or set networks.teacher.chunk_layers to null",
+        ),
+        (
+            ["networks.student.weights=sharded"],
+            "networks.student.weights=sharded, but a stage trains it, need resident; set networks.student.weights to resident",
+        ),
+        (["networks.teachr={}"], "did you mean networks.teacher?"),
+        (
+            ["networks.teacher.offload_optimizer=true"],
+            "networks.teacher.offload_optimizer=true, but networks.teacher.optimizer=null; set it to false",
+        ),
+    ],
+)
+def test_networks_that_do_not_go_together_are_refused(overrides, line):
+    (message,) = error_of(*overrides, path=SMALL, world_size=32).splitlines()
+    assert message == line or message.endswith(line)
+
+
+def test_missing_networks_are_all_named():
+    lines = error_of("networks={student: {}}").splitlines()
+    assert [line.split(":")[0].split("=")[0] for line in lines] == [
+        "networks.teacher",
+        "networks.student.optimizer",
+        "networks.fake_score",
+    ]
+
+
+def test_the_scaling_benchmark_times_both_teachers():
+    """None of them is read from a file."""
+    from tools.scaling_rank import with_random_weights
+
+    run = load_config(CONFIGS / "wan2.2_t2v_a14b_480p.yaml")
+    (point,) = make_points(run, {"strong": ["dp=2,tp=4"]}, steps=["student"], rollout_steps=1)
+    random = with_random_weights(point.run)
+    assert random.roles == ("teacher", "teacher_low_noise", "student", "fake_score")
+    assert random.distillation.expert_boundary == 0.875
+    assert {random.init_of(role) for role in random.roles} == {None}
+
+
+def test_a_network_that_no_stage_needs_is_not_built():
+    run = load_config(QUICKSTART, ["stages=[{name: scm, steps: 10, losses: {scm: 1}}]"])
+    validate(run, 2)
+    assert "fake_score" in run.networks and run.roles == ("teacher", "student")
