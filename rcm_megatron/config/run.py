@@ -88,8 +88,8 @@ def _weights() -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stretch of the run with one set of objectives. Networks, optimizers and EMA go on from stage to stage;
-    the iteration `i` that warm-up and alternation look at starts at 0 in each."""
+    """A stretch of the run with one set of objectives. Networks and EMA go on from stage to stage; the iteration `i` that warm-up and
+    alternation look at starts at 0 in each."""
 
     name: str
     steps: Positive
@@ -102,6 +102,9 @@ class StageConfig:
     """After the warm-up one iteration in this many is of the losses, the others of their companions, in turn. 1: there are none."""
     lr: Mapping[str, NotNegativeFloat] = field(default_factory=dict)
     """Role of a network -> its learning rate in this stage; absent: its optimizer's."""
+    reset_optimizer: bool | None = None
+    """Begin the stage with zero moments, Adam's step count at 0 and lr warmed up anew. null: of the networks whose objectives are not those
+    of the stage that trained them before, whose second moments would be of other gradients (dCM's are sqrt(N) times sCM's)."""
 
     def check(self, path: str) -> Iterator[str]:
         """Objectives against each other and the alternation of networks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rcm_megatron.config import StageConfig
@@ -36,6 +36,23 @@ def companions_of(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     companions = in_order(companion for name in names for companion in OBJECTIVES[name].companions)
     roles = dict.fromkeys(OBJECTIVES[name].trains for name in companions)
     return {role: tuple(name for name in companions if OBJECTIVES[name].trains == role) for role in roles}
+
+
+def trainers_of(stage: StageConfig) -> dict[str, tuple[str, ...]]:
+    """Role -> the objectives that train it in ``stage``."""
+    names = in_order(stage.losses)
+    return {OBJECTIVES[names[0]].trains: names} | companions_of(names)
+
+
+def optimizer_resets(stages: Sequence[StageConfig], index: int) -> tuple[str, ...]:
+    """Roles whose optimizer begins anew with stage ``index``: trained before, by other objectives or with `reset_optimizer`."""
+    stage, before = (
+        stages[index],
+        {role: names for other in stages[:index] for role, names in trainers_of(other).items()},
+    )
+    if stage.reset_optimizer is not None:
+        return tuple(role for role in trainers_of(stage) if stage.reset_optimizer and role in before)
+    return tuple(role for role, names in trainers_of(stage).items() if before.get(role, names) != names)
 
 
 def plan_step(stage: StageConfig, iteration: int, *, max_rollout_steps: int) -> Step:

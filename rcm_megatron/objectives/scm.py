@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +13,7 @@ from rcm_megatron.objectives.base import STUDENT_PHASE, TEACHER_PHASE, Loss, Obj
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rcm_megatron.config import DistillationConfig
+    from rcm_megatron.config import DistillationConfig, RunConfig, StageConfig
     from rcm_megatron.dual import Dual
     from rcm_megatron.inputs import NetworkInput
     from rcm_megatron.objectives.plan import Step
@@ -53,6 +53,13 @@ class Scm(Objective):
             "finite_difference": Pass(role="student", forward=2, backward=1),
         }
         return teacher_passes(distillation), student[settings.jvp_kind]
+
+    def check(self, run: RunConfig, settings: ScmSettings, stage: StageConfig, path: str) -> Iterator[str]:
+        if settings.jvp_kind != "exact" and run.precision.params_dtype == "bf16":
+            yield (
+                f"objectives.scm.jvp_kind={settings.jvp_kind} with precision.params_dtype=bf16: the difference of two bf16 passes is noise "
+                "at any step size (tools/tangent_precision.py measures it); set jvp_kind to exact, or params_dtype to fp32"
+            )
 
     def run(self, work: Work[ScmSettings]) -> ObjectiveResult:
         t = work.times("time", work.distillation.p_g)

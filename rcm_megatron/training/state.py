@@ -20,7 +20,7 @@ from rcm_megatron.networks.roles import Networks
 from rcm_megatron.networks.sharding import shard_weights
 from rcm_megatron.networks.weights import initial_weights, load_weights
 from rcm_megatron.objectives import OBJECTIVES
-from rcm_megatron.objectives.plan import Step
+from rcm_megatron.objectives.plan import Step, optimizer_resets
 from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.objectives.work import ObjectiveResult
 from rcm_megatron.parallel.groups import ParallelGroups
@@ -83,6 +83,14 @@ class TrainState:
             gradient_norm=outcome.gradient_norm,
             learning_rate=network.learning_rate,
         )
+
+    def begin_stage(self, index: int) -> tuple[str, ...]:
+        """Before the first update of stage ``index``, on all ranks: the roles whose optimizer begins anew with it."""
+        roles = optimizer_resets(self.run.stages, index)
+        for role in roles:
+            with self.residency.state(role):
+                self.trained[role].reset_optimizer()
+        return roles
 
     @property
     def counters(self) -> dict[str, dict[str, int]]:

@@ -7,6 +7,7 @@ from megatron.core.distributed import DistributedDataParallel
 from rcm_megatron.checkpoint.dist import NetworkState
 from rcm_megatron.config import NetworkConfig
 from rcm_megatron.parallel.groups import ParallelGroups
+from rcm_megatron.parallel.optimizer_shards import owned_shards
 from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.optimizer import (
     StepResult,
@@ -20,9 +21,11 @@ from rcm_megatron.training.optimizer import (
 
 @dataclass
 class UpdateCounters:
-    """Over the whole run."""
+    """Over the whole run, but for the second."""
 
     updates: int = 0
+    updates_since_reset: int = 0
+    """Since the optimizer last began anew: what the warm-up of lr counts."""
     refused_updates: int = 0
     """Steps whose gradients were not finite."""
 
@@ -41,19 +44,29 @@ class TrainedNetwork:
         """Clear the gradient buffers before the first backward of a step."""
         zero_gradients(self.optimizer)
 
+    def reset_optimizer(self) -> None:
+        """Zero moments, Adam's step count at 0, lr warmed up anew: for gradients of another kind. Weights and EMA stay."""
+        for shard in owned_shards(self.optimizer):
+            for moment in shard.adam_state().values():
+                moment.zero_()
+        for group in self.optimizer.param_groups:
+            group["step"] = 0
+        self.counters.updates_since_reset = 0
+
     def update(self, groups: ParallelGroups, *, peak_lr: float | None = None) -> StepResult:
         """Optimizer and EMA, from reduced gradients. Non-finite gradients leave every weight as it was, and are counted.
 
         ``peak_lr``: the learning rate after the warm-up, by default the optimizer's own."""
         adam = self.settings.optimizer
         peak, warmup = adam.lr if peak_lr is None else peak_lr, adam.lr_warmup_steps
-        self.learning_rate = warmup_learning_rate(self.counters.updates, peak=peak, warmup_updates=warmup)
+        self.learning_rate = warmup_learning_rate(self.counters.updates_since_reset, peak=peak, warmup_updates=warmup)
         set_learning_rate(self.optimizer, self.learning_rate)
         result = optimizer_step(self.optimizer, groups, clip_grad=adam.clip_grad)
         if not result.updated:
             self.counters.refused_updates += 1
             return result
         self.counters.updates += 1
+        self.counters.updates_since_reset += 1
         if self.ema is not None:
             self.ema.update(self.counters.updates)
         return result

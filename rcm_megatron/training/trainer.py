@@ -50,11 +50,11 @@ class Progress:
     skipped_samples: int = 0
 
 
-def stage_at(run: RunConfig, iteration: int) -> tuple[StageConfig, int]:
-    """The stage of the run's ``iteration`` and the iteration within it."""
-    for stage in run.stages:
+def stage_at(run: RunConfig, iteration: int) -> tuple[int, int]:
+    """Index of the stage of the run's ``iteration``, and the iteration within it."""
+    for index, stage in enumerate(run.stages):
         if iteration < stage.steps:
-            return stage, iteration
+            return index, iteration
         iteration -= stage.steps
     raise ValueError(f"iteration {iteration} lies past the last stage")
 
@@ -152,7 +152,10 @@ class Trainer:
     def _iterate(self) -> None:
         iteration = self.progress.iteration
         self.timers.restart()
-        stage, within = stage_at(self.run, iteration)
+        index, within = stage_at(self.run, iteration)
+        stage = self.run.stages[index]
+        if within == 0:
+            self._begin_stage(index)
         step = plan_step(stage, within, max_rollout_steps=self.run.distillation.max_rollout_steps)
         with self.timers.phase("data"):
             loaded = [next(self.loader) for _ in range(self.loader.num_micro_batches)]
@@ -166,6 +169,11 @@ class Trainer:
         self._preview(iteration, loaded[0])
         if iteration % self.run.trainer.log_every == 0:
             self._log(iteration, step, stage, done)
+
+    def _begin_stage(self, index: int) -> None:
+        anew = self.state.begin_stage(index)
+        if anew:
+            self.logger.message(f"stage {self.run.stages[index].name}: the optimizer of {', '.join(anew)} begins anew")
 
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every

@@ -126,7 +126,7 @@ def whole_weights(trainer):
     from rcm_megatron.checkpoint.convert import gather_full
 
     weights = {}
-    for name in ("student", "fake_score"):
+    for name in trainer.state.trained:
         groups = trainer.groups
         gathered = gather_full(trainer.state.networks[name], tp_group=groups.tp, pp_group=groups.pp)
         weights[name] = {key: None if value is None else value.clone() for key, value in gathered}

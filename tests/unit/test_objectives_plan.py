@@ -9,7 +9,7 @@ from rcm_megatron.config import StageConfig
 from rcm_megatron.objectives import OBJECTIVES
 from rcm_megatron.objectives.base import Objective
 from rcm_megatron.objectives.checks import stage_problems
-from rcm_megatron.objectives.plan import companions_of, plan_step
+from rcm_megatron.objectives.plan import companions_of, optimizer_resets, plan_step
 
 
 def stage_of(**fields):
@@ -91,3 +91,24 @@ def test_several_companions_take_turns(monkeypatch):
         )
         (problem,) = stage_problems(stage_of(losses={"scm": 1.0, "judge": 1.0}), "stages.0")
         assert "must train one network, got scm trains student, judge trains judge" in problem
+
+
+@pytest.mark.parametrize(
+    ("losses", "wish", "anew"),
+    [
+        (({"dcm": 1.0}, {"scm": 1.0}), None, ("student",)),
+        (({"scm": 1.0}, {"scm": 9.0}), None, ()),
+        (({"scm": 1.0}, {"scm": 1.0, "dmd": 1.0}), None, ("student",)),
+        (({"scm": 1.0, "dmd": 1.0}, {"dmd": 1.0}), None, ("student",)),
+        (({"scm": 1.0}, {"scm": 9.0}), True, ("student",)),
+        (({"dcm": 1.0}, {"scm": 1.0}), False, ()),
+        (({"dmd": 1.0}, {"scm": 1.0}, {"dmd": 2.0}), None, ("student",)),
+        (({"dmd": 1.0}, {"scm": 1.0}, {"dmd": 2.0}), True, ("student", "fake_score")),
+    ],
+)
+def test_an_optimizer_begins_anew_where_its_objectives_change(losses, wish, anew):
+    """The fake score keeps its moments over a stage that does not train it; nothing begins anew that has not trained."""
+    stages = [stage_of(losses=of_stage, student_update_freq=2 if "dmd" in of_stage else 1) for of_stage in losses]
+    stages[-1] = replace(stages[-1], reset_optimizer=wish)
+    assert optimizer_resets(stages, len(stages) - 1) == anew
+    assert optimizer_resets(stages, 0) == ()
