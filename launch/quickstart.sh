@@ -74,7 +74,7 @@ on_all_processes -m rcm_megatron train "${settings[@]}"
 
 step 5 "sampling teacher and student from the same noise, measuring, drawing the training"
 on_all_processes tools/quickstart/report.py "${settings[@]}" --classifier-cache "$output/report/classifier.pt"
-python tools/plot_run.py "$output" --output "$output/report/training.png"
+python -m rcm_megatron plot "$output" --output "$output/report/training.png"
 
 step 6 "exporting the student (EMA) to diffusers format, and comparing diffusers' network with the trained one"
 python -m rcm_megatron export "${settings[@]}" --output "$output/student" --force --verify

@@ -6,6 +6,8 @@ class UserError(Exception):
 
     status = 1
     """Of the process that it ends: 1 for files and requests, 2 for a configuration."""
+    on_all_ranks = False
+    """Whether every rank finds the same, so that one speaks for all; else each says which it is."""
 
 
 class InputError(UserError, ValueError):

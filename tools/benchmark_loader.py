@@ -7,7 +7,7 @@ The plain loader is `webdataset` in a torch DataLoader with as many worker proce
 fills texts up and collates as ours does (plain_bf16: leaves tensors as they are stored, half the bytes between processes); its shuffle, of
 a buffer, is off. Samples are random latents and embeddings (quick-start
 shapes, or with --wan those of Wan2.1 480p: [16, 20, 60, 104] and [512, 4096] in bf16), in the page cache, twice: with all text positions
-as the published dataset has them, and with those of a prompt alone, as tools/build_dataset.py writes them.
+as the published dataset has them, and with those of a prompt alone, as `rcm build-dataset` writes them.
 """
 
 from __future__ import annotations

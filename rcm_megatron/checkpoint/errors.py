@@ -3,8 +3,10 @@
 import difflib
 from collections.abc import Iterable
 
+from rcm_megatron.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError, ValueError):
     """A checkpoint is missing, unreadable, or does not fit the model; the message says got, need and fix."""
 
 

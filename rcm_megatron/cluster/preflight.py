@@ -26,6 +26,7 @@ from rcm_megatron.cluster.report import Report, look, node_name
 from rcm_megatron.cluster.verdict import Findings, nodes_of_ranks
 from rcm_megatron.config import RunConfig
 from rcm_megatron.platform.device import backend
+from rcm_megatron.requests import PreflightRequest
 
 BAD_NODE = 3
 """Exit status when a node is not fit to train on."""
@@ -34,8 +35,9 @@ SLOW = 0.5
 """A node with less than this fraction of the nodes' median bandwidth is bad (GPUs only: on CPUs it says who else computes)."""
 
 
-def preflight(run: RunConfig, *, timeout: float, listed: Sequence[str]) -> int:
-    """Exit status of this rank: 0, or BAD_NODE. `timeout` in seconds, for all of it; `listed`: the job's nodes in the order of ranks."""
+def preflight(run: RunConfig, request: PreflightRequest) -> int:
+    """Exit status of this rank: 0, or BAD_NODE."""
+    timeout, listed = request.timeout, [name for name in request.nodes.split(",") if name]
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     findings = Findings(nodes_of_ranks({}, world_size=world_size, listed=listed))
     with _deadline(timeout, rank, findings):

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rcm_megatron.errors import UserError
+
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
 
@@ -31,7 +33,7 @@ _LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
 """Weights of red and blue (ITU-R BT.601 and BT.709)."""
 
 
-class VideoError(ValueError):
+class VideoError(UserError, ValueError):
     """A video that gives no clip; the message says got, need and fix."""
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from rcm_megatron.data.captions import read_prompts
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.datasets.build import DatasetBuild, Unit, wait_for
 from rcm_megatron.datasets.ranks import (
-    BuildRequest,
     Made,
+    built_sample,
     checksums,
     encode_texts,
     make_units,
@@ -34,20 +33,7 @@ from rcm_megatron.inference.encoding import check_encoders
 from rcm_megatron.inference.networks import init_parallel, load_network
 from rcm_megatron.inference.sampler import Sampler
 from rcm_megatron.platform.device import this_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherRequest(BuildRequest):
-    """What to sample. The noise of sample i follows from (seed, i) alone."""
-
-    prompts: Path
-    samples_per_prompt: int = 1
-    batch_size: int | None = None
-    """Samples that are drawn together; None: trainer.micro_batch_size."""
-    steps: int = 100
-    shift: float = 3.0
-    guidance: float = 5.0
-    seed: int = 0
+from rcm_megatron.requests import TeacherRequest
 
 
 def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
@@ -72,7 +58,7 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
             text_len, embed_BLD = run.model.text_len, build.text(unit)
             latents_BCTHW = _draw(request, network, unit, _padded(embed_BLD, text_len), null_L1D)
             return [
-                request.sample(index, latent_CTHW, embed_LD, prompts[index], text_len=text_len)
+                built_sample(request, index, latent_CTHW, embed_LD, prompts[index], text_len=text_len)
                 for index, latent_CTHW, embed_LD in zip(unit.indices, latents_BCTHW, embed_BLD, strict=True)
             ], {}
 

@@ -12,7 +12,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,8 +24,8 @@ from rcm_megatron.data.media import to_frames
 from rcm_megatron.data.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
 from rcm_megatron.datasets.build import Unit
 from rcm_megatron.datasets.ranks import (
-    BuildRequest,
     Made,
+    built_sample,
     encode_texts,
     make_units,
     open_build,
@@ -46,25 +45,13 @@ from rcm_megatron.models.encoders import (
 )
 from rcm_megatron.models.encoders.wan_vae import latent_size
 from rcm_megatron.platform.device import this_device
+from rcm_megatron.requests import VideosRequest
 
 VIDEOS_NAME = "videos.txt"
 """Line i names the video of key i."""
 _UNIT_SIZE = 4
 _PROBED = 8
 """So many videos are looked at before anything is loaded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideosRequest(BuildRequest):
-    """What to encode: one clip from the beginning of each video."""
-
-    videos: Path
-    frames: int | None = None
-    size: tuple[int, int] | None = None
-    """(height, width) in pixels. None, for both: what gives the configuration's latents."""
-    fps: float = 16.0
-    on_error: Literal["skip", "raise"] = "skip"
-    """Videos that give no clip."""
 
 
 def build_from_videos(run: RunConfig, request: VideosRequest) -> None:
@@ -119,7 +106,9 @@ class _Maker:
                 continue
             latent_CTHW = self.encoder.encode(video_CTHW[None])[0]
             image, text_len = self._image(video_CTHW), self.run.model.text_len
-            samples.append(self.request.sample(index, latent_CTHW, embed_LD, caption, text_len=text_len, **image))
+            samples.append(
+                built_sample(self.request, index, latent_CTHW, embed_LD, caption, text_len=text_len, **image)
+            )
         return samples, skipped
 
     def _image(self, video_CTHW: Tensor) -> dict[str, Tensor]:

@@ -11,10 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError
 from rcm_megatron.data.samples import load_caption_embedding
-from rcm_megatron.data.shards import TensorFormat, file_sha256
+from rcm_megatron.data.shards import file_sha256
 from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild, Unit, stored, wait_for
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import InputError
@@ -32,6 +30,7 @@ from rcm_megatron.finite import require_finite
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.broadcast import computed_once
 from rcm_megatron.platform.device import this_device
+from rcm_megatron.requests import BuildRequest
 
 _POLL_SECONDS = 1.0
 
@@ -39,32 +38,27 @@ Made = tuple[list[BuiltSample], dict[int, str]]
 """The samples of a unit, and why others are missing, by index."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildRequest:
-    """Where a dataset goes and how it is stored."""
-
-    output: Path
-    samples_per_shard: int = 256
-    member_format: TensorFormat = "pt"
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of all tensors."""
-    full_text: bool = False
-    """Keep the zeros after a prompt's embedding, as the published dataset has them; else a sample has its positions alone."""
-
-    def sample(
-        self, index: int, latent_CTHW: Tensor, embed_LD: Tensor, prompt: str, *, text_len: int, **image: Tensor
-    ) -> BuiltSample:
-        """A sample as it is stored. `image`: further members, as `ShardWriter.add` takes them. NonFiniteError names sample and tensor."""
-        for name, tensor in {"latent": latent_CTHW, "embed": embed_LD, **image}.items():
-            require_finite(tensor, what=f"sample {index} ({prompt!r:.80}): {name}")
-        dtype = DTYPES[self.dtype]
-        return BuiltSample(
-            index=index,
-            latent_CTHW=latent_CTHW.cpu().to(dtype),
-            embed_LD=stored(embed_LD, dtype, length=text_len if self.full_text else None),
-            prompt=prompt,
-            image={name: tensor.cpu().to(dtype) for name, tensor in image.items()},
-        )
+def built_sample(
+    request: BuildRequest,
+    index: int,
+    latent_CTHW: Tensor,
+    embed_LD: Tensor,
+    prompt: str,
+    *,
+    text_len: int,
+    **image: Tensor,
+) -> BuiltSample:
+    """A sample as it is stored. `image`: further members, as `ShardWriter.add` takes them. NonFiniteError names sample and tensor."""
+    for name, tensor in {"latent": latent_CTHW, "embed": embed_LD, **image}.items():
+        require_finite(tensor, what=f"sample {index} ({prompt!r:.80}): {name}")
+    dtype = DTYPES[request.dtype]
+    return BuiltSample(
+        index=index,
+        latent_CTHW=latent_CTHW.cpu().to(dtype),
+        embed_LD=stored(embed_LD, dtype, length=text_len if request.full_text else None),
+        prompt=prompt,
+        image={name: tensor.cpu().to(dtype) for name, tensor in image.items()},
+    )
 
 
 def open_build(
@@ -160,7 +154,7 @@ def report(build: DatasetBuild) -> None:
     """Say where the dataset is, on the first rank."""
     if dist.get_rank() == 0:
         wait_for(build.folder / MANIFEST_NAME)
-        print(f"{build.folder} is complete; verify it with: python tools/inspect_dataset.py {build.folder}")
+        print(f"{build.folder} is complete; verify it with: rcm inspect-dataset {build.folder}")
 
 
 def text_facts(captions: Sequence[str]) -> dict[str, object]:

@@ -17,6 +17,7 @@ from rcm_megatron.inference.encoding import encode_image
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.encoders import load_image
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.requests import ConditioningFiles
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,20 +68,6 @@ def image_shapes(run: RunConfig) -> dict[str, tuple[int, ...] | None]:
         "image_latent_shape": run.latent.shape_CTHW if wan.condition_channels else None,
         "image_embed_shape": (wan.image_tokens, wan.image_dim) if wan.image_dim is not None else None,
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConditioningFiles:
-    """Of one image or video, which all samples are given."""
-
-    given: Path | None = None
-    """Video2World, TI2V: file of one clean latent [C, t, H, W], with whose first `conditional_frames` frames every sample begins."""
-    conditional_frames: int = 1
-    image: Path | None = None
-    """A picture, for the run's encoders; with networks that are given frames it becomes the first."""
-    image_latent: Path | None = None
-    """Files of what the encoders make of a picture, [C, T, H, W] and [L, D]; the way for a run without them."""
-    image_embed: Path | None = None
 
 
 def check_conditioning(run: RunConfig, files: ConditioningFiles) -> None:
@@ -134,13 +121,14 @@ def _check_encoders_for(run: RunConfig, image: Path) -> None:
 
 def _check_whether_given(run: RunConfig, files: ConditioningFiles) -> None:
     trained_on = run.distillation.conditional_frames
-    if trained_on is None and files.given is not None:
+    if trained_on is None and files.conditional_latent is not None:
         raise InputError(
-            f"got --given {files.given}, but this network takes no frames (distillation.conditional_frames=null); leave it out"
+            f"got --conditional-latent {files.conditional_latent}, but this network takes no frames "
+            "(distillation.conditional_frames=null); leave it out"
         )
-    if trained_on is not None and 0 not in trained_on and files.given is None:
+    if trained_on is not None and 0 not in trained_on and files.conditional_latent is None:
         raise InputError(
-            "this network continues a video: give its latent with --given, and --conditional-frames, or a picture with --image"
+            "this network continues a video: give its latent with --conditional-latent, and --conditional-frames, or a picture with --image"
         )
     for kind in ("image_latent", "image_embed"):
         if image_shapes(run)[f"{kind}_shape"] is not None and getattr(files, kind) is None:
@@ -152,13 +140,13 @@ def _check_whether_given(run: RunConfig, files: ConditioningFiles) -> None:
 def _from_files(run: RunConfig, files: ConditioningFiles) -> Conditioning:
     channels, frames, height, width = run.latent.shape_CTHW
     given: dict[str, Tensor] = {}
-    if files.given is not None:
+    if files.conditional_latent is not None:
         if not 1 <= files.conditional_frames < frames:
             raise InputError(
                 f"got --conditional-frames {files.conditional_frames}, need 1 to {frames - 1} (latent.frames - 1)"
             )
         shape = (channels, files.conditional_frames, height, width)
-        given["latent_BCTHW"] = _whole(run, _read("given", files.given, fit_latent, shape))
+        given["latent_BCTHW"] = _whole(run, _read("conditional_latent", files.conditional_latent, fit_latent, shape))
     shapes = image_shapes(run)
     if files.image_latent is not None:
         latent = _read("image_latent", files.image_latent, fit_latent, shapes["image_latent_shape"])
@@ -166,7 +154,7 @@ def _from_files(run: RunConfig, files: ConditioningFiles) -> Conditioning:
     if files.image_embed is not None:
         embed = _read("image_embed", files.image_embed, fit_image_embedding, shapes["image_embed_shape"])
         given["image_LBD"] = embed[:, None]
-    return Conditioning(**given, frames=files.conditional_frames if files.given is not None else 0)
+    return Conditioning(**given, frames=files.conditional_frames if files.conditional_latent is not None else 0)
 
 
 def _read(name: str, path: Path, fit, shape: tuple[int, ...]) -> Tensor:

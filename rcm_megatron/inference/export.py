@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,22 +25,7 @@ from rcm_megatron.inference.verify import (
 )
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.platform.device import this_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportRequest:
-    """What to export, and how."""
-
-    weights: str
-    """A role, ROLE.ema, or ema for the student's."""
-    output: Path
-    checkpoint: Path | None = None
-    """A checkpoint, or a folder of them; None: the run's latest."""
-    dtype: str = "fp32"
-    force: bool = False
-    """Replace a checkpoint folder that is there."""
-    verify: bool = False
-    """Run the folder in diffusers and compare before it appears under its name; CheckpointError if it differs."""
+from rcm_megatron.requests import ExportRequest
 
 
 def export(run: RunConfig, request: ExportRequest) -> None:

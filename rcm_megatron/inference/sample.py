@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rcm_megatron.config import RunConfig
+from rcm_megatron.data.captions import read_prompts
 from rcm_megatron.data.media import to_frames, write_mp4
 from rcm_megatron.data.samples import load_caption_embedding
 from rcm_megatron.diffusion.trigflow import needs_guidance
 from rcm_megatron.errors import InputError
 from rcm_megatron.files import save_safetensors
 from rcm_megatron.finite import require_finite
-from rcm_megatron.inference.conditioning import ConditioningFiles, check_conditioning, load_conditioning
+from rcm_megatron.inference.conditioning import check_conditioning, load_conditioning
 from rcm_megatron.inference.encoding import check_encoders, encode_captions, load_null_text, video_encoder
 from rcm_megatron.inference.networks import (
     SampleBatches,
@@ -36,24 +35,7 @@ from rcm_megatron.inference.networks import (
 )
 from rcm_megatron.inference.sampler import teacher_evaluations
 from rcm_megatron.models.encoders import VideoEncoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest(ConditioningFiles):
-    """What to sample. One video for each prompt and each embedding, `copies` times with other noise; all are given the same image."""
-
-    weights: str
-    """A role, ROLE.ema, or ema for the student's."""
-    output: Path
-    steps: int | None = None
-    """None: the most of sampling.student_steps, or sampling.teacher_steps."""
-    checkpoint: Path | None = None
-    """A checkpoint, or a folder of them; None: the run's latest."""
-    prompts: Sequence[str] = ()
-    """Captions for the run's text encoder."""
-    embeddings: Sequence[Path] = ()
-    """Files of encoded captions, [l, D] or [1, l, D]; the way for a run without a text encoder."""
-    copies: int = 1
+from rcm_megatron.requests import SampleRequest
 
 
 def sample(run: RunConfig, request: SampleRequest) -> None:
@@ -63,9 +45,7 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     Text and image encoders are freed before the network is loaded; ranks that write videos hold a video encoder beside it.
     """
     teacher = not is_trained(run, request.weights)
-    if request.steps is None:
-        default = run.sampling.teacher_steps if teacher else max(run.sampling.student_steps)
-        request = replace(request, steps=default)
+    request = _completed(run, request, teacher=teacher)
     _check(run, request)
     groups = init_parallel(run)
     checkpoint = None if teacher else resolve_checkpoint(run, request.checkpoint)
@@ -94,6 +74,14 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
         print(f"{len(names)} samples of {request.weights} ({source}) in {request.output}: ", end="")
         print(f"{evaluations} network evaluations, {seconds:.2f} s each")
     dist.destroy_process_group()
+
+
+def _completed(run: RunConfig, request: SampleRequest, *, teacher: bool) -> SampleRequest:
+    """With the captions of the file among the prompts, and the number of steps."""
+    default = run.sampling.teacher_steps if teacher else max(run.sampling.student_steps)
+    prompts = (*request.prompts, *(read_prompts(request.prompts_file) if request.prompts_file else ()))
+    steps = default if request.steps is None else request.steps
+    return replace(request, prompts=prompts, prompts_file=None, steps=steps)
 
 
 def _check(run: RunConfig, request: SampleRequest) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from rcm_megatron.errors import UserError
 from rcm_megatron.platform.device import this_device
 
 PREEMPTED = 85
@@ -23,8 +24,10 @@ INTERRUPTED = 130
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-class Preempted(Exception):
+class Preempted(UserError):
     """The run stopped before its end, because a signal asked for it; a checkpoint of the last step is on disk."""
+
+    status = PREEMPTED
 
 
 class StopRequest:

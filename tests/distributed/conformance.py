@@ -25,7 +25,7 @@ LAYOUTS = {
 
 def conformance_errors(path, parallel, micro_batch_size=1, cases=None):
     """{case: [(name, error, bound)]} of one rank; `parallel` holds fields of ParallelConfig."""
-    from tools.conformance import ParallelConfig, conform
+    from rcm_megatron.conformance.replay import ParallelConfig, conform
 
     report = conform(path, ParallelConfig(**parallel), micro_batch_size=micro_batch_size, cases=cases)
     return {case: [(e.name, e.error, e.bound) for e in errors] for case, errors in report.items()}
@@ -33,7 +33,7 @@ def conformance_errors(path, parallel, micro_batch_size=1, cases=None):
 
 def stored_quantities(path, cases=None):
     """{case: names of all that the file holds of it}: the loss, outputs, the gradients and their norm."""
-    from tools.golden import load_golden
+    from rcm_megatron.conformance.golden import load_golden
 
     names = {}
     for case in load_golden(path).cases:

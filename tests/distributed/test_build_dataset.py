@@ -1,4 +1,4 @@
-"""`tools/build_dataset.py` on ranks that are killed: the same bytes as without, on any number of data-parallel ranks."""
+"""`build-dataset` on ranks that are killed: the same bytes as without, on any number of data-parallel ranks."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ import yaml
 from diffusers import AutoencoderKLWan  # noqa: F401 - here, and ranks are forked with it
 from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
 
+from rcm_megatron.cli.main import main
 from rcm_megatron.data.manifest import load_manifest
 from rcm_megatron.data.samples import SampleSource
 from tests.distributed.harness import RankError, run_ranks
@@ -22,7 +23,6 @@ from tests.distributed.tiny_run import tiny_config, write_tiny_run
 from tests.helpers import assert_close
 from tests.videos import smooth_frames, write_video
 from tests.wan_encoders import write_encoders, write_image_encoder
-from tools.build_dataset import main
 
 INTERRUPTIONS = 5
 NUM_VIDEOS = 24
@@ -44,7 +44,7 @@ def build(argv, victim=None, operation=None, seconds=0.0):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         for name in ("rename", "unlink"):
             patch.setattr(Path, name, _counted(getattr(Path, name), operations, limit, seconds))
-        status = main(argv)
+        status = main(["build-dataset", *argv])
     return status, stderr.getvalue(), operations[0]
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from rcm_megatron.conformance.golden import BOUNDS
 from tests.distributed.conformance import FILES, LAYOUTS, assert_conforms, conformance_errors, stored_quantities
 from tests.distributed.harness import run_ranks
-from tools.golden import BOUNDS
 
 PART = ["scm", "scm_semicontinuous", "dmd", "critic"]
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rcm_megatron.config import ModelConfig, build
+from rcm_megatron.requests import SampleRequest
 from tests.distributed import tiny_run
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.test_training_run import LOSS_BOUND, assert_same_curves
@@ -103,7 +104,7 @@ def sample_continued(folder, given, frames):
     dist.destroy_process_group = lambda: None  # the harness does it
     request = {"weights": "teacher", "output": folder / "samples", "steps": 2, "embeddings": [folder / "negative.pt"]}
     run = load_config(folder / "run.yaml", ["sampling.guidance=2"])
-    sample.sample(run, sample.SampleRequest(**request, copies=2, given=given, conditional_frames=frames))
+    sample.sample(run, SampleRequest(**request, copies=2, conditional_latent=given, conditional_frames=frames))
 
 
 def test_samples_of_video2world_continue_the_given_frames(runs):
@@ -118,7 +119,7 @@ def test_samples_of_video2world_continue_the_given_frames(runs):
     for latent in samples:
         assert_close("given frames", known[:, :2], latent[:, :2], rel=1e-5)
     assert not torch.allclose(samples[0][:, 2:], samples[1][:, 2:])
-    with pytest.raises(RankError, match="give its latent with --given"):
+    with pytest.raises(RankError, match="give its latent with --conditional-latent"):
         run_ranks(sample_continued, 1, folder, None, 1)
     with pytest.raises(RankError, match="need 1 to 3"):
         run_ranks(sample_continued, 1, folder, folder / "given.safetensors", 4)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from rcm_megatron.config import load_config
+from rcm_megatron.requests import SampleRequest
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import train
 from tests.distributed.wan_run import LATENT, TEXT_DIM, TEXT_LEN, write_wan_run
@@ -73,7 +74,7 @@ def encode(config):
     from pathlib import Path
 
     from rcm_megatron.inference.encoding import encode_captions, load_null_text
-    from rcm_megatron.inference.sample import SampleRequest, _conditions
+    from rcm_megatron.inference.sample import _conditions
     from rcm_megatron.models.encoders.t5 import UMT5TextEncoder
 
     loaded, load = [], UMT5TextEncoder.__init__
@@ -111,7 +112,7 @@ def test_train_preview_and_sample_with_wans_encoders(tiny, tmp_path):
 def sample_prompts(config, overrides, output):
     from pathlib import Path
 
-    from rcm_megatron.inference.sample import SampleRequest, sample
+    from rcm_megatron.inference.sample import sample
 
     sample(load_config(config, overrides), SampleRequest(weights="ema", output=Path(output), steps=2, prompts=PROMPTS))
 
@@ -128,7 +129,7 @@ def check_video(config, path, latent_CTHW):
 
 
 def test_a_missing_folder_is_refused_before_training_or_sampling(tiny, capsys):
-    from rcm_megatron.__main__ import main
+    from rcm_megatron.cli.main import main
 
     for argv in (["train", str(tiny)], ["sample", str(tiny), "--prompt", "a cat", "--output", "/nowhere/videos"]):
         assert main([*argv, "encoders.folder=/nowhere"]) == 2

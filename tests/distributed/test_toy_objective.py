@@ -22,7 +22,7 @@ from rcm_megatron.objectives.plan import plan_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.run_checks import LOSS_BOUND, assert_same_change, assert_same_curves
 from tests.distributed.tiny_run import ADAM, command, model_config, records, tiny_config
-from tools.plot_run import panels, plot, read_run
+from rcm_megatron.reports.plot import panels, plot, read_run
 
 
 @dataclass(frozen=True, kw_only=True)

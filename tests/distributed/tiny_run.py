@@ -109,7 +109,7 @@ def train(config_path, overrides, fault=None):
 
 def command(argv):
     """`python -m rcm_megatron …` on this rank: (exit status, stderr)."""
-    from rcm_megatron.__main__ import main
+    from rcm_megatron.cli.main import main
 
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):

@@ -55,7 +55,7 @@ def test_attention_with_tangent_in_bf16():
 
 @pytest.mark.parametrize("name", ["nvlabs_rcm_small", "nvlabs_rcm_deep"])
 def test_conformance(name):
-    command = [sys.executable, "tools/conformance.py", str(GOLDEN / f"{name}.safetensors")]
+    command = [sys.executable, "-m", "rcm_megatron", "conformance", str(GOLDEN / f"{name}.safetensors")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
 

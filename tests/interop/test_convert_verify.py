@@ -5,11 +5,12 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 
-from rcm_megatron.__main__ import main
 from rcm_megatron.checkpoint import convert as conversion
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.cli.main import main
 from rcm_megatron.inference import verify
+from rcm_megatron.requests import ExportRequest
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import write_tiny_run
 from tests.interop.test_convert_pairs import KINDS, save
@@ -118,7 +119,7 @@ def export_with_other_numbers(config, target):
     export.diffusers_forward = lambda *_, **__: torch.ones(2, 1, 4, 16, 16, dtype=torch.float64)
     run = load_config(config, ["parallel.pp=2"])
     with pytest.raises(CheckpointError) as caught:
-        export.export(run, export.ExportRequest(weights="teacher", output=target, verify=True))
+        export.export(run, ExportRequest(weights="teacher", output=target, verify=True))
     return str(caught.value)
 
 

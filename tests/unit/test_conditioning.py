@@ -11,7 +11,6 @@ from rcm_megatron.config import ConfigError, load_config
 from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import (
     Conditioning,
-    ConditioningFiles,
     check_conditioning,
     image_shapes,
     load_conditioning,
@@ -19,6 +18,7 @@ from rcm_megatron.inference.conditioning import (
 )
 from rcm_megatron.models.encoders import EncoderError
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.requests import ConditioningFiles
 
 LATENT = (16, 3, 4, 4)
 SMALL = ["latent.frames=3", "latent.height=4", "latent.width=4"]
@@ -84,7 +84,7 @@ def test_files_of_what_the_encoders_make(tmp_path):
     assert given.latent_BCTHW is None and given.frames == 0
     check_conditioning(run(I2V_22), ConditioningFiles(image_latent=latent))
     first = file(tmp_path, "first", 48, 1, 4, 4)
-    given = load_conditioning(run(TI2V), ConditioningFiles(given=first))
+    given = load_conditioning(run(TI2V), ConditioningFiles(conditional_latent=first))
     assert given.frames == 1 and given.latent_BCTHW.shape == (1, 48, 3, 4, 4) and not given.latent_BCTHW[:, :, 1:].any()
     check_conditioning(run(TI2V), ConditioningFiles())  # it also makes videos of text alone
     check_conditioning(run(T2V), ConditioningFiles())
@@ -95,12 +95,16 @@ def test_files_of_what_the_encoders_make(tmp_path):
     [
         (T2V, {"image": "picture"}, "got --image .*, but this network takes none; leave it out"),
         (T2V, {"image_latent": "latent"}, "got --image-latent .*, but this network takes none"),
-        (T2V, {"given": "latent"}, r"got --given .*distillation.conditional_frames=null\); leave it out"),
+        (
+            T2V,
+            {"conditional_latent": "latent"},
+            r"got --conditional-latent .*distillation.conditional_frames=null\); leave it out",
+        ),
         (I2V_22, {"image_latent": "latent", "image_embed": "embed"}, "got --image-embed .* takes none"),
         (I2V, {}, "makes a video of an image: give a picture with --image, or --image-latent"),
         (I2V, {"image_latent": "latent"}, "give a picture with --image, or --image-embed"),
         (I2V, {"image": "picture", "image_embed": "embed"}, "got --image with --image-embed, which says the same"),
-        (TI2V, {"image": "picture", "given": "latent"}, "got --image with --given"),
+        (TI2V, {"image": "picture", "conditional_latent": "latent"}, "got --image with --conditional-latent"),
         (I2V, {"image": "picture"}, "with encoders.video=none; set it to wan_vae and encoders.folder"),
         (I2V, {"image_latent": "embed", "image_embed": "embed"}, r"--image-latent .*: got shape \(257, 1280\), need"),
         (
@@ -113,7 +117,11 @@ def test_files_of_what_the_encoders_make(tmp_path):
             {"image_latent": "missing", "image_embed": "embed"},
             "--image-latent .*missing.safetensors: .*No such file",
         ),
-        ("cosmos_predict2_2b_video2world", {}, "give its latent with --given, and --conditional-frames, or a picture"),
+        (
+            "cosmos_predict2_2b_video2world",
+            {},
+            "give its latent with --conditional-latent, and --conditional-frames, or a picture",
+        ),
     ],
 )
 def test_what_a_network_does_not_take_or_lacks_is_named(tmp_path, name, options, message):

@@ -1,9 +1,6 @@
 """The configuration: what is accepted, and that each mistake is named with its full path, before anything is loaded."""
 
 import dataclasses
-import os
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -424,57 +421,6 @@ def test_flow_matching_needs_no_teacher_and_no_fake_score():
     config = load_config(QUICKSTART, overrides)
     validate(config, 2)
     assert config.roles == config.trained_roles == ("student",)
-
-
-def run_cli(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "importtime", "-m", "rcm_megatron", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True)
-
-
-def test_cli_reports_one_clean_message_and_imports_no_torch():
-    result = run_cli("check", str(QUICKSTART), "parallel.tp=8", "parallel.ring=1", "--world-size", "8")
-    assert result.returncode == 2
-    assert "num_heads=4 must divide by parallel.tp=8" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "| torch" not in result.stderr
-
-
-REFUSED_AT_ONCE = {
-    "more_pieces_than_layers": (["parallel.ring=1", "parallel.pp=4", "parallel.vpp=4"], 4, "num_layers=4 cannot give"),
-    "heads": (["parallel.tp=8", "parallel.ring=1"], 8, "num_heads=4 must divide by parallel.tp=8"),
-    "world": (["parallel.pp=2"], 3, "processes: got 3, need a multiple of"),
-    "rounds": (["parallel.pp=4", "parallel.vpp=1", "parallel.chunk_layers=[1, 1, 2]"], 8, "must hold 4 counts"),
-}
-
-
-@pytest.mark.parametrize("command", ["check", "train", "sample", "export"])
-@pytest.mark.parametrize("name", REFUSED_AT_ONCE)
-def test_cli_refuses_an_illegal_layout_in_less_than_a_second(name, command, tmp_path):
-    """CPU time of the whole process, for others may use the machine; no torch, so no weight is read."""
-    overrides, world_size, message = REFUSED_AT_ONCE[name]
-    arguments = [command, str(QUICKSTART), *overrides, f"networks.teacher.init={tmp_path}/absent"]
-    arguments += {"check": ["--world-size", str(world_size)], "train": []}.get(command, ["--output", f"{tmp_path}/out"])
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = run_cli(*arguments, environment={"WORLD_SIZE": str(world_size)})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert result.returncode == 2 and message in result.stderr, result.stderr[-2000:]
-    assert "Traceback" not in result.stderr and "| torch" not in result.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-
-
-def test_cli_check_prints_the_complete_configuration(tmp_path):
-    result = run_cli("check", str(QUICKSTART), "--world-size", "2")
-    assert result.returncode == 0
-    (tmp_path / "printed.yaml").write_text(result.stdout)
-    assert load_config(tmp_path / "printed.yaml") == load_config(QUICKSTART)
-
-
-def test_cli_takes_overrides_after_options_and_refuses_what_is_none():
-    result = run_cli("check", str(QUICKSTART), "--world-size", "4", "parallel.ring=4")
-    assert result.stdout.startswith("# 4 processes: tp=1 cp=4 pp=1 vpp=1 dp=1")
-    result = run_cli("check", str(QUICKSTART), "--world-size", "4", "--bogus")
-    assert result.returncode == 2
-    assert "unrecognized arguments: --bogus" in result.stderr
 
 
 COSMOS = CONFIGS / "cosmos_predict2_2b_video2world.yaml"

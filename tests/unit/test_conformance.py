@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rcm_megatron.conformance.golden import BOUNDS, load_golden, relative_error
 from tests.distributed.conformance import FILES, assert_conforms, conformance_errors, stored_quantities
 from tests.distributed.harness import run_ranks
-from tools.golden import BOUNDS, load_golden, relative_error
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -20,7 +20,7 @@ def test_every_case_on_one_process(name, micro_batch_size):
 
 def errors_of_a_perturbed_network(path, network, parameter, factor, case):
     """The check on a network of which one weight matrix was scaled by `factor`."""
-    from tools import conformance
+    from rcm_megatron.conformance import replay as conformance
 
     def perturbed(path):
         golden = load_golden(path)
@@ -57,16 +57,16 @@ def exit_status(path, argv):
     import contextlib
     import io
 
-    from tools import conformance
+    from rcm_megatron.cli.main import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = conformance.main([path, *argv])
+        status = main(["conformance", path, *argv])
     return status, printed.getvalue()
 
 
 def exit_status_with_tighter_bounds(path, argv):
-    from tools import golden
+    from rcm_megatron.conformance import golden
 
     golden.BOUNDS["scm"] = replace(golden.BOUNDS["scm"], gradients=1e-12)
     return exit_status(path, argv)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from rcm_megatron.cli.main import main
 from rcm_megatron.data.manifest import DatasetError, build_manifest
 from rcm_megatron.data.media import contact_sheet
 from rcm_megatron.data.shards import ShardWriter
@@ -11,7 +12,6 @@ from rcm_megatron.datasets.build import BuildPlan, BuiltSample, DatasetBuild
 from rcm_megatron.datasets.inspection import inspect_dataset
 from rcm_megatron.datasets.statistics import Statistics
 from tests.wan_encoders import write_vae
-from tools.inspect_dataset import main
 
 
 def latent(index, *, channels=16):
@@ -37,7 +37,7 @@ def test_a_whole_dataset_and_its_statistics(tmp_path, capsys):
     assert summary["latent_mean"] == pytest.approx(stacked.mean((0, 2, 3, 4)).tolist(), rel=1e-5)
     assert summary["latent_std"] == pytest.approx(stacked.std((0, 2, 3, 4), correction=0).tolist(), rel=1e-5)
     assert summary["text_length"] == {"min": 2, "mean": 2.9, "max": 4}
-    assert main([str(tmp_path)]) == 0
+    assert main(["inspect-dataset", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "10 samples" in output and "7 distinct, 0 empty" in output and output.endswith("whole\n")
 
@@ -74,7 +74,7 @@ def add(folder):
 )
 def test_damage_to_shards_is_named(tmp_path, capsys, damage, named):
     damage(write(tmp_path))
-    assert main([str(tmp_path)]) == 1
+    assert main(["inspect-dataset", str(tmp_path)]) == 1
     output = capsys.readouterr().out
     assert all(f"DAMAGED: {text}" in output or text in output for text in named), output
     assert output.endswith("damaged\n")
@@ -109,7 +109,7 @@ def test_outliers_are_reported_and_are_no_damage(tmp_path, capsys):
     folder = write(tmp_path, changed={3: {"latent_CTHW": 5 * latent(3)}, 6: {"prompt": ""}})
     found = inspect_dataset(folder)
     assert found.problems == () and all("key 000000003" in line for line in found.outliers) and found.outliers
-    assert main([str(folder)]) == 0
+    assert main(["inspect-dataset", str(folder)]) == 0
     assert "outlier: shard shard_000000.tar" in capsys.readouterr().out
 
 
@@ -137,7 +137,7 @@ def test_statistics_that_the_builder_noted_must_hold(tmp_path):
 def test_an_unfinished_or_foreign_folder(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="manifest.json does not exist"):
         inspect_dataset(tmp_path)
-    assert main([str(tmp_path)]) == 1
+    assert main(["inspect-dataset", str(tmp_path)]) == 1
     assert "manifest.json does not exist" in capsys.readouterr().err
     (tmp_path / "manifest.json").write_text('{"version": 9}')
     with pytest.raises(DatasetError, match="version 9"):
@@ -149,7 +149,12 @@ def test_a_contact_sheet_of_latents(tmp_path, channels):
     from PIL import Image
 
     folder = write(tmp_path / "data", channels=channels)
-    assert main([str(folder), "--output", str(tmp_path / "sheet.png"), "--samples", "3", "--frames", "9"]) == 0
+    assert (
+        main(
+            ["inspect-dataset", str(folder), "--output", str(tmp_path / "sheet.png"), "--samples", "3", "--frames", "9"]
+        )
+        == 0
+    )
     picture = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert picture.shape[0] > 3 * 128 and picture.shape[1] >= 640
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20, "nothing is drawn"
@@ -160,7 +165,7 @@ def test_a_contact_sheet_of_decoded_latents(tmp_path):
 
     folder = write(tmp_path / "data")
     write_vae(tmp_path / "wan" / "vae")
-    argv = [str(folder), "--output", str(tmp_path / "sheet.png"), "--samples", "2", "--frames", "3"]
+    argv = ["inspect-dataset", str(folder), "--output", str(tmp_path / "sheet.png"), "--samples", "2", "--frames", "3"]
     assert main([*argv, "--decode", str(tmp_path / "wan")]) == 0
     assert Image.open(tmp_path / "sheet.png").width >= 3 * 48
     assert main([*argv, "--decode", str(tmp_path / "nowhere")]) == 1

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rcm_megatron.conformance.golden import BOUNDS, ReplayDraws, load_golden, relative_error
 from rcm_megatron.diffusion import losses, samplers, timesteps, trigflow
 from tests.helpers import GOLDEN
-from tools.golden import BOUNDS, ReplayDraws, load_golden, relative_error
 
 FILES = ("nvlabs_rcm_small.safetensors", "nvlabs_rcm_deep.safetensors")
 CASES = sorted(BOUNDS)

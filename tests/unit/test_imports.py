@@ -19,13 +19,14 @@ ALLOWED = {
     "paths": {"errors"},
     "registry": {"errors"},
     "config": {"config", "errors", "paths", "registry", "objectives", "text"},
+    "requests": set(),
     "dtypes": set(),
     "files": set(),
     "finite": {"errors"},
     "dual": set(),
     "inputs": {"dual"},
     "platform": {"errors", "platform"},
-    "cluster": {"errors", "config", "platform", "cluster"},
+    "cluster": {"errors", "config", "platform", "requests", "cluster"},
     "diffusion": {"diffusion"},
     "objectives": MODELS | {"registry", "diffusion", "networks", "objectives"},
     "data": {"errors", "files", "finite", "text", "data"},
@@ -35,8 +36,8 @@ ALLOWED = {
     "runtime": {"errors", "config", "platform", "parallel", "runtime"},
     "networks": MODELS | {"platform", "checkpoint", "diffusion", "networks"},
     "inference": MODELS
-    | {"platform", "checkpoint", "networks", "diffusion", "data", "runtime", "inference", "__version__"},
-    "datasets": MODELS | {"platform", "checkpoint", "data", "inference", "datasets", "__version__"},
+    | {"requests", "platform", "checkpoint", "networks", "diffusion", "data", "runtime", "inference", "__version__"},
+    "datasets": MODELS | {"requests", "platform", "checkpoint", "data", "inference", "datasets", "__version__"},
     "training": MODELS
     | {
         "platform",
@@ -50,8 +51,13 @@ ALLOWED = {
         "training",
         "__version__",
     },
+    "conformance": MODELS
+    | {"platform", "requests", "checkpoint", "networks", "objectives", "diffusion", "training", "conformance"},
+    "reports": {"errors", "objectives", "requests", "reports"},
+    "cli": {"errors", "config", "paths", "requests", "cli"}
+    | {"checkpoint", "cluster", "conformance", "datasets", "inference", "reports", "training"},
 }
-"""Part of the program -> the parts it may import."""
+"""Part of the program -> the parts it may import. cli imports the last seven when a command runs."""
 
 EXTERNAL = {
     "config": {"yaml"},

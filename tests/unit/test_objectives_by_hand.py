@@ -17,7 +17,7 @@ from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import GOLDEN, assert_close
 from tests.unit.test_diffusion_golden import Network
-from tools.golden import load_golden
+from rcm_megatron.conformance.golden import load_golden
 
 BOUND = 2e-5
 """Of losses and gradients; the golden files' own."""
@@ -39,7 +39,7 @@ def networks(golden):
     prepare_megatron()
     from megatron.core import parallel_state
 
-    from tools.conformance import build
+    from rcm_megatron.conformance.replay import build
 
     init_distributed()
     yield build(golden, ParallelConfig())

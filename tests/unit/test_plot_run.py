@@ -1,12 +1,14 @@
 """The picture of a run: what is read of a metrics.jsonl, and which panels come of it."""
 
 import json
+import re
 
 import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from tools.plot_run import Run, main, panels, plot, points, read_run, smoothed
+from rcm_megatron.cli.main import main
+from rcm_megatron.reports.plot import Run, panels, plot, points, read_run, smoothed
 
 
 def record(iteration, **changes):
@@ -103,9 +105,9 @@ def test_one_run_and_several(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     first = write(tmp_path / "a" / "run", [record(i, restarts=int(i > 3)) for i in range(6)])
     second = write(tmp_path / "run", [{"iteration": i, "trained": "student", "scm/loss": 2.0} for i in range(150)])
-    main([str(first)])
+    assert main(["plot", str(first)]) == 0
     assert capsys.readouterr().out.strip() == str(first / "run.png")
-    main([str(first), str(second / "metrics.jsonl"), "--output", str(tmp_path / "both.png")])
+    assert main(["plot", str(first), str(second / "metrics.jsonl"), "--output", str(tmp_path / "both.png")]) == 0
     with Image.open(first / "run.png") as one, Image.open(tmp_path / "both.png") as both:
         assert one.size == both.size
 
@@ -118,9 +120,9 @@ def test_one_run_and_several(tmp_path, capsys):
         ([{"iteration": 0}], "got records without metrics; need those of a training run; fix"),
     ],
 )
-def test_nothing_to_draw_is_said(tmp_path, lines, message):
+def test_nothing_to_draw_is_said(tmp_path, capsys, lines, message):
     folder = tmp_path / "run"
     if lines is not None:
         write(folder, lines)
-    with pytest.raises(SystemExit, match=message):
-        main([str(folder)])
+    assert main(["plot", str(folder)]) == 1
+    assert re.search(message, capsys.readouterr().err)

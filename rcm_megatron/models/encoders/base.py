@@ -10,8 +10,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from rcm_megatron.errors import UserError
 
-class EncoderError(ValueError):
+
+class EncoderError(UserError, ValueError):
     """Encoder files or inputs that cannot be used; the message says got, need and fix."""
 
 

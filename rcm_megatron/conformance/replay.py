@@ -1,29 +1,26 @@
 """Replay a golden file (numbers of NVlabs/rcm) on any parallel layout and compare losses, outputs and raw gradients.
 
-    python tools/conformance.py FILE                                       # one process
-    torchrun --nproc-per-node 4 tools/conformance.py FILE tp=2 ring=2      # the same on four
+    rcm conformance FILE                                                        # one process
+    torchrun --nproc-per-node 4 -m rcm_megatron conformance FILE tp=2 ring=2    # the same on four
 
 The file's format is that of tests/golden/README.md; width, depth, batch and token count are read from it. Prints a line per case
 with the largest relative Frobenius error of the loss, of each stored output and of each stored gradient; the exit status is 1 when
 one is past its bound (twice the bound of the README when the sums run over more than one rank).
 """
 
-import argparse
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from rcm_megatron.conformance.golden import Golden, GoldenCase, ReplayDraws, load_golden, relative_error
+from rcm_megatron.errors import InputError
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
-from tools.golden import Golden, GoldenCase, ReplayDraws, load_golden, relative_error
+from rcm_megatron.requests import ConformanceRequest
 
 prepare_megatron()
 
@@ -116,7 +113,7 @@ def samples_of(golden: Golden, case: GoldenCase, networks: Networks, *, micro_ba
     groups, layout = networks.layout.groups, networks.layout
     count = len(golden.x0)
     if count % (groups.dp_size * micro_batch_size):
-        raise SystemExit(
+        raise InputError(
             f"a batch of {count} does not divide by dp*micro_batch_size = {groups.dp_size}*{micro_batch_size}"
         )
     share = count // groups.dp_size
@@ -244,23 +241,28 @@ def summary(errors: list[Error]) -> str:
     return "; ".join(parts) + ("  FAILED " + ", ".join(failed) if failed else "")
 
 
-def _number_or_list(text: str) -> int | tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",")) if "," in text else int(text)
+def parse_layout(items: Sequence[str]) -> dict[str, int | tuple[int, ...]]:
+    """Degrees of ParallelConfig and micro_batch_size from `KEY=VALUE`. Raises InputError."""
+    known = (*(field.name for field in fields(ParallelConfig)), "micro_batch_size")
+    found: dict[str, int | tuple[int, ...]] = {}
+    for item in items:
+        key, _, text = item.partition("=")
+        numbers = text.split(",")
+        if key not in known or not all(number.isdecimal() for number in numbers):
+            raise InputError(
+                f"got {item!r}, need one of {', '.join(known)} and numbers; write e.g. tp=2 or chunk_layers=1,3"
+            )
+        found[key] = tuple(map(int, numbers)) if len(numbers) > 1 else int(text)
+    return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("file")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        help="tp= ring= ulysses= pp= vpp= chunk_layers=1,3 micro_batch_size=; data parallel is what remains",
+def run_conformance(request: ConformanceRequest) -> int:
+    """Print a line for each case on rank 0; exit status 1 where a number is past its bound."""
+    layout = parse_layout(request.layout)
+    micro_batch_size = layout.pop("micro_batch_size", 1)
+    report = conform(
+        str(request.file), ParallelConfig(**layout), micro_batch_size=micro_batch_size, cases=list(request.cases)
     )
-    parser.add_argument("--case", action="append", help="only this case (repeatable)")
-    args = parser.parse_intermixed_args(argv)  # overrides may stand on either side of --case
-    options = {key: _number_or_list(value) for key, value in (item.split("=") for item in args.overrides)}
-    micro_batch_size = options.pop("micro_batch_size", 1)
-    report = conform(args.file, ParallelConfig(**options), micro_batch_size=micro_batch_size, cases=args.case)
     reports: list = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
     if dist.get_rank() == 0:
@@ -268,7 +270,3 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:24s} {summary([e for errors in reports for e in errors[name]])}", flush=True)
     dist.destroy_process_group()
     return 0 if all(e.passed for r in reports for errors in r.values() for e in errors) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Draw one or several training runs from their metrics.jsonl: losses, norms, rates, seconds by phase, memory, counters.
 
-    python tools/plot_run.py runs/quickstart                             # writes runs/quickstart/run.png
-    python tools/plot_run.py runs/a runs/b runs/c --output compared.png  # a colour a run
+    rcm plot runs/quickstart                             # writes runs/quickstart/run.png
+    rcm plot runs/a runs/b runs/c --output compared.png  # a colour a run
 
 Iterations that train different networks are drawn apart. Grey lines are stage boundaries, red ones restarts (of a single run). What a run
 did not record is left out, and so are torn lines; of an iteration that stands twice in a file the last record counts.
@@ -9,10 +9,8 @@ did not record is left out, and so are torn lines; of an iteration that stands t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,10 +25,10 @@ from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from rcm_megatron.errors import InputError
 from rcm_megatron.objectives import OBJECTIVES
-from tools.scaling_report import phase_colours
+from rcm_megatron.reports.colours import phase_colours
+from rcm_megatron.requests import PlotRequest
 
 Record = dict[str, Any]
 RUN_COLOURS = ("#2e75b6", "#c55a11", "#548235", "#7030a0", "#bf9000", "#7f7f7f")
@@ -76,10 +74,10 @@ def phases_of(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def read_run(folder: Path) -> Run:
-    """Ends the command if there is nothing to draw."""
+    """Raises InputError if there is nothing to draw."""
     path = folder if folder.suffix == ".jsonl" else folder / "metrics.jsonl"
     if not path.is_file():
-        raise SystemExit(f"got no {path}; need a run's folder or its metrics.jsonl; fix: name output_dir of the run")
+        raise InputError(f"got no {path}; need a run's folder or its metrics.jsonl; fix: name output_dir of the run")
     by_iteration: dict[int, Record] = {}
     for line in path.read_text().splitlines():
         try:
@@ -88,7 +86,7 @@ def read_run(folder: Path) -> Run:
             continue
         by_iteration[record["iteration"]] = record
     if not by_iteration:
-        raise SystemExit(f"got no record in {path}; need at least one; fix: wait for the run's first iteration")
+        raise InputError(f"got no record in {path}; need at least one; fix: wait for the run's first iteration")
     return Run(path.parent.name, [by_iteration[iteration] for iteration in sorted(by_iteration)])
 
 
@@ -254,7 +252,7 @@ def plot(runs: Sequence[Run], target: Path) -> None:
     used: dict[str, Any] = {}
     shown = list(panels(runs, used))
     if not shown:
-        raise SystemExit("got records without metrics; need those of a training run; fix: name its output_dir")
+        raise InputError("got records without metrics; need those of a training run; fix: name its output_dir")
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure, axes = pyplot.subplots(
@@ -310,21 +308,12 @@ def add_legends(figure, runs: Sequence[Run], used: dict[str, Any]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=9, frameon=False, fontsize=9)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_FOLDER", help="output_dir of a run, or a metrics.jsonl"
-    )
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: run.png in the first run's folder")
-    args = parser.parse_args(argv)
-    first = args.runs[0]
-    target = args.output or (first.parent if first.suffix == ".jsonl" else first) / "run.png"
-    runs = [read_run(folder) for folder in args.runs]
+def plot_runs(request: PlotRequest) -> None:
+    """Draw the runs into one picture and print its path. Raises InputError for a run without records."""
+    first = request.runs[0]
+    target = request.output or (first.parent if first.suffix == ".jsonl" else first) / "run.png"
+    runs = [read_run(folder) for folder in request.runs]
     if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(folder)) for run, folder in zip(runs, args.runs, strict=True)]
+        runs = [replace(run, name=str(folder)) for run, folder in zip(runs, request.runs, strict=True)]
     plot(runs, target)
     print(target)
-
-
-if __name__ == "__main__":
-    main()

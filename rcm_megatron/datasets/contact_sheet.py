@@ -1,6 +1,6 @@
 """Verifies a dataset folder, prints its statistics, draws a contact sheet. Status 1 if anything is damaged.
 
-    python tools/inspect_dataset.py data/wan_480p --decode Wan2.1-T2V-1.3B-Diffusers --output sheet.png
+    rcm inspect-dataset data/wan_480p --decode Wan2.1-T2V-1.3B-Diffusers --output sheet.png
 
 Every shard's SHA-256 and every member is read: it takes as long as reading the folder. Without --decode, pictures show latents: one or
 three channels as they are, of more the three main directions in which they vary (PCA), each stretched to grey levels.
@@ -8,10 +8,6 @@ three channels as they are, of more the three main directions in which they vary
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
-from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,13 +17,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.data.media import contact_sheet, to_frames, write_png
 from rcm_megatron.data.samples import decode_tensor
 from rcm_megatron.data.scan import LATENT
 from rcm_megatron.data.shards import ShardReader
 from rcm_megatron.datasets.inspection import Inspection, inspect_dataset
-from rcm_megatron.models.encoders import EncoderError, WanVideoEncoder
+from rcm_megatron.errors import InputError
+from rcm_megatron.models.encoders import WanVideoEncoder
+from rcm_megatron.requests import InspectDatasetRequest
 
 _SHOWN_PROBLEMS = 50
 _FRAME_HEIGHT = 240
@@ -107,31 +104,16 @@ def _preview(latent_CTHW: Tensor) -> Tensor:
     return 2 * (latent_CTHW - low) / (high - low).clamp(min=1e-6) - 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="dataset folder")
-    parser.add_argument(
-        "--decode", type=Path, metavar="DIR", help="diffusers checkpoint whose vae/ decodes the latents"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.png", help="contact sheet; default: none")
-    parser.add_argument("--samples", type=int, default=12, help="on the contact sheet")
-    parser.add_argument("--frames", type=int, default=5, help="of each sample")
-    arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    if min(arguments.samples, arguments.frames) < 1:
-        parser.error(f"got --samples {arguments.samples} --frames {arguments.frames}, need at least 1")
+def inspect_and_draw(request: InspectDatasetRequest) -> int:
+    """Print the statistics and write the contact sheet; exit status 1 where anything is damaged. Raises UserError."""
+    if min(request.samples, request.frames) < 1:
+        raise InputError(f"got --samples {request.samples} --frames {request.frames}, need at least 1")
     try:
-        found = inspect_dataset(arguments.folder, progress=partial(tqdm, unit="sample", disable=None))
-        print(report(found))
-        if arguments.output is not None and found.samples:
-            sizes = {"samples": min(arguments.samples, len(found.samples)), "frames": arguments.frames}
-            write_png(arguments.output, draw(found, **sizes, decode=arguments.decode))
-    except (DatasetError, EncoderError, FileNotFoundError) as error:
-        print(f"inspect_dataset: {error}", file=sys.stderr)
-        return 1
+        found = inspect_dataset(request.folder, progress=partial(tqdm, unit="sample", disable=None))
+    except FileNotFoundError as error:
+        raise InputError(f"{error}; name a folder of shards") from None
+    print(report(found))
+    if request.output is not None and found.samples:
+        samples = min(request.samples, len(found.samples))
+        write_png(request.output, draw(found, samples=samples, frames=request.frames, decode=request.decode))
     return 1 if found.problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

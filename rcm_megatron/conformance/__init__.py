@@ -1,0 +1,1 @@
+"""The numbers of the official implementation, replayed on any parallel layout."""

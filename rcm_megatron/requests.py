@@ -1,0 +1,247 @@
+"""What each command is asked to do: one frozen dataclass a command, which its function takes and from which its options are derived.
+
+`rcm_megatron.cli.options` reads a field's name (``--field-name``), type, default and docstring; `Option` says what those cannot. Imports
+no torch, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "nvidia", "internal", "torch_dist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What a field's type does not say of its option."""
+
+    flag: str = ""
+    """In place of --field-name."""
+    metavar: str | tuple[str, ...] | None = None
+    parse: Callable[[str], Any] | None = None
+    """From the command line's text; raises ValueError, whose message says got and need."""
+    choices: Sequence[str] | None = None
+    positional: bool = False
+
+
+FILE, FOLDER, ROLE = Option(metavar="FILE"), Option(metavar="DIR"), Option(metavar="ROLE")
+
+
+def parse_bytes(text: str) -> int:
+    """`5GB`, `500MB`, `20kB` or a plain number of bytes; units of 1000, as in Hugging Face's max_shard_size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, flags=re.IGNORECASE)
+    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ValueError(f"got {text!r}; need a size such as 5GB, 500MB or a number of bytes")
+    return size
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`480x832`: (height, width)."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"got {text!r}, need HxW, e.g. 480x832")
+    return int(height), int(width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """Run all stages of a configuration; start it with torchrun or srun."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRequest:
+    """Print a configuration, complete, or every reason why it cannot run."""
+
+    world_size: Annotated[int, Option(metavar="N")]
+    """processes it is to run on"""
+    field: Annotated[str | None, Option(metavar="KEY")] = None
+    """print the value of this field alone, e.g. output_dir"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightRequest:
+    """Look at every node before a run and name the bad ones; one process a rank."""
+
+    timeout: Annotated[float, Option(metavar="S")] = 50.0
+    """seconds for all of it"""
+    nodes: Annotated[str, Option(metavar="A,B")] = ""
+    """the job's nodes in the order of ranks"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningFiles:
+    """Of one image or video, which all samples are given."""
+
+    image: Annotated[Path | None, FILE] = None
+    """PNG, JPEG or WebP that videos begin with, for the run's encoders; with networks that are given frames it becomes the first"""
+    image_latent: Annotated[Path | None, FILE] = None
+    """in place of --image: its latent [C, T, H, W]"""
+    image_embed: Annotated[Path | None, FILE] = None
+    """beside --image-latent: CLIP features [L, D]"""
+    conditional_latent: Annotated[Path | None, FILE] = None
+    """Video2World, TI2V: a clean latent [C, t, H, W] to continue, with whose first frames every sample begins"""
+    conditional_frames: int = 1
+    """how many of its latent frames"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(ConditioningFiles):
+    """Sample videos; one process, or torchrun on any layout. One for each prompt and embedding, all given the same image."""
+
+    weights: Annotated[str, ROLE] = "ema"
+    """a role of the run's networks, ROLE.ema for its average, or ema for the student's"""
+    checkpoint: Path | None = None
+    """a checkpoint or a folder of them; null: the run's latest"""
+    steps: int | None = None
+    """null: the most of sampling.student_steps, or sampling.teacher_steps"""
+    prompts: Annotated[Sequence[str], Option(flag="--prompt")] = ()
+    """a caption for the run's text encoder; may be given several times"""
+    prompts_file: Annotated[Path | None, Option(flag="--prompts", metavar="FILE")] = None
+    """.txt with a caption a line, or .jsonl"""
+    embeddings: Annotated[Sequence[Path], Option(flag="--embedding", metavar="FILE")] = ()
+    """an encoded caption [l, D] or [1, l, D], the way for a run without a text encoder; may be given several times"""
+    copies: int = 1
+    """videos of each caption, with other noise"""
+    output: Annotated[Path, FOLDER]
+    """folder for MP4s and latents"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """Write a trained network as a diffusers folder."""
+
+    weights: Annotated[str, ROLE] = "ema"
+    """a role of the run's networks, ROLE.ema for its average, or ema for the student's"""
+    checkpoint: Path | None = None
+    """a checkpoint or a folder of them; null: the run's latest"""
+    output: Annotated[Path, FOLDER]
+    """folder to write"""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the weights"""
+    force: bool = False
+    """replace a checkpoint folder that is there"""
+    verify: bool = False
+    """load it with diffusers and compare the two networks before it appears under its name"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """Convert a checkpoint; the source's format is recognised."""
+
+    source: Annotated[str, Option(positional=True)]
+    """folder or file: diffusers, the Wan release, NVlabs rCM, NVIDIA Cosmos, internal, or a run"""
+    target: Annotated[str, Option(positional=True)]
+    """what to write: a folder, or a .pt/.safetensors file for nvlabs and nvidia"""
+    to: Annotated[str, Option(choices=CONVERT_FORMATS)]
+    """format of the target"""
+    weights: Literal["student", "ema", "fake_score", "teacher"] | None = None
+    """which of several networks"""
+    subfolder: str | None = None
+    """which of two experts: transformer_2, or low_noise_model"""
+    config: Annotated[Path | None, Option(metavar="YAML")] = None
+    """of the run, if not where it was written"""
+    dtype: str | None = None
+    """fp32, bf16 or fp16; null: every tensor's own"""
+    max_shard_size: Annotated[int, Option(parse=parse_bytes, metavar="SIZE")] = 5_000_000_000
+    """of a file of a folder, e.g. 500MB"""
+    num_heads: int | None = None
+    """where the source does not say"""
+    text_len: int | None = None
+    """where the source does not say"""
+    rope_scale: Annotated[tuple[float, float, float] | None, Option(metavar=("T", "H", "W"))] = None
+    """where the source does not say"""
+    force: bool = False
+    """replace the target"""
+    verify: bool = False
+    """run source and target and compare them before it appears"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """Where a dataset goes and how it is stored; kill and restart it at will."""
+
+    output: Annotated[Path, FOLDER]
+    """folder to write"""
+    samples_per_shard: int = 256
+    member_format: Literal["pt", "npy", "safetensors"] = "pt"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """of latents and embeddings"""
+    full_text: bool = False
+    """keep the zeros after a prompt's embedding, as the published dataset has them; else a sample has its positions alone"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRequest(BuildRequest):
+    """Build a dataset of samples of a run's teacher, on any layout. The noise of sample i follows from (seed, i) alone."""
+
+    prompts: Annotated[Path, FILE]
+    """.txt with a caption a line, or .jsonl with `prompt`"""
+    samples_per_prompt: int = 1
+    batch_size: int | None = None
+    """samples drawn together; null: trainer.micro_batch_size"""
+    steps: int = 100
+    """Euler steps"""
+    shift: float = 3.0
+    """of the time grid"""
+    guidance: float = 5.0
+    """classifier-free guidance"""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideosRequest(BuildRequest):
+    """Build a dataset of a folder of videos with captions beside them: one clip from the beginning of each."""
+
+    videos: Annotated[Path, FOLDER]
+    """videos, <name>.txt or .json beside each"""
+    frames: Annotated[int | None, Option(metavar="T")] = None
+    """frames of a clip; null: those of the configuration"""
+    size: Annotated[tuple[int, int] | None, Option(parse=parse_size, metavar="HxW")] = None
+    """pixels; null: those of the configuration"""
+    fps: float = 16.0
+    """frames a second, Wan's are 16"""
+    on_error: Literal["skip", "raise"] = "skip"
+    """for videos that give no clip"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectDatasetRequest:
+    """Verify a dataset folder, print its statistics, draw a contact sheet. Status 1 if anything is damaged."""
+
+    folder: Annotated[Path, Option(positional=True)]
+    """of shards; every byte is read"""
+    decode: Annotated[Path | None, FOLDER] = None
+    """diffusers checkpoint whose vae/ decodes the latents; else pictures show latents, of many channels their main directions (PCA)"""
+    output: Annotated[Path | None, Option(metavar="FILE.png")] = None
+    """contact sheet; null: none"""
+    samples: int = 12
+    """on the contact sheet"""
+    frames: int = 5
+    """of each sample"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotRequest:
+    """Draw one or several training runs from their metrics.jsonl: losses, norms, rates, seconds by phase, memory, counters."""
+
+    runs: Annotated[Sequence[Path], Option(positional=True, metavar="RUN_FOLDER")]
+    """output_dir of a run, or a metrics.jsonl"""
+    output: Annotated[Path | None, Option(metavar="PNG")] = None
+    """null: run.png in the first run's folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConformanceRequest:
+    """Replay a golden file (numbers of NVlabs/rcm) on any parallel layout. Status 1 if a number is past its bound."""
+
+    file: Annotated[Path, Option(positional=True)]
+    """e.g. tests/golden/nvlabs_rcm_deep.safetensors"""
+    layout: Annotated[Sequence[str], Option(positional=True, metavar="KEY=VALUE")] = ()
+    """tp= ring= ulysses= pp= vpp= chunk_layers=1,3 micro_batch_size=; data parallel is what remains"""
+    cases: Annotated[Sequence[str], Option(flag="--case")] = ()
+    """only this case; may be given several times"""
