@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from rcm_megatron.paths import path_argument
 from rcm_megatron.requests import Option
 
 T = TypeVar("T")
@@ -79,11 +80,12 @@ def _typed(hint: Any, option: Option) -> dict[str, Any]:
         return keywords | {"type": _parser(option)}
     if option.choices is not None or origin is Literal:
         return {"choices": option.choices or inner}
+    read = path_argument if item is Path else item
     if origin is tuple:
-        return keywords | {"type": inner[0], "nargs": len(inner)}
+        return keywords | {"type": read, "nargs": len(inner)}
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return keywords | {"type": inner[0], "action": _Append}
-    return keywords | {"type": hint}
+        return keywords | {"type": read, "action": _Append}
+    return keywords | {"type": read}
 
 
 class _Append(argparse.Action):

@@ -107,7 +107,7 @@ class _Reader:
             return read
         need = type_name(hint, bounds) + (", or null" if or_null else "")
         got = describe(typed) if not known else str(list(read) if isinstance(read, tuple) else value)
-        return self.refuse(f"{path}: got {got}, need {need}{hint_for(typed, hint, path)}")
+        return self.refuse(f"{path}: got {got}, need {need}{'' if known else hint_for(typed, hint, path)}")
 
     def expanded(self, text: str, path: str) -> Any:
         try:

@@ -19,10 +19,10 @@ from rcm_megatron.diffusion import losses, trigflow
 from rcm_megatron.objectives import OBJECTIVES, settings_of
 from rcm_megatron.objectives.base import Loss, Objective, Pass
 from rcm_megatron.objectives.plan import plan_step
+from rcm_megatron.reports.plot import panels, plot, read_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.run_checks import LOSS_BOUND, assert_same_change, assert_same_curves
 from tests.distributed.tiny_run import ADAM, command, model_config, records, tiny_config
-from rcm_megatron.reports.plot import panels, plot, read_run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,6 +205,13 @@ def test_a_wrong_option_is_named_with_status_2(line, message, capsys):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_paths_of_options_are_expanded(asked, monkeypatch):
+    monkeypatch.setenv("SHARDS", "/data/shards")
+    main(["inspect-dataset", "$SHARDS/wan", "--output=~/sheet.png"])
+    (request,) = asked[0]
+    assert (request.folder, request.output) == (Path("/data/shards/wan"), Path.home() / "sheet.png")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Toy:
     """A request."""

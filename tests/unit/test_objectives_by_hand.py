@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron.config import DistillationConfig, ParallelConfig, StageConfig, TimeDistribution
+from rcm_megatron.conformance.golden import load_golden
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import GOLDEN, assert_close
 from tests.unit.test_diffusion_golden import Network
-from rcm_megatron.conformance.golden import load_golden
 
 BOUND = 2e-5
 """Of losses and gradients; the golden files' own."""
