@@ -139,8 +139,8 @@ class ConvertRequest:
     """what to write: a folder, or a .pt/.safetensors file for nvlabs and nvidia"""
     to: Annotated[str, Option(choices=CONVERT_FORMATS)]
     """format of the target"""
-    weights: Literal["student", "ema", "fake_score", "teacher"] | None = None
-    """which of several networks"""
+    weights: Annotated[str | None, ROLE] = None
+    """which of a run's networks: a role, or ema for the student's average"""
     subfolder: str | None = None
     """which of two experts: transformer_2, or low_noise_model"""
     config: Annotated[Path | None, Option(metavar="YAML")] = None

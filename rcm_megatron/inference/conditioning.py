@@ -102,7 +102,9 @@ def _check_image_options(run: RunConfig, files: ConditioningFiles) -> None:
     for name, taken in takes.items():
         if getattr(files, name) is not None and not taken:
             raise InputError(f"got {_option(name)} {getattr(files, name)}, but this network takes none; leave it out")
-    others = [name for name in ("given", "image_latent", "image_embed") if getattr(files, name) is not None]
+    others = [
+        name for name in ("conditional_latent", "image_latent", "image_embed") if getattr(files, name) is not None
+    ]
     if files.image is not None and others:
         raise InputError(f"got --image with {_option(others[0])}, which says the same; give one of them")
 
