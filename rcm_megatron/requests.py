@@ -143,6 +143,8 @@ class ConvertRequest:
     """which of a run's networks: a role, or ema for the student's average"""
     subfolder: str | None = None
     """which of two experts: transformer_2, or low_noise_model"""
+    prefix: str | None = None
+    """read only the keys that begin with it, e.g. model.diffusion_model."""
     config: Annotated[Path | None, Option(metavar="YAML")] = None
     """of the run, if not where it was written"""
     dtype: str | None = None
@@ -153,6 +155,10 @@ class ConvertRequest:
     """where the source does not say"""
     text_len: int | None = None
     """where the source does not say"""
+    eps: float | None = None
+    """where the source does not say; null: 1e-6"""
+    patch_size: Annotated[tuple[int, int, int] | None, Option(metavar=("T", "H", "W"))] = None
+    """where the source does not say; null: 1 2 2"""
     rope_scale: Annotated[tuple[float, float, float] | None, Option(metavar=("T", "H", "W"))] = None
     """where the source does not say"""
     force: bool = False

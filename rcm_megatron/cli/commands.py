@@ -122,13 +122,14 @@ def convert(request: requests.ConvertRequest) -> None:
     verify = None
     if request.verify:
         from rcm_megatron.inference.verify import verify_conversion as verify
-    given = {name: getattr(request, name) for name in ("num_heads", "text_len", "rope_scale")}
+    given = {name: getattr(request, name) for name in ("num_heads", "text_len", "eps", "patch_size", "rope_scale")}
     convert(
         request.source,
         request.target,
         target_format=request.to,
         weights=request.weights,
         subfolder=request.subfolder,
+        prefix=request.prefix,
         run_config=request.config,
         dtype=request.dtype,
         force=request.force,
@@ -137,8 +138,8 @@ def convert(request: requests.ConvertRequest) -> None:
         verify=verify,
         companions=companions,
     )
-    written = f"{request.source} written to {request.target}"
-    print(f"{written} ({request.to}, {request.dtype or 'dtypes as they were'})")
+    dtype = "" if request.dtype is None else f", {request.dtype}"
+    print(f"{request.source} written to {request.target} ({request.to}{dtype})")
 
 
 def build_dataset(run: RunConfig, request: requests.BuildRequest) -> None:
