@@ -61,9 +61,8 @@ def weights_file(folder: Path) -> Path:
 
     The canonical one before a variant (`.fp16.`), a variant before other names. CheckpointError where several are as good.
     """
-    visible = sorted(
-        file for file in folder.iterdir() if not file.name.startswith(".")
-    )  # `._x`: macOS' shadows of files
+    # `._x`: macOS' shadows of files
+    visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     found = [
         file
         for file in visible
