@@ -116,11 +116,6 @@ class ModelConfig:
         return math.prod(self.patch_size)
 
     @property
-    def patch_dim(self) -> int:
-        """p: numbers of latent in one token, in_channels * patch_volume."""
-        return self.in_channels * self.patch_volume
-
-    @property
     def embedded_channels(self) -> int:
         """Channels that the patch embedding sees: the latent's, a condition's, and masks that the network adds."""
         own = self.cosmos.extra_channels if self.cosmos else 0

@@ -86,7 +86,7 @@ def test_the_configs_hold_the_published_hyperparameters():
         assert config.trainer.global_batch_size == batch
         for optimizer in (student.optimizer, fake_score.optimizer):
             assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.0, 0.999), 0.01, 0.0)
-        assert (student.ema.relative_width, config.model.head_dim, config.model.patch_dim) == (0.1, 128, 64)
+        assert (student.ema.relative_width, config.model.head_dim) == (0.1, 128)
     assert small.latent.num_tokens(small.model.patch_size) == 31_200
     assert large.latent.num_tokens(large.model.patch_size) == 32_760
 
