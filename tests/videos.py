@@ -44,16 +44,66 @@ def write_video(path, frames_THWC, *, rate=24, codec="libvpx-vp9", colorspace=No
     return path
 
 
-def write_rotated(path, source):
-    """The MP4 file `source` with the note that it is to be shown turned by 90 degrees, in the header of its track."""
-    matrix = {
-        angle: b"".join(value.to_bytes(4, "big", signed=True) for value in values)
-        for angle, values in {
-            0: (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000),
-            90: (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000),
-        }.items()
-    }
-    data = Path(source).read_bytes()
-    start = data.index(matrix[0], data.index(b"tkhd"))
-    Path(path).write_bytes(data[:start] + matrix[90] + data[start + len(matrix[0]) :])
+MATRICES = {
+    "turned by 90": (0, 1, -1, 0),
+    "turned by 180": (-1, 0, 0, -1),
+    "turned by 270": (0, -1, 1, 0),
+    "mirrored": (-1, 0, 0, 1),
+    "upside down": (1, 0, 0, -1),
+    "transposed": (0, 1, 1, 0),
+    "transposed, turned by 180": (0, -1, -1, 0),
+    "turned by 30": (0.866, 0.5, -0.5, 0.866),
+}
+"""(a, b, c, d) of display matrices: (x, y) is shown at (a x + c y, b x + d y)."""
+
+
+def with_matrix(path, source, matrix):
+    """The MP4 file `source` with a display matrix (a, b, c, d) in the header of its track."""
+
+    def words(a, b, c, d):
+        values = (
+            *(round(value * 0x10000) for value in (a, b)),
+            0,
+            *(round(value * 0x10000) for value in (c, d)),
+            0,
+            0,
+            0,
+            1 << 30,
+        )
+        return b"".join(value.to_bytes(4, "big", signed=True) for value in values)
+
+    data, plain = Path(source).read_bytes(), words(1, 0, 0, 1)
+    start = data.index(plain, data.index(b"tkhd"))
+    Path(path).write_bytes(data[:start] + words(*matrix) + data[start + len(plain) :])
+    return Path(path)
+
+
+def grey_video(path, stamps, *, codec="libvpx-vp9", options=None, size=(48, 80), aspect=None, rate=1000):
+    """A video whose frame number i is grey level 30 + 4 i all over, at stamps[i] / `rate` seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24 if rate == 1000 else rate)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = *size, "yuv420p", 100
+        stream.options = options or {}
+        stream.codec_context.time_base = Fraction(1, rate)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for number, stamp in enumerate(stamps):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 30 + 4 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = stamp, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return Path(path)
+
+
+def remuxed(path, source, *, cut=0.0, keep=None):
+    """The packets of `source` in another container, `cut` seconds earlier; `keep`: the (pts, packet) that stay, by a function."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        target = new.add_stream_from_template(stream)
+        for packet in old.demux(stream):
+            if packet.dts is None or (keep is not None and not keep(packet)):
+                continue
+            shift = round(cut / float(packet.time_base))
+            packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
+            new.mux(packet)
     return Path(path)

@@ -1,4 +1,4 @@
-"""A dataset of raw videos: clips of one size by DALI, the VAE's latents, captions from the files beside them, image members if wanted.
+"""A dataset of raw videos: clips of one size, the VAE's latents, captions from the files beside them, image members if wanted.
 
 Shapes: C channels, T frames, H, W, L text positions, D text width.
 """
@@ -21,7 +21,7 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.data.captions import CaptionError, read_caption
 from rcm_megatron.data.manifest import DatasetError
 from rcm_megatron.data.media import to_frames
-from rcm_megatron.data.video import ENDINGS, ClipReader, VideoError, check_codec, find_videos, probe
+from rcm_megatron.data.video import ENDINGS, ClipReader, VideoError, find_videos, probe
 from rcm_megatron.datasets.build import Unit
 from rcm_megatron.datasets.ranks import (
     Made,
@@ -46,12 +46,11 @@ from rcm_megatron.models.encoders import (
 from rcm_megatron.models.encoders.wan_vae import latent_size
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.requests import VideosRequest
+from rcm_megatron.text import printable
 
 VIDEOS_NAME = "videos.txt"
 """Line i names the video of key i."""
 _UNIT_SIZE = 4
-_PROBED = 8
-"""So many videos are looked at before anything is loaded."""
 
 
 def build_from_videos(run: RunConfig, request: VideosRequest) -> None:
@@ -176,19 +175,18 @@ def _check_encoders(run: RunConfig) -> None:
 
 
 def _find_videos(folder: Path) -> list[Path]:
-    """The videos; InputError if there are none, or if the first of them show that none can be used."""
-    videos = find_videos(folder)
+    """The videos; InputError if there are none, or none of them can be used."""
+    videos, reason = find_videos(folder), ""
     if not videos:
         raise InputError(f"got --videos {folder} without a video, need files that end in {', '.join(ENDINGS)}")
-    reasons = []
-    for path in videos[:_PROBED]:
+    for path in videos:
         try:
-            check_codec(probe(path).codec, on_gpu=this_device().type == "cuda")
+            probe(path)
             read_caption(path)
             return videos
         except (VideoError, CaptionError) as error:
-            reasons.append(f"{path.name}: {error}")
-    raise InputError(f"none of the first {len(reasons)} videos of {folder} can be used; {reasons[0]}")
+            reason = reason or f"{printable(path.name)}: {error}"
+    raise InputError(f"none of the {len(videos)} videos of {folder} can be used; the first, {reason}")
 
 
 def _recipe(request: VideosRequest, videos: Sequence[Path], size: dict[str, int]) -> dict[str, object]:
@@ -197,14 +195,22 @@ def _recipe(request: VideosRequest, videos: Sequence[Path], size: dict[str, int]
         **size,
         "fps": request.fps,
         "on_error": request.on_error,
-        "videos": text_facts([f"{_name(request, path)} {path.stat().st_size}" for path in videos]),
+        "videos": text_facts([f"{_name(request, path)} {_size(path)}" for path in videos]),
         "prompts": text_facts([_caption_or_empty(path) for path in videos]),
-        "dali": version("nvidia-dali-cuda130"),
+        "decoder": {name: version(name) for name in ("av", "pillow")},
     }
 
 
 def _name(request: VideosRequest, video: Path) -> str:
-    return str(video.relative_to(request.videos))
+    return printable(str(video.relative_to(request.videos)))
+
+
+def _size(video: Path) -> int:
+    """In bytes; -1 for a broken link, which is named when its turn comes."""
+    try:
+        return video.stat().st_size
+    except OSError:
+        return -1
 
 
 def _caption_or_empty(video: Path) -> str:
