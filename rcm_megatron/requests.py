@@ -216,6 +216,16 @@ class VideosRequest(BuildRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentsRequest(BuildRequest):
+    """Build a dataset of another one's latents: decoded, clamped to [-1, 1] and encoded, as the official code's loader does at every step."""
+
+    data: Annotated[Path, FOLDER]
+    """the other dataset; captions, embeddings and image members stay, and key i is row i of its manifest"""
+    on_error: Literal["skip", "raise"] = "skip"
+    """for samples that cannot be read"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectDatasetRequest:
     """Verify a dataset folder, print its statistics, draw a contact sheet. Status 1 if anything is damaged."""
 

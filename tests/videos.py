@@ -78,6 +78,11 @@ def with_matrix(path, source, matrix):
     return Path(path)
 
 
+def write_rotated(path, source):
+    """The MP4 file `source` with a phone's note that it is to be shown turned by 90 degrees."""
+    return with_matrix(path, source, MATRICES["turned by 90"])
+
+
 def grey_video(path, stamps, *, codec="libvpx-vp9", options=None, size=(48, 80), aspect=None, rate=1000):
     """A video whose frame number i is grey level 30 + 4 i all over, at stamps[i] / `rate` seconds."""
     with av.open(str(path), "w") as container:

@@ -59,7 +59,7 @@ def load_for_inference(config: str, overrides: Sequence[str], request: Any) -> R
 
 def load_to_build(config: str, overrides: Sequence[str], request: requests.BuildRequest) -> RunConfig:
     """For building a dataset: a batch of training does not have to fit the ranks, and each of them encodes whole videos."""
-    alone = world_size() == 1 or isinstance(request, requests.VideosRequest)
+    alone = world_size() == 1 or not isinstance(request, requests.TeacherRequest)
     overrides = [*overrides, *(["parallel={}"] if alone else [])]
     run = load_config(config, overrides)
     replicas = max(1, world_size() // run.parallel.model_parallel_size)
@@ -148,6 +148,8 @@ def build_dataset(run: RunConfig, request: requests.BuildRequest) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if isinstance(request, requests.TeacherRequest):
         from rcm_megatron.datasets.from_teacher import build_from_teacher as build
+    elif isinstance(request, requests.LatentsRequest):
+        from rcm_megatron.datasets.from_latents import build_from_latents as build
     else:
         from rcm_megatron.datasets.from_videos import build_from_videos as build
     build(run, request)
@@ -184,6 +186,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "build-dataset": {
         "teacher": Command(requests.TeacherRequest, build_dataset, load_to_build),
         "videos": Command(requests.VideosRequest, build_dataset, load_to_build),
+        "latents": Command(requests.LatentsRequest, build_dataset, load_to_build),
     },
     "inspect-dataset": Command(requests.InspectDatasetRequest, inspect_dataset),
     "plot": Command(requests.PlotRequest, plot),

@@ -157,7 +157,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; build it with build_manifest({str(folder)!r}).save()")
+        raise DatasetError(
+            f"{path} does not exist; check the path, or build it with build_manifest({str(folder)!r}).save()"
+        )
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         if header.get("version") != _VERSION:

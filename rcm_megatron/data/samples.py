@@ -218,7 +218,7 @@ class SampleSource:
             if row in self._unusable:
                 continue
             try:
-                fields = self._load(self.manifest.record(row))
+                fields = self.load(self.manifest.record(row))
             except SampleError as error:
                 if self._on_error == "raise":
                     raise
@@ -239,8 +239,8 @@ class SampleSource:
                 self._orders[epoch] = self.manifest.order(epoch=epoch, seed=self._seed)
             return self._orders[epoch]
 
-    def _load(self, record: Record) -> dict[str, np.ndarray | str]:
-        """The fields of a LoadedSample that are read."""
+    def load(self, record: Record) -> dict[str, np.ndarray | str]:
+        """The fields of a LoadedSample that are read. SampleError if one cannot be."""
         kind, fields = LATENT, {}
         try:
             fields["latent_CTHW"] = fit_latent(self._tensor(record, LATENT), self.latent_shape)

@@ -102,8 +102,8 @@ def on_screen(shown: Iterable[Shown], *, frames: int, fps: float) -> Iterator[Sh
                 return
         last = each
     seconds = last.seconds or float(np.median(gaps[1:] or gaps))
-    end = last.time + max(seconds, _ON_SCREEN)
-    if wanted[-1] >= end:
+    end = last.time + max(seconds, 2 * _ON_SCREEN)
+    if wanted[-1] + _ON_SCREEN >= end:
         need = f"{wanted[-1]:.2f} s for {frames} frames at {fps:g} a second"
         raise VideoError(f"got {last.time + seconds:.2f} s, need {need}; leave it out")
     while given < frames:

@@ -108,10 +108,7 @@ def inspect_and_draw(request: InspectDatasetRequest) -> int:
     """Print the statistics and write the contact sheet; exit status 1 where anything is damaged. Raises UserError."""
     if min(request.samples, request.frames) < 1:
         raise InputError(f"got --samples {request.samples} --frames {request.frames}, need at least 1")
-    try:
-        found = inspect_dataset(request.folder, progress=partial(tqdm, unit="sample", disable=None))
-    except FileNotFoundError as error:
-        raise InputError(f"{error}; name a folder of shards") from None
+    found = inspect_dataset(request.folder, progress=partial(tqdm, unit="sample", disable=None))
     print(report(found))
     if request.output is not None and found.samples:
         samples = min(request.samples, len(found.samples))

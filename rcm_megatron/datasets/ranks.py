@@ -1,4 +1,4 @@
-"""What both ways of building a dataset share: the plan, captions encoded before anything else, units made and joined, the end.
+"""What all ways of building a dataset share: the plan, captions encoded before anything else, units made and joined, the end.
 
 Shapes: B batch, C channels, T latent frames, H, W, L text positions, D text width.
 """
@@ -49,9 +49,9 @@ def built_sample(
     **image: Tensor,
 ) -> BuiltSample:
     """A sample as it is stored. `image`: further members, as `ShardWriter.add` takes them. NonFiniteError names sample and tensor."""
-    for name, tensor in {"latent": latent_CTHW, "embed": embed_LD, **image}.items():
-        require_finite(tensor, what=f"sample {index} ({prompt!r:.80}): {name}")
     dtype = DTYPES[request.dtype]
+    for name, tensor in {"embed": embed_LD, "latent": latent_CTHW, **image}.items():
+        require_finite(tensor.to(dtype), what=f"sample {index} ({prompt!r:.80}): {name}")
     return BuiltSample(
         index=index,
         latent_CTHW=latent_CTHW.cpu().to(dtype),
@@ -118,12 +118,18 @@ def encode_texts(
         return
     with closing(build_text_encoder(run.encoders, **shape, device=this_device())) as encoder:
         if negative_wanted:
-            build.put_negative(encoder.encode([encoder.negative_prompt])[0])
+            negative_LD = encoder.encode([encoder.negative_prompt])[0]
+            require_finite(negative_LD, what="the negative prompt: embed")
+            build.put_negative(negative_LD)
         for unit in tqdm(mine, "captions", unit="batch", disable=rank > 0, mininterval=_bar_interval()):
+            texts = captions(unit)
             try:
-                build.put_text(unit, encoder.encode(captions(unit)))
+                embed_BLD = encoder.encode(texts)
             except ValueError as error:
                 raise InputError(str(error)) from error
+            for index, embed_LD, text in zip(unit.indices, embed_BLD, texts, strict=True):
+                require_finite(embed_LD, what=f"sample {index} ({text!r:.80}): embed")
+            build.put_text(unit, embed_BLD)
 
 
 def make_units(build: DatasetBuild, mine: Sequence[Unit], make: Callable[[Unit], Made], *, writes: bool) -> None:

@@ -135,7 +135,7 @@ def test_statistics_that_the_builder_noted_must_hold(tmp_path):
 
 
 def test_an_unfinished_or_foreign_folder(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="manifest.json does not exist"):
+    with pytest.raises(DatasetError, match="manifest.json does not exist"):
         inspect_dataset(tmp_path)
     assert main(["inspect-dataset", str(tmp_path)]) == 1
     assert "manifest.json does not exist" in capsys.readouterr().err

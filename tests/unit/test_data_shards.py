@@ -286,7 +286,7 @@ def test_shards_that_came_or_went_since_the_scan_are_named(tmp_path, caplog):
     assert "shard_000009.tar" in caplog.text
     with pytest.raises(DatasetError, match=r"shard_000001\.tar"):
         load_manifest(tmp_path, on_error="raise")
-    with pytest.raises(FileNotFoundError, match=MANIFEST_NAME):
+    with pytest.raises(DatasetError, match=MANIFEST_NAME):
         load_manifest(tmp_path / "elsewhere")
 
 
