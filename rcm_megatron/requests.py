@@ -217,7 +217,7 @@ class VideosRequest(BuildRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsRequest(BuildRequest):
-    """Build a dataset of another one's latents: decoded, clamped to [-1, 1] and encoded, as the official code's loader does at every step."""
+    """Build a dataset of another one's latents: decoded, clamped to [-1, 1] and encoded, as the official loader does at every step."""
 
     data: Annotated[Path, FOLDER]
     """the other dataset; captions, embeddings and image members stay, and key i is row i of its manifest"""
