@@ -75,3 +75,21 @@ def take(value: Tensor | Dual, rows: Rows, *, dim: int = BATCH_DIM) -> Tensor | 
     if isinstance(value, Dual):
         return Dual.pack(take(value.primal, rows, dim=dim), take(value.tangent, rows, dim=dim))
     return value[(slice(None),) * dim + (rows,)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WholeInput:
+    """What a network is run on to be compared with another library's: whole, and equal on all ranks."""
+
+    x_BCTHW: Tensor
+    timestep_B: Tensor
+    """1000 s for the rectified-flow time s."""
+    text_BLD: Tensor
+    channels_BCTHW: Tensor
+    """Of an image, beside the latent's; C may be 0."""
+    image_BLD: Tensor | None = None
+    """CLIP features, for a network that takes them."""
+
+    def with_channels(self) -> Tensor:
+        """Latent and condition, ``[B, C, T, H, W]``."""
+        return torch.cat([self.x_BCTHW, self.channels_BCTHW], dim=1)

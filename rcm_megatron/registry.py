@@ -6,7 +6,7 @@ import difflib
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rcm_megatron.errors import UserError
 
@@ -28,8 +28,7 @@ class Registry(Mapping[str, T], Generic[T]):
             raise UserError(f"unknown {self.kind} {name!r}; {fix}")
         entry = self._entries[name]
         if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+            entry = self._entries[name] = _imported(entry)
         return entry
 
     def __contains__(self, name: object) -> bool:
@@ -56,3 +55,18 @@ class Registry(Mapping[str, T], Generic[T]):
             yield
         finally:
             del self._entries[name]
+
+
+class Lazy:
+    """A class attribute "package.module:attribute" that is imported when it is first asked for."""
+
+    def __init__(self, entry: str) -> None:
+        self._entry = entry
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        return _imported(self._entry)
+
+
+def _imported(entry: str) -> Any:
+    module, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -24,9 +24,11 @@ from pathlib import Path
 
 import torch
 
-from rcm_megatron.checkpoint.convert import convert, export_diffusers
-from rcm_megatron.checkpoint.formats import internal_shapes
+from rcm_megatron.checkpoint.convert import convert, write_checkpoint
+from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig
+from rcm_megatron.families.wan.settings import WanModelConfig
 
 CHAIN = ("wan", "torch_dist", "diffusers")
 
@@ -34,7 +36,7 @@ CHAIN = ("wan", "torch_dist", "diffusers")
 def network(head_dim: int, *, layers: int = 40) -> ModelConfig:
     """Wan2.1 14B with heads of another size: 40 heads, 40 layers, every key."""
     hidden = 40 * head_dim
-    return ModelConfig(
+    return WanModelConfig(
         num_layers=layers,
         hidden_size=hidden,
         num_heads=40,
@@ -56,7 +58,7 @@ def write_network(folder: Path, model: ModelConfig, *, max_shard_bytes: int) -> 
             count = math.prod(shape)
             yield name, pattern.repeat(-(-count // len(pattern)))[:count].view(shape)
 
-    export_diffusers(tensors(), model, folder, max_shard_bytes=max_shard_bytes)
+    write_checkpoint(tensors(), model, folder, WriteOptions(max_shard_bytes=max_shard_bytes))
 
 
 def largest_group(model: ModelConfig, itemsize: int = 4) -> int:

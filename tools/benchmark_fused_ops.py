@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_iter
 
 from rcm_kernels.fused import select_ops
 from rcm_kernels.fused.launcher import recorded
-from rcm_megatron.config import LatentConfig, ModelConfig
+from rcm_megatron.config import LatentConfig
 from rcm_megatron.dual import Dual, add_bias
+from rcm_megatron.families.wan.settings import WanModelConfig
 from rcm_megatron.models import dual_ops
 from rcm_megatron.models.layers import split_heads
 from rcm_megatron.training.flops import PEAK_TFLOPS, network_flops
@@ -180,7 +181,7 @@ def block_flops(shape: Shape) -> dict[str, float]:
     sizes = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "text_len": shape.text}
     sizes |= {"hidden_size": shape.features, "num_heads": shape.heads, "ffn_hidden_size": shape.ffn}
     latent = LatentConfig(channels=16, frames=1, height=2, width=2 * shape.tokens)
-    one, two = (network_flops(ModelConfig(num_layers=layers, **sizes), latent) for layers in (1, 2))
+    one, two = (network_flops(WanModelConfig(num_layers=layers, **sizes), latent) for layers in (1, 2))
     scores = (two.self_attention - one.self_attention + two.cross_attention - one.cross_attention) / 2
     return {
         "dual": shape.batch * (two.dual - one.dual),

@@ -30,7 +30,7 @@ from rcm_kernels.fused import select_ops
 from rcm_megatron.config import LatentConfig, ParallelConfig
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.dual import Dual
-from rcm_megatron.models.wan import WanModel
+from rcm_megatron.families.wan.network import WanModel
 from rcm_megatron.networks.build import build_chunks
 from rcm_megatron.networks.weights import load_weights, seeded_weights
 from rcm_megatron.parallel.groups import initialize_parallel

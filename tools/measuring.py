@@ -30,6 +30,7 @@ from rcm_megatron.config import (
     TimeDistribution,
     TrainerConfig,
 )
+from rcm_megatron.families.wan.settings import WanModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,7 +108,7 @@ def check_sizes(*, hidden: int, head_dim: int, tokens: int) -> None:
 
 def wan_model(*, layers: int, hidden: int, head_dim: int) -> ModelConfig:
     """Wan2.1 in another size, with a short text."""
-    return ModelConfig(
+    return WanModelConfig(
         num_layers=layers,
         hidden_size=hidden,
         num_heads=hidden // head_dim,

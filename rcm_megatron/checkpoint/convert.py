@@ -1,12 +1,11 @@
 """Weights between files and models: load a (tensor-parallel) model, gather it back, export it, convert file to file.
 
-`python -m rcm_megatron convert` calls `convert`; training calls `load_into`, `gather_full` and `export_diffusers`.
+`python -m rcm_megatron convert` calls `convert`; training calls `load_into`, `gather_full` and `write_checkpoint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +16,28 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from rcm_megatron import __version__
-from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
-from rcm_megatron.checkpoint.formats import (
-    FORMATS,
+from rcm_megatron.checkpoint.formats import FORMATS
+from rcm_megatron.checkpoint.formats.base import Format, WriteOptions
+from rcm_megatron.checkpoint.model_card import Companions, folder_texts
+from rcm_megatron.checkpoint.recognise import differences
+from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
+from rcm_megatron.checkpoint.translate import (
     Source,
     check_divides,
     checked_entries,
-    entries_for,
     from_internal,
-    key_map,
+    naming_of,
     read_internal,
     translate,
     widened,
 )
-from rcm_megatron.checkpoint.key_map_wan import Entry
-from rcm_megatron.checkpoint.model_card import Companions, folder_texts
-from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
-from rcm_megatron.checkpoint.torch_dist import write_torch_dist
 from rcm_megatron.checkpoint.values import say_once
-from rcm_megatron.checkpoint.writers import (
-    DEFAULT_SHARD_BYTES,
-    FILE_SUFFIXES,
-    check_target,
-    write_file,
-    write_folder,
-    write_safetensors,
-)
+from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dtypes import DTYPES
+from rcm_megatron.families.key_map import Entry
 
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-# Folder formats: how config.json and weights are written. The others are a single file.
-_FOLDERS: dict[str, tuple[Callable[[ModelConfig], dict[str, Any]], Callable[..., None]]] = {
-    "diffusers": (configs.diffusers_config, partial(write_safetensors, stem=DIFFUSERS_STEM)),
-    "wan": (configs.wan_config, partial(write_safetensors, stem=DIFFUSERS_STEM)),
-    "internal": (configs.internal_config, partial(write_safetensors, stem="model")),
-    "torch_dist": (configs.internal_config, write_torch_dist),
-}
-TARGET_FORMATS = (*FORMATS, "torch_dist")
 Verify = Callable[[CheckpointSource, ModelConfig, torch.dtype | None], Callable[[Path], None]]
 """(source, its network, dtype of the target or None) -> a function that raises CheckpointError for a target that differs."""
 
@@ -143,33 +125,35 @@ def _catalogues(parameters: Mapping[str, nn.Parameter], pp_group: ProcessGroup |
     return catalogues
 
 
-def export_diffusers(
+def write_checkpoint(
     named_tensors: Iterable[tuple[str, Tensor | None]],
     model_config: ModelConfig,
     path: str | Path,
+    options: WriteOptions | None = None,
     *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    force: bool = False,
-    metadata: Mapping[str, str] | None = None,
-    texts: Mapping[str, str] | None = None,
-    check: Callable[[Path], None] | None = None,
+    format: str = "diffusers",
     is_writer: bool = True,
 ) -> None:
-    """Write internal full tensors as the folder that `from_pretrained` of the family's class in diffusers loads.
+    """Write internal full tensors in a format. The checkpoint appears complete or not at all.
 
-    It appears complete or not at all. With `gather_full`, call it on all ranks of its groups, `is_writer` on the first. `check`: as in
-    `write_folder`.
+    With `gather_full`, call it on all ranks of its groups, `is_writer` on the first.
     """
-    check_target(path, force=force)
+    path, options = Path(path), options or WriteOptions()
+    check_target(path, force=options.force)
     if not is_writer:
         for _ in named_tensors:
             pass
         return
-    external = from_internal(named_tensors, model_config, "diffusers")
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "metadata": metadata}
-    fill = partial(write_safetensors, named_tensors=external, stem=DIFFUSERS_STEM, **options)
-    write_folder(path, fill, config=configs.diffusers_config(model_config), force=force, texts=texts, check=check)
+    write_named(from_internal(named_tensors, model_config, format), model_config, path, options, format=format)
+
+
+def write_named(
+    tensors: Iterable[tuple[str, Tensor]], model_config: ModelConfig, path: Path, options: WriteOptions, *, format: str
+) -> None:
+    """Write tensors that have the names of the format already."""
+    naming = naming_of(format, model_config)
+    config = None if naming.write_config is None else naming.write_config(model_config)
+    FORMATS[format].container.write(path, tensors, config, options)
 
 
 def convert(
@@ -184,66 +168,55 @@ def convert(
     dtype: str | torch.dtype | None = None,
     force: bool = False,
     model_fields: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int = WriteOptions.max_shard_bytes,
     verify: Verify | None = None,
     companions: Companions | None = None,
     progress: bool = True,
 ) -> ModelConfig:
-    """Convert any checkpoint to a folder (`diffusers`, `wan`, `internal`, `torch_dist`) or a file (`nvlabs`, `nvidia`).
+    """Convert any checkpoint to one of `FORMATS`.
 
     Args:
         weights, subfolder, prefix, run_config: which network of the source, and of which run: see `open_checkpoint`.
         dtype: `fp32`, `bf16`, `fp16`, or None to keep every tensor's own.
-        model_fields: ModelConfig fields that the source does not store (`text_len`; without config.json `num_heads`).
+        model_fields: settings of the network that the source does not store (`text_len`; without config.json `num_heads`).
         verify: called before anything is written; what it returns checks the target before it appears under its name.
-        companions: called for a run's student in diffusers' format.
+        companions: called for a run's student in a format that takes them.
 
     Returns:
         The configuration of the converted network.
     """
-    if target_format not in TARGET_FORMATS:
-        raise CheckpointError(
-            f"unknown format {target_format!r}{nearest(target_format, TARGET_FORMATS)}; need one of {list(TARGET_FORMATS)}"
-        )
-    dtype = _as_dtype(dtype)
-    if target_format in _FOLDERS and Path(target_path).suffix in FILE_SUFFIXES:
-        raise CheckpointError(
-            f"{target_path}: {target_format} is a folder; leave {Path(target_path).suffix} out of its name"
-        )
+    target_path, form, dtype = Path(target_path), FORMATS[target_format], _as_dtype(dtype)
+    form.container.check_path(target_path)
     check_target(target_path, force=force)
-    if Path(source_path).resolve().is_relative_to(Path(target_path).resolve()):
+    if Path(source_path).resolve().is_relative_to(target_path.resolve()):
         raise CheckpointError(f"{target_path} is the source or holds it; choose another target")
     source = open_checkpoint(source_path, weights=weights, subfolder=subfolder, prefix=prefix, run_config=run_config)
-    model_config = ModelConfig(**source.model_fields(overrides=model_fields))
-    naming = "internal" if target_format == "torch_dist" else target_format
-    key_map(naming, model_config)
+    model_config = source.model_config(overrides=model_fields)
+    targets = form.naming_of(model_config).key_map.entries(model_config)
     checked_entries(source, model_config)
     check = verify(source, model_config, dtype) if verify is not None else None
-    joined = widened(source, model_config, naming) if dtype is None else []
+    joined = widened(source, model_config, target_format) if dtype is None else []
     facts = _facts(source, source_path, dtype, joined)
-    title, total = (
-        f"{source.format} -> {target_format}",
-        sum(len(e.external) for e in entries_for(naming, model_config).values()),
+    about = {"title": target_path.name, "facts": facts, "target_format": target_format, "path": str(target_path)}
+    options = WriteOptions(
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+        metadata=facts,
+        texts=folder_texts(model_config, **about, run=source.run, companions=companions),
+        check=check,
     )
-    tensors = translate(source, model_config, naming)
-    external = tqdm(tensors, title, total=total, unit="tensor", disable=not progress)
-    if target_format in _FOLDERS:
-        write_config, write_weights = _FOLDERS[target_format]
-        about = {
-            "title": Path(target_path).name,
-            "facts": facts,
-            "target_format": target_format,
-            "path": str(target_path),
-        }
-        texts = folder_texts(model_config, **about, run=source.run, companions=companions)
-        fill = partial(
-            write_weights, named_tensors=external, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=facts
-        )
-        write_folder(target_path, fill, config=write_config(model_config), force=force, texts=texts, check=check)
-    else:
-        write_file(target_path, external, dtype=dtype, force=force, metadata=facts, check=check)
-        if unsaid := _unsaid(target_format, model_config):
-            say_once(f"{target_path}: {target_format} does not say {unsaid}")
+    title, total = f"{source.format} -> {target_format}", sum(len(entry.external) for entry in targets.values())
+    tensors = translate(source, model_config, target_format)
+    write_named(
+        tqdm(tensors, title, total=total, unit="tensor", disable=not progress),
+        model_config,
+        target_path,
+        options,
+        format=target_format,
+    )
+    if unsaid := _unsaid(form, model_config):
+        say_once(f"{target_path}: {target_format} does not say {unsaid}")
     if joined:
         say_once(f"{target_path}: dtypes as they were{_widening(joined)}")
     return model_config
@@ -258,18 +231,18 @@ _FLAGS = {
 """What the command line takes for a source that does not say it."""
 
 
-def _unsaid(format: str, model_config: ModelConfig) -> str:
+def _unsaid(form: Format, model_config: ModelConfig) -> str:
     """What a file of weights alone leaves to guess and would be guessed wrongly, and how to pass it; empty if there is nothing."""
-    shapes = {
-        name: entry.external_shape for entry in entries_for(format, model_config).values() for name in entry.external
-    }
+    naming = form.naming_of(model_config)
+    if naming.write_config is not None:
+        return ""
+    entries = naming.key_map.entries(model_config).values()
+    shapes = {name: entry.external_shape for entry in entries for name in entry.external}
     source = CheckpointSource("", {name: LazyTensor(shape, None) for name, shape in shapes.items()})
-    values = {name: getattr(model_config, name) for name in ("num_heads", "patch_size", "eps")}
-    if model_config.cosmos is not None:
-        values["rope_scale"] = model_config.cosmos.rope_scale
+    values = {name: getattr(model_config, name) for name in _FLAGS if hasattr(model_config, name)}
     values = {name: value for name, value in values.items() if _differs(source, model_config, values, without=name)}
     flags = [_FLAGS[name].format(*(value if isinstance(value, tuple) else (value,))) for name, value in values.items()]
-    rest = configs.differences(source.model_fields(overrides=values), model_config)
+    rest = differences(source.model_config(overrides=values), model_config)
     lost = [f"{name}={need!r}" for name, (_, need) in rest.items()]
     return "; ".join([*([f"this: read it with {' '.join(flags)}"] if flags else []), *lost])
 
@@ -277,12 +250,10 @@ def _unsaid(format: str, model_config: ModelConfig) -> str:
 def _differs(source: CheckpointSource, model_config: ModelConfig, values: Mapping[str, Any], *, without: str) -> bool:
     """Whether reading a file goes wrong when one value is not passed."""
     try:
-        got = source.model_fields(overrides={name: value for name, value in values.items() if name != without})
+        got = source.model_config(overrides={name: value for name, value in values.items() if name != without})
     except CheckpointError:
         return True
-    return configs.differences(got, model_config) != configs.differences(
-        source.model_fields(overrides=values), model_config
-    )
+    return differences(got, model_config) != differences(source.model_config(overrides=values), model_config)
 
 
 def _facts(source: CheckpointSource, path: str | Path, dtype: torch.dtype | None, joined: list[str]) -> dict[str, str]:

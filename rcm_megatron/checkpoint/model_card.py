@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.config import ModelConfig, RunConfig, to_yaml
+from rcm_megatron.families import family_of
 
-DIFFUSERS_CLASSES = {"wan": "WanTransformer3DModel", "cosmos": "CosmosTransformer3DModel"}
-"""Family -> its class in diffusers."""
 FEW_STEP_WEIGHTS = ("student", "ema")
 """The networks of a run that sample in a few steps."""
 Companions = Callable[[RunConfig, str], tuple[str, Mapping[str, str]]]
 """(run, folder of its student) -> how to sample it, for the model card, and the text files that this takes beside the weights."""
-_FAMILIES = {"wan": "Wan", "cosmos": "Cosmos-Predict2"}
 
 
 def folder_texts(
@@ -28,7 +27,7 @@ def folder_texts(
     """The model card, and what a run's student in diffusers' format needs beside its weights. Arguments as of `model_card`."""
     usage, texts = "", {}
     is_student = run is not None and facts["weights"] in FEW_STEP_WEIGHTS
-    if companions is not None and is_student and target_format == "diffusers":
+    if companions is not None and is_student and FORMATS[target_format].takes_companions:
         usage, texts = companions(run, path)
     about = {"title": title, "facts": facts, "target_format": target_format, "path": path}
     return {**texts, "README.md": model_card(model_config, **about, usage=usage, run=run)}
@@ -46,13 +45,11 @@ def model_card(
 ) -> str:
     """Markdown. `facts`: the table of provenance; `usage`: how to sample; `run`: the run that trained the weights."""
     table = "\n".join(f"| {name} | `{value}` |" for name, value in facts.items())
-    load = f"open_checkpoint({path!r})  # rcm_megatron.checkpoint.sources"
-    if target_format == "diffusers":
-        load = f"{DIFFUSERS_CLASSES[model_config.family]}.from_pretrained({path!r})"
+    load = FORMATS[target_format].how_to_load(model_config, path)
     size = f"{model_config.num_layers} layers, hidden size {model_config.hidden_size}, {model_config.num_heads} heads"
     parts = [
         f"# {title}",
-        f"{_FAMILIES[model_config.family]} diffusion transformer ({size}) in the format `{target_format}`, written by rcm_megatron.",
+        f"{family_of(model_config).title} diffusion transformer ({size}) in the format `{target_format}`, written by rcm_megatron.",
         "Predicts the rectified-flow velocity noise - x0." + (f" {usage}" if usage else ""),
         f"| | |\n| --- | --- |\n{table}",
         f"```python\n{load}\n```",

@@ -6,12 +6,11 @@ file allows. Every defect of a file is a CheckpointError that names the file.
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcm_megatron.checkpoint import configs, key_map_cosmos, key_map_wan
-from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
+from rcm_megatron.checkpoint.errors import CheckpointError, name_keys
 from rcm_megatron.checkpoint.files import (
     PICKLE_SUFFIXES,
     is_index,
@@ -32,26 +30,16 @@ from rcm_megatron.checkpoint.files import (
     weights_file,
 )
 from rcm_megatron.checkpoint.folders import find_latest
+from rcm_megatron.checkpoint.formats import FORMATS
+from rcm_megatron.checkpoint.recognise import describing, is_no_weight, parameter_names, read_model, recognise
 from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_plain, is_torch_dist
 from rcm_megatron.checkpoint.values import DTYPES_IN_HEADERS, dequantised
 from rcm_megatron.checkpoint.wrappers import choose_root, without_inner_wrappers
-from rcm_megatron.config import ConfigError, RunConfig, load_config
+from rcm_megatron.config import ConfigError, ModelConfig, RunConfig, load_config
 from rcm_megatron.finite import find_nonfinite
 
-_CONFIG_READERS = {
-    "diffusers": configs.model_config_from_diffusers,
-    "wan": configs.model_config_from_wan,
-    "nvlabs": configs.model_config_from_wan,
-    "internal": configs.model_config_from_internal,
-}
 _SETTINGS = (bool, int, float, str, bytes, type(None))
 """What a trainer saves beside tensors, such as its step."""
-_SHAPE_READERS = {
-    "wan": configs.model_config_from_shapes,
-    "nvlabs": configs.model_config_from_shapes,
-    "nvidia": key_map_cosmos.model_config_from_shapes,
-}
-"""Format -> ModelConfig's fields from shapes, where weights come without a config.json."""
 
 
 @dataclass(frozen=True)
@@ -122,65 +110,27 @@ class CheckpointSource(Mapping[str, Tensor]):
 
     @property
     def format(self) -> str:
-        """`diffusers`, `wan`, `nvlabs`, `nvidia` or `internal`, told from the keys and the patch embedding's shape."""
-        if any(name.startswith(("condition_embedder.", "transformer_blocks.")) for name in self.tensors):
-            return "diffusers"
-        if key_map_cosmos.NVIDIA_MARKS & self.tensors.keys():
-            return "nvidia"
-        if {"text_embedding.linear_1.weight", "time_embedding.norm_weight"} & self.tensors.keys():
-            return "internal"
-        if (
-            any(name.startswith("text_embedding.") for name in self.tensors)
-            and "patch_embedding.weight" in self.tensors
-        ):
-            return "wan" if len(self.shape("patch_embedding.weight")) == 5 else "nvlabs"
-        raise CheckpointError(
-            f"{self.where}: not a Wan or Cosmos-Predict2 network{_hint(self.tensors)}; keys look like {sorted(self.tensors)[:3]}; need the "
-            "naming of diffusers, the Wan release, NVlabs/rcm, NVIDIA's Cosmos-Predict2 or rcm_megatron"
-        )
-
-    @property
-    def config_reader(self) -> str | None:
-        """Whose way to read this source's config.json; None where it has none that says what network this is."""
-        reader = None if self.config is None else configs.config_format(self.config) or self.format
-        return reader if reader in _CONFIG_READERS else None
-
-    def model_fields(self, *, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Keyword arguments for ModelConfig: from config.json, else from the shapes.
-
-        `overrides` may set what no tensor shows (text_len, rope_max_seq_len), without config.json any field, and `rope_scale` of
-        CosmosConfig. Raises CheckpointError, which names this source.
-        """
+        """The name of its format, told from the keys and shapes."""
         try:
-            return self._model_fields(overrides)
+            return recognise(self.shapes())[0].name
         except CheckpointError as error:
             raise CheckpointError(f"{self.where}: {error}") from None
 
-    def _model_fields(self, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-        form, overrides = self.format, dict(overrides or {})
-        known = (*configs.FIELDS, "rope_scale") if form == "nvidia" else configs.FIELDS
-        for name in overrides:
-            if name not in known:
-                raise CheckpointError(f"unknown model field {name!r}{nearest(name, known)}")
-        reader = self.config_reader
-        if reader is not None:
-            seen = (self.shapes(),) if reader in ("wan", "nvlabs") else ()
-            fields = _CONFIG_READERS[reader](self.config, *seen)
-            fixed = [n for n in overrides if n not in configs.FREE_FIELDS and overrides[n] != fields[n]]
-            if fixed:
-                raise CheckpointError(
-                    f"config.json says {fixed[0]}={fields[fixed[0]]!r}; drop the override (--{fixed[0].replace('_', '-')})"
-                )
-            return {**fields, **overrides}
-        if form not in _SHAPE_READERS:
-            raise CheckpointError("no config.json beside the weights; pass the folder that holds both")
-        return _SHAPE_READERS[form](self.shapes(), overrides=overrides)
+    @property
+    def is_described(self) -> bool:
+        """Whether a config.json says what network this is."""
+        return describing(self.config, self.shapes()) is not None
 
+    def model_config(self, *, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+        """The network: from config.json, else from the shapes.
 
-def _hint(names: Iterable[str]) -> str:
-    if any(".lora_" in name or name.endswith((".diff", ".diff_b")) for name in names):
-        return ", but a LoRA, which changes one: merge it into its network"
-    return ""
+        `overrides` may set what no tensor shows (text_len, rope_max_seq_len), and without config.json any field. Raises CheckpointError,
+        which names this source.
+        """
+        try:
+            return read_model(self.config, self.shapes(), overrides or {})
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from None
 
 
 def source_from_tensors(tensors: Mapping[str, Tensor], *, where: str = "tensors in memory") -> CheckpointSource:
@@ -232,13 +182,6 @@ def _choose_network(source: CheckpointSource, weights: str | None) -> Checkpoint
     )
 
 
-@functools.cache
-def parameter_names() -> frozenset[str]:
-    """What parameters are called in any format, a block's number written as `#`."""
-    maps = (*key_map_wan.KEY_MAPS.values(), *key_map_cosmos.KEY_MAPS.values())
-    return frozenset(name for key_map in maps for name in key_map.names())
-
-
 def _find_torch_dist(path: Path) -> Path | None:
     """A torch_dist checkpoint: `path` itself, or the newest complete one in it or in its `checkpoints`."""
     if is_torch_dist(path):
@@ -268,7 +211,8 @@ def _open_torch_dist(folder: Path, weights: str | None, run_config: str | Path |
         ) from error
     facts = {"run": run.name, "weights": name, "step": folder.name.split("_")[1].lstrip("0") or "0"}
     model = run.model_of(prefix.split(".")[0])
-    return replace(source, config=configs.internal_config(model), facts=facts, run=run)
+    config = FORMATS["internal"].naming_of(model).write_config(model)
+    return replace(source, config=config, facts=facts, run=run)
 
 
 def _lazy(opened: TorchDistFolder) -> CheckpointSource:
@@ -286,7 +230,7 @@ def _dcp_folder(path: Path) -> Path | None:
 
 def _open_dcp(folder: Path) -> CheckpointSource:
     source = _lazy(TorchDistFolder(folder))
-    return replace(source, tensors={k: v for k, v in source.tensors.items() if not key_map_cosmos.is_no_weight(k)})
+    return replace(source, tensors={k: v for k, v in source.tensors.items() if not is_no_weight(k)})
 
 
 def _open_weights(path: Path) -> CheckpointSource:
@@ -312,7 +256,7 @@ def _open_index(index_path: Path) -> CheckpointSource:
         if Path(name).name != name or not shard_path.is_file():
             raise CheckpointError(f"{index_path.name} names the file {name!r}, which is not in {index_path.parent}")
         shard = _open_safetensors(shard_path)
-        listed = {key for key, file in weight_map.items() if file == name and not key_map_cosmos.is_no_weight(key)}
+        listed = {key for key, file in weight_map.items() if file == name and not is_no_weight(key)}
         problems = name_keys(f"listed in the index but not in {name}", listed - set(shard), shard)
         problems += name_keys(f"in {name} but not listed for it", set(shard) - listed, listed)
         if problems:
@@ -347,7 +291,7 @@ def _open_safetensors(path: Path) -> CheckpointSource:
     tensors = {
         name: LazyTensor(shape, partial(_read_safetensors, path, name), dtype)
         for name, (shape, dtype) in about.items()
-        if not key_map_cosmos.is_no_weight(name)
+        if not is_no_weight(name)
     }
     return CheckpointSource(str(path), tensors, metadata=metadata)
 
@@ -377,7 +321,7 @@ def _open_pickle(path: Path) -> CheckpointSource:
         raise CheckpointError(f"{path}: truncated or not a PyTorch file ({_first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; need a dict of tensors")
-    content = {name: value for name, value in _flat(content) if not key_map_cosmos.is_no_weight(name)}
+    content = {name: value for name, value in _flat(content) if not is_no_weight(name)}
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: {name!r} is a {type(value).__name__}; need tensors, in dicts or in none")

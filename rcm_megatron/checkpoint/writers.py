@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,60 @@ from torch import Tensor
 
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import sync_to_disk
-from rcm_megatron.checkpoint.torch_dist import save_with_torch
+from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.torch_dist import save_with_torch, write_torch_dist
 from rcm_megatron.checkpoint.values import rounded
 from rcm_megatron.files import save_safetensors
 
-DEFAULT_SHARD_BYTES = 5 * 10**9
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth")
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+class _Folder:
+    """A folder with a config.json beside the weights."""
+
+    def check_path(self, path: Path) -> None:
+        if path.suffix in FILE_SUFFIXES:
+            raise CheckpointError(f"{path}: this format is a folder; leave {path.suffix} out of its name")
+
+    def write(self, path: Path, tensors: NamedTensors, config: Mapping[str, Any] | None, options: WriteOptions) -> None:
+        fill = partial(self._fill, tensors=tensors, options=options)
+        write_folder(path, fill, config=config, force=options.force, texts=options.texts, check=options.check)
+
+    def _fill(self, folder: Path, tensors: NamedTensors, options: WriteOptions) -> None:
+        raise NotImplementedError
+
+
+class SafetensorsFolder(_Folder):
+    """`<stem>.safetensors`, or shards with an index."""
+
+    def __init__(self, stem: str) -> None:
+        self._stem = stem
+
+    def _fill(self, folder: Path, tensors: NamedTensors, options: WriteOptions) -> None:
+        sizes = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes}
+        write_safetensors(folder, tensors, stem=self._stem, metadata=options.metadata, **sizes)
+
+
+class TorchDistContainer(_Folder):
+    """Megatron's torch_dist."""
+
+    def _fill(self, folder: Path, tensors: NamedTensors, options: WriteOptions) -> None:
+        sizes = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes}
+        write_torch_dist(folder, tensors, metadata=options.metadata or {}, **sizes)
+
+
+class OneFile:
+    """One `.safetensors`, `.pt` or `.pth` file; there is no place for a config.json."""
+
+    def check_path(self, path: Path) -> None:
+        if path.suffix not in FILE_SUFFIXES:
+            raise CheckpointError(f"{path}: this format is one file; end its name in .pt, .pth or .safetensors")
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; give the path of a file")
+
+    def write(self, path: Path, tensors: NamedTensors, config: Mapping[str, Any] | None, options: WriteOptions) -> None:
+        write_file(path, tensors, options)
 
 
 def check_target(path: str | Path, *, force: bool) -> Path:
@@ -96,9 +145,9 @@ def write_safetensors(
     named_tensors: Iterable[tuple[str, Tensor]],
     *,
     stem: str,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str] | None,
 ) -> None:
     """`<stem>.safetensors`, or shards of at most `max_shard_bytes` and an index; holds one shard."""
     header, shards = _header(metadata), []
@@ -109,33 +158,19 @@ def write_safetensors(
     _name_shards(folder, stem, shards)
 
 
-def write_file(
-    path: str | Path,
-    named_tensors: Iterable[tuple[str, Tensor]],
-    *,
-    dtype: torch.dtype | None = None,
-    force: bool = False,
-    metadata: Mapping[str, str] | None = None,
-    check: Callable[[Path], None] | None = None,
-) -> Path:
-    """One `.safetensors` (with `metadata`), `.pt` or `.pth` file; it is in memory once. `check` as in `write_folder`."""
-    path = Path(path)
-    if path.suffix not in FILE_SUFFIXES:
-        raise CheckpointError(f"{path}: this format is one file; end its name in .pt, .pth or .safetensors")
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; give the path of a file")
-    check_target(path, force=force)
+def write_file(path: Path, named_tensors: NamedTensors, options: WriteOptions) -> None:
+    """One `.safetensors` (with the metadata), `.pt` or `.pth` file; it is in memory once."""
+    check_target(path, force=options.force)
     with replaced_when_done(path) as temporary:
         temporary.touch()  # fail now, and not after hours of conversion, where nothing can be written
-        tensors = {name: _owned(rounded(name, tensor, dtype)) for name, tensor in named_tensors}
+        tensors = {name: _owned(rounded(name, tensor, options.dtype)) for name, tensor in named_tensors}
         if path.suffix == ".safetensors":
-            _save_safetensors(tensors, temporary, _header(metadata))
+            _save_safetensors(tensors, temporary, _header(options.metadata))
         else:
             save_with_torch(tensors, temporary)
             sync_to_disk(temporary)
-        if check is not None:
-            check(temporary)
-    return path
+        if options.check is not None:
+            options.check(temporary)
 
 
 def _shards(

@@ -3,12 +3,10 @@
 from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.loader import apply_overrides, as_dict, load_config, to_yaml, validate
 from rcm_megatron.config.model import (
-    CosmosConfig,
     LatentConfig,
     ModelConfig,
     ParallelConfig,
     PrecisionConfig,
-    WanConfig,
 )
 from rcm_megatron.config.networks import EmaConfig, NetworkConfig, OptimizerConfig
 from rcm_megatron.config.reading import build
@@ -27,7 +25,6 @@ from rcm_megatron.config.run import (
 
 __all__ = [
     "ConfigError",
-    "CosmosConfig",
     "DataConfig",
     "DistillationConfig",
     "EmaConfig",
@@ -45,7 +42,6 @@ __all__ = [
     "StageConfig",
     "TimeDistribution",
     "TrainerConfig",
-    "WanConfig",
     "apply_overrides",
     "as_dict",
     "build",

@@ -9,82 +9,28 @@ from itertools import accumulate
 from typing import Literal
 
 from rcm_megatron.config.advice import multiples_near
-from rcm_megatron.config.declare import Change, NotNegative, Positive, PositiveFloat, Problem, until_refused
+from rcm_megatron.config.declare import AttributeOf, Change, Positive, PositiveFloat, Problem, Variants, until_refused
+from rcm_megatron.families import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosmosConfig:
-    """What a Cosmos-Predict2 transformer has beside ModelConfig's fields (names as in diffusers' CosmosTransformer3DModel)."""
+class ImageInputs:
+    """What a network is given of an image beside text; by default nothing."""
 
-    adaln_lora_dim: Positive = 256
-    """Rank of each sublayer's modulation by the time embedding."""
-    rope_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    """(frames, rows, columns) by which RoPE is stretched: base 10000 * scale ** (d / (d - 2)) for d channels of an axis."""
-    rope_fps: PositiveFloat | None = None
-    """Frames a second of the latents' videos: time runs in steps of 24 / rope_fps. null: one a frame, as NVIDIA's release has it for images
-    and videos; diffusers' Video2World pipeline does the same when it is called with fps=24."""
-    max_size: tuple[Positive, Positive, Positive] = (128, 240, 240)
-    """Largest latent (frames, height, width); with learnable_positions the size of their tables."""
-    conditional_frames: bool = False
-    """Video2World: a channel says which latent frames are given, and each frame has a timestep of its own."""
-    condition_sigma: PositiveFloat = 1e-4
-    """Noise level that the given frames are announced to have (diffusers' sigma_conditioning)."""
-    padding_mask: bool = True
-    """A channel that marks borders of the picture without content. Here it is always zero: latents are whole pictures."""
-    learnable_positions: bool = False
-    """Normalised learned positions added before every block (Cosmos 1.0; not in Predict2)."""
-    qk_norm_eps: PositiveFloat = 1e-5
-    """diffusers' value; NVIDIA's release computes with 1e-6."""
-
-    @property
-    def extra_channels(self) -> int:
-        """Input channels beside the latent's: masks."""
-        return self.conditional_frames + self.padding_mask
-
-
-WAN_MASK_CHANNELS = 4
-"""Of a Wan network's condition_channels, the first: one for each frame of pixels in a latent frame."""
-CLIP_TOKENS = 257
-"""Of one image: ViT-H/14 at 224 x 224, 16 * 16 patches and the class token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WanConfig:
-    """How a Wan transformer is given images (its other fields are ModelConfig's). null, like all defaults, is plain text-to-video."""
-
-    condition_channels: NotNegative = 0
-    """Channels concatenated to the latent's before the patch embedding. Image-to-video: 20, a mask of 4 and the image's latent of 16."""
-    image_dim: Positive | None = None
-    """Width of the CLIP features of an image, which blocks attend to beside the text (Wan2.1 image-to-video: 1280). null: none."""
-    image_positions: Positive | None = None
-    """CLIP tokens that have a learned position (diffusers' pos_embed_seq_len; first and last frame: 2 * 257). null: no positions."""
-    conditional_frames: bool = False
-    """Wan2.2 TI2V: given latent frames are in their place, clean and at time 0; each token has its frame's timestep."""
-
-    @property
-    def image_tokens(self) -> int:
-        """CLIP tokens that blocks attend to: 257 of one image (ViT-H/14 at 224 x 224), or as many as have a position."""
-        return 0 if self.image_dim is None else self.image_positions or CLIP_TOKENS
-
-    def check(self, path: str) -> Iterator[str]:
-        """Positions are of CLIP tokens."""
-        if self.image_positions is not None and self.image_dim is None:
-            yield (
-                f"{path}.image_positions={self.image_positions} places CLIP tokens, but {path}.image_dim=null has none; set it (1280), or "
-                "image_positions to null"
-            )
+    channels: int = 0
+    """Concatenated to the latent's before the patch embedding."""
+    tokens: int = 0
+    """CLIP tokens that blocks attend to, ..."""
+    dim: int | None = None
+    """... and their width."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A diffusion transformer. `hidden_size` is `dim` in the Wan release, `ffn_hidden_size` its `ffn_dim`."""
+    """What all families of diffusion transformers have. A family's settings (`Family.settings`) are a subclass that adds its own."""
 
-    family: Literal["wan", "cosmos"] = "wan"
-    """wan: Wan2.1 and 2.2, described further by `wan`. cosmos: Cosmos-Predict2, described further by `cosmos`."""
-    cosmos: CosmosConfig | None = None
-    """Required by the family cosmos, null for any other."""
-    wan: WanConfig | None = None
-    """Image conditions of the family wan; null for text-to-video and for any other family."""
+    family: str
+    """A key of `rcm_megatron.families.FAMILIES`; it says which other settings there are."""
     num_layers: Positive
     hidden_size: Positive
     num_heads: Positive
@@ -96,14 +42,12 @@ class ModelConfig:
     text_dim: Positive
     """Width of the text encoder's output (UMT5-XXL: 4096)."""
     text_len: Positive
-    """Text positions; shorter captions are padded with zeros, which the network attends to as Wan's does."""
-    freq_dim: Positive = 256
-    """Width of the sinusoid that embeds the timestep. Cosmos: hidden_size."""
+    """Text positions; shorter captions are padded with zeros, which the network attends to."""
     eps: PositiveFloat = 1e-6
-    cross_attn_norm: bool = True
-    """Affine LayerNorm before cross-attention (Wan's norm3). Cosmos: false."""
     rope_max_seq_len: Positive = 1024
     """Most tokens along one of the three axes."""
+    conditional_frames: bool = False
+    """The network takes clean latent frames (`Condition.x0_SBP` and `frames_B`), and each token has its frame's timestep."""
 
     @property
     def head_dim(self) -> int:
@@ -117,38 +61,34 @@ class ModelConfig:
 
     @property
     def embedded_channels(self) -> int:
-        """Channels that the patch embedding sees: the latent's, a condition's, and masks that the network adds."""
-        own = self.cosmos.extra_channels if self.cosmos else 0
-        return self.in_channels + own + (self.wan.condition_channels if self.wan else 0)
+        """Channels that the patch embedding sees: the latent's, and what the family adds to them."""
+        return self.in_channels
+
+    @property
+    def image(self) -> ImageInputs:
+        """What the network is given of an image."""
+        return ImageInputs()
 
     @property
     def inputs(self) -> dict[str, object]:
         """What the network is given, by field: equal in all networks of a run, for they see the same latents, texts and images."""
-        wan = self.wan or WanConfig()
         shared = ("in_channels", "out_channels", "patch_size", "text_dim", "text_len", "conditional_frames")
-        own = ("condition_channels", "image_dim", "image_tokens")
-        return {name: getattr(self, name) for name in shared} | {f"wan.{name}": getattr(wan, name) for name in own}
-
-    @property
-    def conditional_frames(self) -> bool:
-        """Whether the network takes clean latent frames (`Condition.x0_SBP` and `frames_B`)."""
-        return any(own is not None and own.conditional_frames for own in (self.cosmos, self.wan))
+        image = {
+            "condition_channels": self.image.channels,
+            "image_dim": self.image.dim,
+            "image_tokens": self.image.tokens,
+        }
+        return {name: getattr(self, name) for name in shared} | image
 
     def check(self, path: str) -> Iterator[str | Problem]:
-        """Sizes that must fit each other, and what the family asks of the shared fields."""
+        """Sizes that must fit each other."""
         yield from until_refused(self._heads(path))
-        if self.freq_dim % 2:
-            yield Problem(
-                f"{path}.freq_dim={self.freq_dim} must be even (sines and cosines)",
-                (Change(f"{path}.freq_dim", (self.freq_dim + 1, self.hidden_size)),),
-            )
         if self.in_channels != self.out_channels:
             yield (
                 f"{path}.out_channels={self.out_channels} must equal {path}.in_channels={self.in_channels}: "
                 "the network predicts a velocity of its input's shape"
             )
         yield from until_refused(self._frames(path))
-        yield from until_refused(self._family(path))
 
     def _heads(self, path: str) -> Iterator[Problem]:
         sizes = f"{path}.hidden_size={self.hidden_size}", f"{path}.num_heads={self.num_heads}"
@@ -171,27 +111,11 @@ class ModelConfig:
         if self.conditional_frames and self.patch_size[0] != 1:
             yield f"{path}.patch_size={list(self.patch_size)} must begin with 1 with conditional_frames: each frame has its timestep"
 
-    def _family(self, path: str) -> Iterator[str | Problem]:
-        if (self.family == "cosmos") != (self.cosmos is not None):
-            given, fix = (
-                ("null", f"give at least {path}.cosmos.rope_scale")
-                if self.cosmos is None
-                else ("given", f"remove {path}.cosmos, or set family: cosmos")
-            )
-            yield f"{path}.family={self.family} with {path}.cosmos={given}; {fix}"
-        if self.wan is not None and self.family != "wan":
-            yield f"{path}.family={self.family} with {path}.wan given; remove {path}.wan, or set family: wan"
-        if self.family != "cosmos" or self.cosmos is None:
-            return
-        if self.freq_dim != self.hidden_size:
-            yield Problem(
-                f"{path}.freq_dim={self.freq_dim} must equal {path}.hidden_size={self.hidden_size} for family cosmos",
-                (Change(f"{path}.freq_dim", (self.hidden_size,)),),
-            )
-        if self.cross_attn_norm:
-            yield f"{path}.cross_attn_norm=true is Wan's; family cosmos modulates before cross-attention: set it to false"
-        if self.head_dim < 12:
-            yield f"{path}.hidden_size / num_heads = {self.head_dim} must be at least 12 to stretch RoPE; lower {path}.num_heads"
+
+BY_FAMILY = Variants("family", lambda: AttributeOf(FAMILIES, "settings"))
+"""Of a section that is the settings of a network."""
+AXES = ("frames", "height", "width")
+"""Of a latent, after its channels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from rcm_megatron.config.declare import (
     Positive,
     PositiveFloat,
 )
-from rcm_megatron.config.model import ModelConfig
+from rcm_megatron.config.model import BY_FAMILY, ModelConfig
 
 Beta = Annotated[float, Bounds(ge=0, lt=1)]
 
@@ -50,7 +50,7 @@ class NetworkConfig:
     init: FilePath | None = None
     """Where its weights come from: a diffusers folder (config.json + safetensors) or a checkpoint of any format. null: the teacher's, of
     which the architecture must then be; in a run without a teacher (flow matching) random weights from the run's seed."""
-    model: Annotated[ModelConfig | None, MergedOnto("model")] = None
+    model: Annotated[ModelConfig | None, MergedOnto("model"), BY_FAMILY] = None
     """null: the architecture is `model`. What differs is enough, e.g. {num_layers: 40}; the rest is taken from `model`."""
     chunk_layers: tuple[Positive, ...] | None = None
     """As `parallel.chunk_layers`, of this network's blocks. null: `parallel.chunk_layers` for as many blocks as `model` has, else even."""

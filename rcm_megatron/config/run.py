@@ -18,7 +18,14 @@ from rcm_megatron.config.declare import (
     Positive,
     PositiveFloat,
 )
-from rcm_megatron.config.model import FP8_ALIGNMENT, LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from rcm_megatron.config.model import (
+    BY_FAMILY,
+    FP8_ALIGNMENT,
+    LatentConfig,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from rcm_megatron.config.networks import NetworkConfig
 from rcm_megatron.objectives import OBJECTIVES
 from rcm_megatron.objectives.checks import stage_problems
@@ -65,7 +72,7 @@ class DistillationConfig:
     expert_boundary: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """RF time at which the network `teacher` takes over from `teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
     conditional_frames: tuple[NotNegative, ...] | None = None
-    """Video2World (model.cosmos.conditional_frames): how many first latent frames of a sample the networks are given, one of these
+    """Video2World and TI2V (model.conditional_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
 
     def check(self, path: str) -> Iterator[str]:
@@ -123,7 +130,7 @@ class EncodersConfig:
     """umt5 (Wan), t5 (Cosmos): `folder`/text_encoder and `folder`/tokenizer. One rank loads it (11 GB in bf16), encodes, frees it,
     and sends the rest their embeddings."""
     image: Literal["clip", "none"] = "none"
-    """clip: `folder`/image_encoder and `folder`/image_processor, for networks with model.wan.image_dim. Used by `sample --image` alone."""
+    """clip: `folder`/image_encoder and `folder`/image_processor, for networks with model.image_dim. Used by `sample --image` alone."""
     folder: FilePath | None = None
     """A local diffusers checkpoint, e.g. Wan2.1-T2V-1.3B-Diffusers; required by wan_vae, umt5, t5 and clip."""
     negative_prompt: str | None = None
@@ -267,7 +274,7 @@ class RunConfig:
     output_dir: FilePath
     plugins: tuple[str, ...] = ()
     """Python modules, installed beside this program, that register objectives of their own when they are imported (docs/EXTENDING.md)."""
-    model: ModelConfig
+    model: Annotated[ModelConfig, BY_FAMILY]
     latent: LatentConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig

@@ -25,7 +25,7 @@ from rcm_megatron.requests import ConformanceRequest
 prepare_megatron()
 
 from rcm_megatron.checkpoint.convert import gather_full  # noqa: E402
-from rcm_megatron.checkpoint.formats import from_internal  # noqa: E402
+from rcm_megatron.checkpoint.translate import from_internal  # noqa: E402
 from rcm_megatron.config import (  # noqa: E402
     DistillationConfig,
     LatentConfig,
@@ -35,6 +35,7 @@ from rcm_megatron.config import (  # noqa: E402
     TimeDistribution,
 )
 from rcm_megatron.dual import Dual  # noqa: E402
+from rcm_megatron.families.wan.settings import WanModelConfig  # noqa: E402
 from rcm_megatron.inputs import NetworkInput  # noqa: E402
 from rcm_megatron.networks.build import build_chunks  # noqa: E402
 from rcm_megatron.networks.roles import Networks  # noqa: E402
@@ -68,7 +69,7 @@ class Error:
 
 def model_config(golden: Golden) -> ModelConfig:
     c = golden.config
-    return ModelConfig(
+    return WanModelConfig(
         num_layers=c["num_layers"],
         hidden_size=c["dim"],
         num_heads=c["num_heads"],

@@ -130,7 +130,7 @@ def _image_encoder(run: RunConfig) -> Iterator[CLIPImageEncoder | None]:
     if image_shapes(run)["image_embed_shape"] is None:
         yield None
         return
-    with closing(build_image_encoder(run.encoders, run.model.wan, device=this_device())) as encoder:
+    with closing(build_image_encoder(run.encoders, run.model.image, device=this_device())) as encoder:
         yield encoder
 
 

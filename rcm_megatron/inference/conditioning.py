@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rcm_megatron.config import RunConfig, WanConfig
-from rcm_megatron.config.model import WAN_MASK_CHANNELS
+from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.data.samples import decode_tensor, fit_image_embedding, fit_latent
 from rcm_megatron.errors import InputError
+from rcm_megatron.families import family_of
 from rcm_megatron.inference.encoding import encode_image
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.encoders import load_image
@@ -32,14 +32,16 @@ class Conditioning:
     image_LBD: Tensor | None = None
     """CLIP features of the images."""
 
-    def condition(self, layout: TokenLayout, samples: int, device: torch.device) -> Condition | None:
-        """As networks take it, for a batch of `samples`; None if nothing is given."""
+    def condition(
+        self, model: ModelConfig, layout: TokenLayout, samples: int, device: torch.device
+    ) -> Condition | None:
+        """As networks of ``model`` take it, for a batch of `samples`; None if nothing is given."""
         fields: dict[str, Tensor] = {}
         if self.latent_BCTHW is not None:
             fields["x0_SBP"] = layout.shard(_expanded(self.latent_BCTHW, samples, device))
             fields["frames_B"] = torch.full((samples,), self.frames, device=device)
         if self.image_latent_BCTHW is not None:
-            channels_BCTHW = with_mask(_expanded(self.image_latent_BCTHW, samples, device))
+            channels_BCTHW = family_of(model).image_channels(_expanded(self.image_latent_BCTHW, samples, device))
             fields["channels_SBE"] = layout.shard(channels_BCTHW, channels=channels_BCTHW.shape[1])
         if self.image_LBD is not None:
             fields["image_LBD"] = self.image_LBD.to(device).expand(-1, samples, -1)
@@ -50,23 +52,12 @@ def _expanded(x_BCTHW: Tensor, samples: int, device: torch.device) -> Tensor:
     return x_BCTHW.to(device).expand(samples, -1, -1, -1, -1)
 
 
-def with_mask(image_latent_BCTHW: Tensor) -> Tensor:
-    """Wan's condition channels: which frames of pixels are given, one channel for each in a latent frame, then the image's latent.
-
-    The first latent frame is one frame of pixels, and counts as four.
-    """
-    batch, _, *extent = image_latent_BCTHW.shape
-    mask_BCTHW = image_latent_BCTHW.new_zeros(batch, WAN_MASK_CHANNELS, *extent)
-    mask_BCTHW[:, :, 0] = 1
-    return torch.cat([mask_BCTHW, image_latent_BCTHW], dim=1)
-
-
 def image_shapes(run: RunConfig) -> dict[str, tuple[int, ...] | None]:
     """Shapes of the image members that the run's network is given: arguments of LatentLoader."""
-    wan = run.model.wan or WanConfig()
+    image = run.model.image
     return {
-        "image_latent_shape": run.latent.shape_CTHW if wan.condition_channels else None,
-        "image_embed_shape": (wan.image_tokens, wan.image_dim) if wan.image_dim is not None else None,
+        "image_latent_shape": run.latent.shape_CTHW if image.channels else None,
+        "image_embed_shape": (image.tokens, image.dim) if image.dim is not None else None,
     }
 
 

@@ -37,9 +37,8 @@ _STRETCH = 1.05
 
 def check_encoders(run: RunConfig) -> None:
     """ConfigError if files of the run's encoders are missing or do not fit its model. Takes milliseconds."""
-    model = run.model
-    image_dim = None if model.wan is None else model.wan.image_dim
-    check_encoder_files(run.encoders, latent_channels=run.latent.channels, text_dim=model.text_dim, image_dim=image_dim)
+    sizes = {"latent_channels": run.latent.channels, "text_dim": run.model.text_dim, "image_dim": run.model.image.dim}
+    check_encoder_files(run.encoders, **sizes)
 
 
 def encode_captions(run: RunConfig, captions: Sequence[str | None], *, group: ProcessGroup | None = None) -> Tensor:
@@ -78,12 +77,12 @@ def encode_image(run: RunConfig, image: Image, *, group: ProcessGroup | None = N
             return image_latent(encoder, pixels_CHW, frames=1 if model.conditional_frames else frames)
 
     def features() -> Tensor:
-        with closing(build_image_encoder(run.encoders, model.wan, device=device)) as encoder:
+        with closing(build_image_encoder(run.encoders, model.image, device=device)) as encoder:
             return encoder.encode([image])[0]
 
     try:
         latent_CTHW = computed_once(latent, device=device, group=group)
-        if model.wan is None or model.wan.image_dim is None:
+        if model.image.dim is None:
             return latent_CTHW, None
         return latent_CTHW, computed_once(features, device=device, group=group)
     except ValueError as error:

@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron import __version__
-from rcm_megatron.checkpoint.convert import export_diffusers, gather_full
-from rcm_megatron.checkpoint.model_card import DIFFUSERS_CLASSES, folder_texts
+from rcm_megatron.checkpoint.convert import gather_full, write_checkpoint
+from rcm_megatron.checkpoint.formats import FORMATS
+from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.model_card import folder_texts
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.dtypes import DTYPES
+from rcm_megatron.families import family_of
 from rcm_megatron.inference.networks import init_parallel, load_network, resolve_checkpoint, stored_in
 from rcm_megatron.inference.pipelines import student_companions
 from rcm_megatron.inference.verify import (
-    diffusers_forward,
     network_forward,
     random_input,
     relative_error,
@@ -26,6 +28,8 @@ from rcm_megatron.inference.verify import (
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.requests import ExportRequest
+
+_FORMAT = "diffusers"
 
 
 def export(run: RunConfig, request: ExportRequest) -> None:
@@ -40,29 +44,15 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     facts = _facts(run, request, str(checkpoint or run.networks[role].init))
     comparison = _Comparison(run, model, network, dtype) if request.verify else None
     if groups.cp_rank == 0 and groups.dp_rank == 0:
-        export_diffusers(
-            gather_full(network, tp_group=groups.tp, pp_group=groups.pp),
-            model,
-            request.output,
-            dtype=dtype,
-            force=request.force,
-            metadata=facts,
-            texts=folder_texts(
-                model,
-                title=f"{run.name}: {request.weights}",
-                facts=facts,
-                target_format="diffusers",
-                path=str(request.output),
-                run=run,
-                companions=student_companions,
-            ),
-            check=comparison,
-            is_writer=dist.get_rank() == 0,
-        )
+        about = {"title": f"{run.name}: {request.weights}", "facts": facts, "target_format": _FORMAT}
+        texts = folder_texts(model, **about, path=str(request.output), run=run, companions=student_companions)
+        options = WriteOptions(dtype=dtype, force=request.force, metadata=facts, texts=texts, check=comparison)
+        whole = gather_full(network, tp_group=groups.tp, pp_group=groups.pp)
+        write_checkpoint(whole, model, request.output, options, format=_FORMAT, is_writer=dist.get_rank() == 0)
     if comparison is not None and dist.get_rank() > 0:
         comparison.wait()
     if dist.get_rank() == 0:
-        print(f"{request.weights} of {facts['source']} written to {request.output} ({request.dtype}, diffusers format)")
+        print(f"{request.weights} of {facts['source']} written to {request.output} ({request.dtype}, {_FORMAT} format)")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -80,7 +70,7 @@ class _Comparison:
 
     def __call__(self, folder: Path) -> None:
         """Compare, on rank 0."""
-        got_BCTHW = diffusers_forward(self._model, folder, self._input, dtype=None)
+        got_BCTHW = FORMATS[_FORMAT].forward(self._model, folder, self._input, dtype=None)
         self._conclude(relative_error(self._expected_BCTHW, got_BCTHW))
 
     def wait(self) -> None:
@@ -90,7 +80,7 @@ class _Comparison:
     def _conclude(self, error: float) -> None:
         found = torch.tensor([error], dtype=torch.float64, device=this_device())
         dist.broadcast(found, src=0)
-        what = f"what was exported, in {DIFFUSERS_CLASSES[self._model.family]},"
+        what = f"what was exported, in {family_of(self._model).diffusers_class},"
         require_bound(float(found), what=what, reference=f"the trained network on {self._ranks} rank(s)")
 
 

@@ -133,7 +133,7 @@ class SampleBatches:
             null_LBD = self.null_text_L1D
             if null_LBD is not None:
                 null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
-            condition = self.given.condition(layout, len(indices), device)
+            condition = self.given.condition(network[0].model, layout, len(indices), device)
             yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition))
 
     def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """What every diffusion transformer here shares: its piece of the pipeline, recomputation, token geometry and sharded state.
 
-A family (rcm_megatron.models.wan, .cosmos) adds its embedders, its blocks and its head. Shapes: x_SBP patch tokens of this rank
+A family (rcm_megatron.families) adds its embedders, its blocks and its head. Shapes: x_SBP patch tokens of this rank
 (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD text embeddings; B is 2B inside a Dual.
 """
 

@@ -20,7 +20,6 @@ from rcm_megatron.dual import Dual, add_bias, map_linear
 from rcm_megatron.models.dual_ops import (
     add,
     apply_rope_halves,
-    gelu_tanh,
     layer_norm_affine,
     rms_norm,
     rms_norm_across_heads,
@@ -124,7 +123,7 @@ class AffineLayerNorm(nn.Module):
 
 
 class RMSNormAcrossHeads(nn.Module):
-    """Wan's q/k norm over all heads; each tensor-parallel rank holds the weights of its own heads."""
+    """q/k norm over all heads; each tensor-parallel rank holds the weights of its own heads."""
 
     def __init__(
         self, num_heads: int, head_dim: int, *, eps: float, dtype: torch.dtype, tp_group: ProcessGroup
@@ -149,7 +148,7 @@ class RMSNormAcrossHeads(nn.Module):
 
 
 class RMSNormPerHead(nn.Module):
-    """Cosmos' q/k norm of each head by itself, with weights that all heads share.
+    """q/k norm of each head by itself, with weights that all heads share.
 
     Every tensor-parallel rank holds the weights and sees its own heads alone: their gradients are partial, and are summed over tp like
     those of parameters on token shards.
@@ -173,18 +172,15 @@ class RMSNormPerHead(nn.Module):
 class AttentionStyle:
     """In what the attention and MLP of families differ."""
 
-    head_norm: type = RMSNormAcrossHeads
+    head_norm: type
     """Norm of q and k, and the family's RoPE after it."""
     norm_eps: float
-    bias: bool = True
+    bias: bool
     """Of all linears."""
     text_features: int
     """Width of the text that cross-attention sees."""
-    activation: Callable[[Tensor | Dual, Tensor | None], Tensor | Dual] = gelu_tanh
-
-
-def wan_style(model) -> AttentionStyle:
-    return AttentionStyle(norm_eps=model.eps, text_features=model.hidden_size)
+    activation: Callable[[Tensor | Dual, Tensor | None], Tensor | Dual]
+    """Of the MLP; takes its first linear's bias."""
 
 
 def split_heads(x: Tensor | Dual, parts: int, head_dim: int) -> tuple[Tensor | Dual, ...]:
@@ -205,10 +201,9 @@ class SelfAttention(nn.Module):
         spec: LayerSpec,
         context: ContextParallel,
         tp_group,
-        style: AttentionStyle | None = None,
+        style: AttentionStyle,
     ) -> None:
         super().__init__()
-        style = style or wan_style(model)
         self.head_dim, self.context = model.head_dim, context
         hidden, norm = model.hidden_size, partial(style.head_norm, model.num_heads, model.head_dim)
         options = {"config": config, "tp_group": tp_group, "bias": style.bias}
@@ -243,11 +238,10 @@ class CrossAttention(nn.Module):
         config: TransformerConfig,
         spec: LayerSpec,
         tp_group: ProcessGroup,
-        style: AttentionStyle | None = None,
+        style: AttentionStyle,
         with_image: bool = False,
     ) -> None:
         super().__init__()
-        style = style or wan_style(model)
         self.head_dim = model.head_dim
         hidden, norm = model.hidden_size, partial(style.head_norm, model.num_heads, model.head_dim)
         norm = partial(norm, eps=style.norm_eps, dtype=wide_dtype(config.params_dtype), tp_group=tp_group)
@@ -282,7 +276,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward with GELU (Wan: tanh; Cosmos: exact)."""
+    """Feed-forward of two linears around an activation."""
 
     def __init__(
         self,
@@ -291,10 +285,9 @@ class MLP(nn.Module):
         config: TransformerConfig,
         spec: LayerSpec,
         tp_group: ProcessGroup,
-        style: AttentionStyle | None = None,
+        style: AttentionStyle,
     ) -> None:
         super().__init__()
-        style = style or wan_style(model)
         hidden, ffn, self.activation = model.hidden_size, model.ffn_hidden_size, style.activation
         options = {"config": config, "tp_group": tp_group, "bias": style.bias}
         self.linear_fc1 = column_linear(spec, hidden, ffn, **options)

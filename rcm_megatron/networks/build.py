@@ -6,18 +6,15 @@ import torch
 
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, RunConfig
 from rcm_megatron.dtypes import DTYPES
-from rcm_megatron.models.cosmos import CosmosModel
+from rcm_megatron.families import family_of
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.tokens import TokenLayout
-from rcm_megatron.models.wan import WanModel
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline_stages import stages_of_rank
 from rcm_megatron.parallel.transformer_config import transformer_config
 from rcm_megatron.platform.device import this_device
-
-FAMILIES: dict[str, type[DiffusionTransformer]] = {"wan": WanModel, "cosmos": CosmosModel}
 
 
 def build_chunks(
@@ -42,11 +39,10 @@ def build_chunks(
     layout = TokenLayout(latent.shape_CTHW, model.patch_size, groups=groups, multiple_of=token_multiple)
     context = ContextParallel(ring_group=groups.ring, ulysses_group=groups.ulysses)
     stages = stages_of_rank(parallel, model.num_layers, pp_rank=groups.pp_rank)
+    network = family_of(model).network
     with torch.device(this_device()):
         return [
-            FAMILIES[model.family](
-                model, config, layout=layout, context=context, stage=stage, spec=spec, recompute=recompute
-            )
+            network(model, config, layout=layout, context=context, stage=stage, spec=spec, recompute=recompute)
             for stage in stages
         ]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rcm_megatron.checkpoint.convert import load_into
-from rcm_megatron.checkpoint.formats import internal_shapes
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
+from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 

@@ -31,7 +31,7 @@ def samples_of(
         _joined([batch.text_LBD for batch in loaded], dim=1).to(device),
         null_text_L1D.expand(-1, count, -1),
         SeededDraws(run.seed, iteration, indices),
-        given.condition(layout, count, device),
+        given.condition(run.model, layout, count, device),
         micro_batch_size=size,
     )
     choices = run.distillation.conditional_frames

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from rcm_megatron.checkpoint.formats import internal_shapes
+from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import DistillationConfig, LatentConfig, ModelConfig, RunConfig
+from rcm_megatron.families import family_of
 from rcm_megatron.objectives import OBJECTIVES, settings_of
 from rcm_megatron.objectives.plan import Step
 
@@ -30,27 +31,6 @@ PEAK_TFLOPS = {
     "A100": 312.0,
 }
 """Dense bf16 peaks of NVIDIA's data sheets, TFLOP/s; the first that is part of CUDA's name of the device counts."""
-
-ROWS = {
-    "patch_embedding": "tokens",
-    "self_attn": "tokens",
-    "cross_attn.linear_q": "tokens",
-    "cross_attn.linear_proj": "tokens",
-    "mlp": "tokens",
-    "head.linear": "tokens",
-    "text_embedding": "text",
-    "cross_attn.linear_kv": "text",
-    "image_embedding": "image",
-    "cross_attn.image_linear_kv": "image",
-    "time_embedding": "times",
-    "time_projection": "times",
-    "self_attn_modulation": "times",
-    "cross_attn_modulation": "times",
-    "mlp_modulation": "times",
-    "head.modulation": "times",
-}
-"""Linear, by the beginning of its name within the network or a block -> what it works on: all video tokens, all text positions, features
-of an image, or the times, of which a sample has one, or one a latent frame."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +64,17 @@ class NetworkFlops:
 def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     """Raises KeyError for a linear of unknown rows."""
     tokens, frames = latent.num_tokens(model.patch_size), latent.frames // model.patch_size[0]
-    image = 0 if model.wan is None else model.wan.image_tokens
+    image = model.image.tokens
     rows = {
         "tokens": tokens,
         "text": model.text_len,
         "image": image,
         "times": frames if model.conditional_frames else 1,
     }
-    linears = dict.fromkeys(rows, 0)
+    linears, kinds = dict.fromkeys(rows, 0), family_of(model).flop_rows
     for name, shape in internal_shapes(model).items():
         if name.endswith(".weight") and len(shape) == 2:
-            kind = _rows_of(name)
+            kind = _rows_of(name, kinds)
             linears[kind] += 2 * rows[kind] * math.prod(shape)
     attention = 4 * tokens * model.hidden_size * model.num_layers
     return NetworkFlops(
@@ -105,11 +85,11 @@ def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     )
 
 
-def _rows_of(name: str) -> str:
+def _rows_of(name: str, kinds: Mapping[str, str]) -> str:
     local = name.split(".", 2)[2] if name.startswith("blocks.") else name
-    found = next((rows for start, rows in ROWS.items() if local.startswith(start + ".")), None)
+    found = next((rows for start, rows in kinds.items() if local.startswith(start + ".")), None)
     if found is None:
-        raise KeyError(f"got a linear {name}; need one of {', '.join(ROWS)}; fix: add it to training.flops.ROWS")
+        raise KeyError(f"got a linear {name}; need one of {', '.join(kinds)}; fix: add it to the family's flop_rows")
     return found
 
 

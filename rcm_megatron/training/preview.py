@@ -42,8 +42,9 @@ def write_previews(
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(this_device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    layout = unwrapped(student.chunks[0]).layout
-    condition = _given(run, batch, count).condition(layout, count, this_device())
+    network = unwrapped(student.chunks[0])
+    layout = network.layout
+    condition = _given(run, batch, count).condition(network.model, layout, count, this_device())
     seed = run.sampling.seed
     sampler = Sampler(student.chunks, layout, text_LBD, null_LBD, seed, range(count), condition)
     latents = {}

@@ -27,7 +27,7 @@ def twin(model, seed):
     from diffusers import WanTransformer3DModel
 
     from rcm_megatron.checkpoint.configs import diffusers_config
-    from rcm_megatron.checkpoint.formats import from_internal
+    from rcm_megatron.checkpoint.translate import from_internal
 
     config = {name: value for name, value in diffusers_config(model).items() if not name.startswith("_")}
     network = WanTransformer3DModel(**config)

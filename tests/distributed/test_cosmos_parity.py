@@ -9,29 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rcm_megatron.config import CosmosConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config import ParallelConfig
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import Layout
 from tests.helpers import assert_close
+from tests.networks import cosmos
 
-COSMOS = CosmosConfig(
-    adaln_lora_dim=6, rope_scale=(1.0, 4.0, 3.0), rope_fps=16.0, max_size=(4, 8, 12), learnable_positions=True
-)
-MODEL = ModelConfig(
-    family="cosmos",
-    cosmos=COSMOS,
+MODEL = cosmos(
     num_layers=3,
-    hidden_size=48,
-    num_heads=4,
     ffn_hidden_size=96,
-    in_channels=3,
-    out_channels=3,
-    patch_size=(1, 2, 2),
-    text_dim=10,
     text_len=5,
-    freq_dim=48,
-    cross_attn_norm=False,
+    rope_fps=16.0,
+    max_size=(4, 8, 12),
+    learnable_positions=True,
 )
 OBJECTIVES = ("scm", "dmd", "fake_score")
 LAYOUTS = (Layout(tp=2, ring=2), Layout(pp=2))
@@ -54,7 +45,7 @@ def test_layout(one_rank, layout):
     test_parity.assert_equal_quantities(one_rank, ranks)
 
 
-VIDEO2WORLD = replace(MODEL, cosmos=replace(COSMOS, learnable_positions=False, conditional_frames=True))
+VIDEO2WORLD = replace(MODEL, learnable_positions=False, conditional_frames=True)
 
 
 def measure_video2world(parallel, dtype=torch.float32):

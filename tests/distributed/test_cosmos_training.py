@@ -5,7 +5,8 @@ import math
 import pytest
 import yaml
 
-from rcm_megatron.config import ModelConfig, build
+from rcm_megatron.config import build
+from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.requests import SampleRequest
 from tests.distributed import tiny_run
 from tests.distributed.harness import RankError, run_ranks
@@ -13,12 +14,8 @@ from tests.distributed.test_training_run import LOSS_BOUND, assert_same_curves
 from tests.helpers import assert_close
 
 STEPS = 8
-MODEL = tiny_run.MODEL | {
-    "family": "cosmos",
-    "freq_dim": 48,
-    "cross_attn_norm": False,
-    "cosmos": {"adaln_lora_dim": 6, "rope_scale": [1.0, 4.0, 3.0]},
-}
+MODEL = {name: value for name, value in tiny_run.MODEL.items() if name != "freq_dim"}
+MODEL |= {"family": "cosmos", "adaln_lora_dim": 6, "rope_scale": [1.0, 4.0, 3.0]}
 STAGES = [
     {"name": "scm", "steps": 3, "losses": {"scm": 100.0}, "tangent_warmup": 2},
     {"name": "rcm", "steps": 5, "losses": {"scm": 100.0, "dmd": 1.0}, "student_update_freq": 2},
@@ -32,16 +29,15 @@ KINDS = {"text2image": (1, None), "video2world": (4, (1, 2))}
 
 def write_run(folder, kind):
     """Data, a random teacher in diffusers' format, and run.yaml."""
-    from rcm_megatron.checkpoint.convert import export_diffusers
+    from rcm_megatron.checkpoint.convert import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
 
     folder, (frames, given) = folder / kind, KINDS[kind]
     folder.mkdir()
-    own = MODEL["cosmos"] | ({"conditional_frames": True, "rope_fps": 16.0} if given else {})
-    fields = MODEL | {"cosmos": own}
+    fields = MODEL | ({"conditional_frames": True, "rope_fps": 16.0} if given else {})
     write_videos(folder / "data", frames=frames)
-    model = build(ModelConfig, fields)
-    export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
+    model = build(CosmosModelConfig, fields)
+    write_checkpoint(seeded_weights(model, seed=5).items(), model, folder / "teacher")
     config = tiny_run.tiny_config(folder) | {"model": fields, "stages": STAGES}
     config["latent"] |= {"frames": frames}
     config["distillation"] |= {"conditional_frames": None if given is None else list(given)}

@@ -145,12 +145,12 @@ def test_sampling_changes_over_at_the_boundary():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """run.yaml of a run whose folder holds a second teacher."""
-    from rcm_megatron.checkpoint.convert import export_diffusers
+    from rcm_megatron.checkpoint.convert import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
 
     folder = tmp_path_factory.mktemp("tiny")
     config, model = write_tiny_run(folder), model_config()
-    export_diffusers(seeded_weights(model, seed=6).items(), model, folder / "low_noise")
+    write_checkpoint(seeded_weights(model, seed=6).items(), model, folder / "low_noise")
     return config
 
 

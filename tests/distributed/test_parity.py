@@ -18,7 +18,6 @@ from rcm_megatron.config import (
     DistillationConfig,
     EncodersConfig,
     LatentConfig,
-    ModelConfig,
     NetworkConfig,
     ParallelConfig,
     PrecisionConfig,
@@ -44,19 +43,9 @@ from tests.distributed.layouts import (
     pairs_of,
 )
 from tests.helpers import assert_close
+from tests.networks import wan
 
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=48,
-    num_heads=HEADS,
-    ffn_hidden_size=72,
-    in_channels=3,
-    out_channels=3,
-    patch_size=(1, 2, 2),
-    text_dim=10,
-    text_len=5,
-    freq_dim=26,
-)
+MODEL = wan(num_heads=HEADS, text_len=5)
 SEEDS = {"student": 1, "teacher": 2, "fake_score": 3}
 LATENT = LatentConfig(channels=3, frames=3, height=6, width=10)
 

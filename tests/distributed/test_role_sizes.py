@@ -90,7 +90,7 @@ def test_one_rank_equals_diffusers(references, sizes):
 
 def in_diffusers_names(quantities, model):
     """Gradients by the names of diffusers' parameters; losses and tangent norms as they are."""
-    from rcm_megatron.checkpoint.formats import from_internal
+    from rcm_megatron.checkpoint.translate import from_internal
 
     prefix = "gradient of "
     internal = {name.removeprefix(prefix): v for name, v in quantities.items() if name.startswith(prefix)}

@@ -9,15 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rcm_megatron.config import WanConfig
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.inputs import Condition
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import Layout
 
-WAN = WanConfig(condition_channels=4, image_dim=7, image_positions=9, conditional_frames=True)
-MODEL = replace(test_parity.MODEL, num_layers=4, wan=WAN)
+WAN = {"condition_channels": 4, "image_dim": 7, "image_positions": 9, "conditional_frames": True}
+MODEL = replace(test_parity.MODEL, num_layers=4, **WAN)
 OBJECTIVES = ("scm", "dmd", "fake_score")
 LAYOUTS = (Layout(tp=2, ring=2), Layout(ulysses=2, pp=2), Layout(pp=2, vpp=2))
 
@@ -27,14 +26,14 @@ def condition_of(layout, rows):
     from rcm_megatron.models.tokens import TokenLayout
 
     draws, latent = SeededDraws(97, 0, rows), layout.latent_shape
-    channels = (WAN.condition_channels, *latent[1:])
+    channels = (MODEL.condition_channels, *latent[1:])
     return Condition(
         x0_SBP=layout.shard(draws.normal("x0", latent)),
         frames_B=(3 * draws.uniform("frames")).long(),
         channels_SBE=TokenLayout(channels, layout.patch, groups=layout.groups).shard(
             draws.normal("channels", channels)
         ),
-        image_LBD=draws.normal("image", (WAN.image_positions, WAN.image_dim)).transpose(0, 1).contiguous(),
+        image_LBD=draws.normal("image", (MODEL.image_positions, MODEL.image_dim)).transpose(0, 1).contiguous(),
     )
 
 
@@ -71,7 +70,7 @@ def one_rank():
 
 
 def test_every_parameter_has_a_gradient(one_rank):
-    from rcm_megatron.checkpoint.formats import internal_shapes
+    from rcm_megatron.checkpoint.translate import internal_shapes
 
     for objective in OBJECTIVES:
         gradients = {

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from rcm_megatron.config import ModelConfig, load_config
+from rcm_megatron.config import build, load_config
+from rcm_megatron.families.wan.settings import WanModelConfig
 
 STEPS = 20
 MODEL = {
+    "family": "wan",
     "num_layers": 2,
     "hidden_size": 48,
     "num_heads": 4,
@@ -35,7 +37,7 @@ def write_tiny_run(folder, *, sizes=None, **changes):
     """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path.
 
     `changes`: other fields of MODEL. `sizes`: {role: what of `model` differs}; then each network has random weights of its own."""
-    from rcm_megatron.checkpoint.convert import export_diffusers
+    from rcm_megatron.checkpoint.convert import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
     from tools.quickstart.build_dataset import write_digits_dataset
 
@@ -44,7 +46,7 @@ def write_tiny_run(folder, *, sizes=None, **changes):
     config = tiny_config(folder, **changes)
     for seed, role in enumerate(config["networks"] if sizes else ("teacher",), start=5):
         own = replace(model, **sizes.get(role, {})) if sizes else model
-        export_diffusers(seeded_weights(own, seed=seed).items(), own, folder / role)
+        write_checkpoint(seeded_weights(own, seed=seed).items(), own, folder / role)
         if sizes:
             config["networks"][role] |= {"init": str(folder / role), "model": sizes.get(role)}
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -52,7 +54,7 @@ def write_tiny_run(folder, *, sizes=None, **changes):
 
 
 def model_config(**changes):
-    return ModelConfig(**(MODEL | {"patch_size": tuple(MODEL["patch_size"])} | changes))
+    return build(WanModelConfig, MODEL | changes)
 
 
 def tiny_config(folder, **changes):

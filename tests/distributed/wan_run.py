@@ -12,25 +12,24 @@ CLIP_TEXT_LEN = 512
 """With CLIP tokens: diffusers takes what comes before the last 512 for the image's."""
 LATENT = {"channels": 16, "frames": 2, "height": 4, "width": 6}
 KINDS = {
-    "t2v": None,
+    "t2v": {},
     "i2v": {"condition_channels": 20, "image_dim": IMAGE_DIM},
     "i2v_2.2": {"condition_channels": 20},
     "ti2v": {"conditional_frames": True},
 }
-"""`model.wan`: nothing given, an image beside the latent with and without CLIP's features, an image in the first frame's place."""
+"""What `model` says of images: nothing, an image beside the latent with and without CLIP's features, or in the first frame's place."""
 
 
 def write_wan_run(folder, kind="t2v"):
     """run.yaml of such a run, with its data, in `folder`."""
-    from rcm_megatron.checkpoint.convert import export_diffusers
+    from rcm_megatron.checkpoint.convert import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
 
     write_encoders(folder / "wan", text_dim=TEXT_DIM)
-    wan = KINDS[kind]
     config = tiny_config(folder)
     shape = {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": TEXT_DIM}
     shape["text_len"] = CLIP_TEXT_LEN if kind == "i2v" else TEXT_LEN
-    config |= {"model": config["model"] | shape | {"wan": wan}, "latent": LATENT}
+    config |= {"model": config["model"] | shape | KINDS[kind], "latent": LATENT}
     config["encoders"] = {"video": "wan_vae", "text": "umt5", "folder": str(folder / "wan")}
     if kind == "i2v":
         write_image_encoder(folder / "wan", image_dim=IMAGE_DIM)
@@ -40,7 +39,7 @@ def write_wan_run(folder, kind="t2v"):
     config["sampling"] = {"num_samples": 1, "student_steps": [2], "teacher_steps": 2}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     model = load_config(folder / "run.yaml").model
-    export_diffusers(seeded_weights(model, seed=5).items(), model, folder / "teacher")
+    write_checkpoint(seeded_weights(model, seed=5).items(), model, folder / "teacher")
     write_latents(folder / "data", kind)
     return folder / "run.yaml"
 

@@ -88,17 +88,24 @@ def one_rank():
 
 def test_what_waits_on_the_host_leaves_the_device(one_rank):
     """Teacher in host memory: a pass is bit-equal, and between passes the device holds none of it. Adam's state: 12 bytes a parameter."""
-    from rcm_megatron.config import LatentConfig, ModelConfig, OptimizerConfig, ParallelConfig
+    from rcm_megatron.config import LatentConfig, OptimizerConfig, ParallelConfig
     from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.networks.sharding import shard_weights
     from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.training.memory import OptimizerOffload
     from rcm_megatron.training.optimizer import build_optimizer, optimizer_step, wrap_ddp, zero_gradients
+    from tests.networks import wan
 
-    model = ModelConfig(
-        num_layers=4, hidden_size=512, num_heads=8, ffn_hidden_size=2048, in_channels=16, out_channels=16,
-        patch_size=(1, 2, 2), text_dim=256, text_len=64,
-    )  # fmt: skip
+    model = wan(
+        num_layers=4,
+        hidden_size=512,
+        num_heads=8,
+        ffn_hidden_size=2048,
+        channels=16,
+        text_dim=256,
+        text_len=64,
+        freq_dim=256,
+    )
     latent = LatentConfig(channels=16, frames=4, height=32, width=32)
 
     def network():

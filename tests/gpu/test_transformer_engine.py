@@ -9,9 +9,10 @@ import importlib.util
 import pytest
 import torch
 
-from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from rcm_megatron.config import LatentConfig, ParallelConfig, PrecisionConfig
 from rcm_megatron.dual import Dual
 from tests.helpers import assert_close, relative_error
+from tests.networks import wan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,18 +23,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=512,
-    num_heads=4,
-    ffn_hidden_size=1408,
-    in_channels=16,
-    out_channels=16,
-    patch_size=(1, 2, 2),
-    text_dim=64,
-    text_len=48,
-    freq_dim=256,
-)
+MODEL = wan(hidden_size=512, ffn_hidden_size=1408, channels=16, text_dim=64, text_len=48, freq_dim=256)
 LATENT = LatentConfig(channels=16, frames=3, height=14, width=26)
 """273 tokens, padded to 288 for FP8."""
 BATCH = 2

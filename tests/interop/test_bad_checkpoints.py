@@ -3,16 +3,18 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint import configs
-from rcm_megatron.checkpoint.convert import convert, export_diffusers
+from rcm_megatron.checkpoint.convert import convert, write_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import from_internal, internal_shapes, to_internal
+from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.sources import open_checkpoint, source_from_tensors
+from rcm_megatron.checkpoint.translate import from_internal, internal_shapes, to_internal
+from rcm_megatron.errors import UserError
 from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -182,10 +184,10 @@ def test_configurations_that_are_not_this_network(broken, tiny):
 
 
 def test_heads_that_do_not_match(tiny):
-    three = configs.ModelConfig(**{**vars(CONFIG), "num_heads": 3})
+    three = replace(CONFIG, num_heads=3)
     with pytest.raises(CheckpointError, match=r"num_heads=4 \(the run has 3\)"):
         to_internal(open_checkpoint(tiny[0]), three)
-    five = configs.ModelConfig(**{**vars(CONFIG), "num_heads": 5})
+    five = replace(CONFIG, num_heads=5)
     with pytest.raises(CheckpointError, match="hidden_size=24 must divide by num_heads=5"):
         from_internal({}, five, "wan")
     fails(tiny[0], "config.json says num_heads=4; drop the override", model_fields={"num_heads": 3})
@@ -203,7 +205,7 @@ def test_internal_tensors_exactly_once():
     with pytest.raises(CheckpointError, match=r"'head.linear.bias': got shape \[11\], need \[12\]"):
         list(from_internal({"head.linear.bias": torch.zeros(11)}, CONFIG, "wan"))
     assert len(list(from_internal(pairs[:3], CONFIG, "wan", partial=True))) == 3
-    with pytest.raises(CheckpointError, match="unknown format 'difusers' .nearest: 'diffusers'"):
+    with pytest.raises(UserError, match="unknown checkpoint format 'difusers'; did you mean diffusers"):
         from_internal(full, CONFIG, "difusers")
 
 
@@ -243,7 +245,7 @@ def test_interrupted_export_leaves_nothing(tiny, tmp_path, force):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_diffusers(interrupted(), CONFIG, target, max_shard_bytes=10_000, force=force)
+        write_checkpoint(interrupted(), CONFIG, target, WriteOptions(max_shard_bytes=10_000, force=force))
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if force else [])
     assert before == ({path.name: path.read_bytes() for path in target.iterdir()} if force else {})
 

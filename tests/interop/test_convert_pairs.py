@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.formats import FAMILIES
+from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.config import CosmosConfig
+from rcm_megatron.families import family_of
 from tests.interop.test_cosmos_checkpoints import CONFIG as COSMOS
 from tests.interop.test_cosmos_checkpoints import save_tiny as save_cosmos
 from tests.interop.test_wan_image_checkpoints import KINDS as IMAGE_KINDS
@@ -28,9 +28,9 @@ def save(kind, folder):
         return save_tiny(folder), WAN
     if kind == "cosmos_v2w":
         return save_cosmos(folder), COSMOS
-    own = CosmosConfig(adaln_lora_dim=5, rope_scale=(1.0, 4.0, 3.0))
-    changes = {"in_channels": 3, "max_size": own.max_size, "extra_pos_embed_type": None}
-    return save_cosmos(folder, **changes), replace(COSMOS, cosmos=own, rope_max_seq_len=128)
+    own = {"max_size": (128, 240, 240)}
+    state = save_cosmos(folder, in_channels=3, extra_pos_embed_type=None, **own)
+    return state, replace(COSMOS, conditional_frames=False, learnable_positions=False, rope_max_seq_len=128, **own)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -39,8 +39,8 @@ def network(request, tmp_path_factory):
     home = tmp_path_factory.mktemp(request.param)
     state, config = save(request.param, home / "diffusers")
     paths = {"diffusers": home / "diffusers"}
-    for form in (*FAMILIES[config.family], "torch_dist"):
-        if form != "diffusers":
+    for form in FORMATS:
+        if form != "diffusers" and FORMATS[form].naming(family_of(config)) is not None:
             paths[form] = home / (f"{form}.pt" if form in FILES else form)
             run(paths["diffusers"], paths[form], form, config)
     return state, config, paths
@@ -50,10 +50,10 @@ def run(source, target, form, config):
     """Convert, giving what a file without config.json does not say; the network must be the one that it was."""
     overrides = {}
     if source.suffix:
-        overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.cosmos.rope_scale}
+        overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.rope_scale}
     got = convert(source, target, target_format=form, model_fields=overrides, progress=False)
     if config.family == "cosmos":
-        got = replace(got, cosmos=replace(got.cosmos, qk_norm_eps=config.cosmos.qk_norm_eps))
+        got = replace(got, qk_norm_eps=config.qk_norm_eps)
     assert got == config
 
 
@@ -85,7 +85,7 @@ def test_dtypes_that_are_asked_for(network, tmp_path, dtype):
     state, config, paths = network
     for source in paths:
         target = tmp_path / source
-        overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.cosmos.rope_scale}
+        overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.rope_scale}
         overrides = overrides if paths[source].suffix else {}
         convert(paths[source], target, target_format="diffusers", dtype=dtype, model_fields=overrides, progress=False)
         assert_same_tensors({name: value.to(dtype) for name, value in state.items()}, dict(open_checkpoint(target)))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from rcm_megatron.checkpoint import configs
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.formats import KEY_MAPS, from_internal, internal_shapes, to_internal
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.checkpoint.translate import entries_for, from_internal, internal_shapes, to_internal
 from tests.helpers import GOLDEN
 from tests.interop.wan_networks import CONFIG, TINY, assert_same_tensors, save_tiny
+from tests.networks import config_of, model_of
 
 
 def run(source, target, target_format, **options):
@@ -143,7 +143,7 @@ def test_dtype_is_kept_unless_asked_for(tiny, tmp_path):
 
 def test_golden_weights_and_gradients_convert_with_one_map():
     weights = open_checkpoint(GOLDEN / "nvlabs_rcm_small.safetensors", prefix="student/")
-    config = configs.ModelConfig(**weights.model_fields(overrides={"num_heads": 4}))
+    config = weights.model_config(overrides={"num_heads": 4})
     assert (config.hidden_size, config.num_layers, config.text_dim, config.freq_dim) == (64, 2, 32, 64)
     back = dict(from_internal(to_internal(weights, config), config, "nvlabs"))
     assert_same_tensors({f"net.{name}": tensor for name, tensor in weights.items()}, back)
@@ -155,7 +155,7 @@ def test_golden_weights_and_gradients_convert_with_one_map():
 
 @pytest.mark.parametrize("form", ["diffusers", "wan", "nvlabs", "internal"])
 def test_every_map_is_a_bijection(form):
-    entries = KEY_MAPS[form].entries(CONFIG)
+    entries = entries_for(form, CONFIG)
     external = [name for entry in entries.values() for name in entry.external]
     assert len(external) == len(set(external))
     assert set(entries) == set(internal_shapes(CONFIG))
@@ -165,15 +165,12 @@ def test_every_map_is_a_bijection(form):
 def test_configurations_translate_both_ways(tiny):
     folder, _ = tiny
     stored = json.loads((folder / "config.json").read_text())
-    written = configs.diffusers_config(CONFIG)
+    written = config_of("diffusers", CONFIG)
     assert {k: v for k, v in written.items() if k[0] != "_"} == {k: v for k, v in stored.items() if k[0] != "_"}
-    assert (
-        configs.ModelConfig(**configs.model_config_from_diffusers({**TINY, "_class_name": "WanTransformer3DModel"}))
-        == CONFIG
-    )
-    assert configs.ModelConfig(**configs.model_config_from_wan(configs.wan_config(CONFIG))) == CONFIG
+    assert model_of("wan", "diffusers", {**TINY, "_class_name": "WanTransformer3DModel"}) == CONFIG
+    assert model_of("wan", "wan", config_of("wan", CONFIG)) == CONFIG
     released = {"_class_name": "WanModel", "dim": 1536, "eps": 1e-06, "ffn_dim": 8960, "freq_dim": 256, "in_dim": 16}
     released |= {"model_type": "t2v", "num_heads": 12, "num_layers": 30, "out_dim": 16, "text_len": 512}
-    fields = configs.model_config_from_wan(released)
-    assert fields["text_dim"] == 4096
-    assert fields["patch_size"] == (1, 2, 2)
+    model = model_of("wan", "wan", released)
+    assert model.text_dim == 4096
+    assert model.patch_size == (1, 2, 2)

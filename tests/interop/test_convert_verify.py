@@ -9,6 +9,7 @@ from diffusers.models.transformers import transformer_cosmos
 
 from rcm_megatron.checkpoint import convert as conversion
 from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.cli.main import main
 from rcm_megatron.inference import verify
@@ -93,7 +94,7 @@ def test_a_conversion_that_errs_leaves_nothing(folder, tmp_path, monkeypatch, ca
 def test_rounding_is_not_an_error_and_what_is_beside_it_is(folder, tmp_path, monkeypatch):
     """The reference is the source rounded to the dtype: an error far below bf16's own is found."""
     source = open_checkpoint(folder)
-    model = conversion.ModelConfig(**source.model_fields())
+    model = source.model_config()
     check = verify.verify_conversion(source, model, torch.bfloat16)
     conversion.convert(folder, tmp_path / "bf16", target_format="diffusers", dtype="bf16", progress=False)
     check(tmp_path / "bf16")
@@ -117,7 +118,8 @@ def export_with_other_numbers(config, target):
     from rcm_megatron.config import load_config
     from rcm_megatron.inference import export
 
-    export.diffusers_forward = lambda *_, **__: torch.ones(2, 1, 4, 16, 16, dtype=torch.float64)
+    other = torch.ones(2, 1, 4, 16, 16, dtype=torch.float64)
+    FORMATS["diffusers"].forward = lambda *_, **__: other
     run = load_config(config, ["parallel.pp=2"])
     with pytest.raises(CheckpointError) as caught:
         export.export(run, ExportRequest(weights="teacher", output=target, verify=True))

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from diffusers import CosmosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint import configs
-from rcm_megatron.checkpoint.convert import convert, export_diffusers, gather_full, load_into
+from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import entries_for, from_internal, to_internal
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig, load_config
+from rcm_megatron.checkpoint.translate import entries_for, from_internal, to_internal
+from rcm_megatron.config import LatentConfig, ParallelConfig, load_config
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import assert_same_tensors
+from tests.networks import config_of, cosmos, model_of
 
 TINY = {
     "in_channels": 4,
@@ -31,26 +31,12 @@ TINY = {
     "rope_scale": (1.0, 4.0, 3.0),
     "extra_pos_embed_type": "learnable",
 }
-CONFIG = ModelConfig(
-    family="cosmos",
-    cosmos=CosmosConfig(
-        adaln_lora_dim=5,
-        rope_scale=(1.0, 4.0, 3.0),
-        max_size=(3, 4, 6),
-        conditional_frames=True,
-        learnable_positions=True,
-    ),
+CONFIG = cosmos(
     num_layers=3,
-    hidden_size=48,
-    num_heads=4,
-    ffn_hidden_size=72,
-    in_channels=3,
-    out_channels=3,
-    patch_size=(1, 2, 2),
-    text_dim=10,
-    text_len=512,
-    freq_dim=48,
-    cross_attn_norm=False,
+    adaln_lora_dim=5,
+    max_size=(3, 4, 6),
+    conditional_frames=True,
+    learnable_positions=True,
     rope_max_seq_len=3,
 )
 
@@ -118,30 +104,30 @@ def test_a_wrong_key_is_named(tiny, tmp_path, change):
     save_file(tensors, tmp_path / "bad" / file.name)
     (tmp_path / "bad" / "config.json").write_text((folder / "config.json").read_text())
     target = "wan" if change == "wan" else "internal"
-    with pytest.raises(CheckpointError, match=r"cosmos network" if change == "wan" else r"norm2\.linear"):
+    with pytest.raises(CheckpointError, match=r"Cosmos-Predict2 network" if change == "wan" else r"norm2\.linear"):
         run(tmp_path / "bad", tmp_path / "out", target)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_foreign_network_is_refused(tiny):
     config = json.loads((tiny[0] / "config.json").read_text())
-    assert ModelConfig(**configs.model_config_from_diffusers(config)) == CONFIG
+    assert model_of("cosmos", "diffusers", config) == CONFIG
     for change in ({"img_context_dim_in": 7}, {"use_crossattn_projection": True}, {"in_channels": 9}):
         with pytest.raises(CheckpointError, match=next(iter(change))):
-            configs.model_config_from_diffusers(config | change)
+            model_of("cosmos", "diffusers", config | change)
 
 
 def test_released_configurations():
     """What diffusers' conversion script writes for the releases."""
     released = {"num_attention_heads": 16, "rope_scale": [1.0, 4.0, 4.0], "extra_pos_embed_type": None}
     config = {"_class_name": "CosmosTransformer3DModel", **released}
-    model = ModelConfig(**configs.model_config_from_diffusers(config))
+    model = model_of("cosmos", "diffusers", config)
     assert (model.hidden_size, model.ffn_hidden_size, model.num_layers, model.text_dim) == (2048, 8192, 28, 1024)
     assert model.embedded_channels == 17
-    video = ModelConfig(**configs.model_config_from_diffusers({**config, "in_channels": 17}))
+    video = model_of("cosmos", "diffusers", {**config, "in_channels": 17})
     assert video.embedded_channels == 18
     assert video.in_channels == 16
-    assert video.cosmos.conditional_frames
+    assert video.conditional_frames
 
 
 RELEASED = {
@@ -172,8 +158,8 @@ def test_shipped_configurations_are_the_releases(name):
     shapes = {key: entry.external_shape for entry in entries for key in entry.external}
     assert shapes == {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     assert sum(math.prod(shape) for shape in shapes.values()) == pytest.approx(parameters, rel=0.03)
-    assert model.cosmos.rope_fps is None, "rope_enable_fps_modulation=False in cosmos_predict2/configs/base"
-    written = configs.diffusers_config(model)
+    assert model.rope_fps is None, "rope_enable_fps_modulation=False in cosmos_predict2/configs/base"
+    written = config_of("diffusers", model)
     for key, value in network.config.items():
         if key in written and not key.startswith("_"):
             assert written[key] == (list(value) if isinstance(value, tuple) else value), key
@@ -190,7 +176,7 @@ def load_and_export(folder, target, parallel):
     place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": parallel.pp > 1}
     load_into(chunks, open_checkpoint(folder), model_config=CONFIG, **place)
     whole = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp)
-    export_diffusers(whole, CONFIG, target, is_writer=dist.get_rank() == 0)
+    write_checkpoint(whole, CONFIG, target, is_writer=dist.get_rank() == 0)
 
 
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"tp": 2, "pp": 2}], ids=["tp2", "tp2_pp2"])

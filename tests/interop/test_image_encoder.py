@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.config import ConfigError, EncodersConfig, WanConfig
-from rcm_megatron.inference.conditioning import with_mask
+from rcm_megatron.config import ConfigError, EncodersConfig
+from rcm_megatron.families import FAMILIES
 from rcm_megatron.models.encoders import (
     CLIPImageEncoder,
     EncoderError,
@@ -25,9 +25,10 @@ from rcm_megatron.models.encoders import (
     load_image,
 )
 from tests.helpers import assert_close
+from tests.networks import wan
 from tests.wan_encoders import write_encoders, write_image_encoder
 
-WAN = WanConfig(condition_channels=20, image_dim=24)
+WAN = wan(condition_channels=20, image_dim=24).image
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_latents_equal_the_pipelines(checkpoint, pipeline, expand_timesteps):
     with torch.no_grad():
         _, condition, *_ = pipeline.prepare_latents(expected_pixels, *size)
     latent = image_latent(WanVideoEncoder(checkpoint / "vae"), pixels, frames=1 if expand_timesteps else 3)
-    ours = latent[None] if expand_timesteps else with_mask(latent[None])
+    ours = latent[None] if expand_timesteps else FAMILIES["wan"].image_channels(latent[None])
     assert ours.shape == ((1, 16, 1, 2, 4) if expand_timesteps else (1, 20, 3, 2, 4))
     assert_close("condition", condition[:1], ours, rel=1e-6)
     whole = image_latent(WanVideoEncoder(checkpoint / "vae"), pixels, frames=3)
@@ -138,7 +139,7 @@ def test_missing_and_unfit_files_are_named_before_anything_is_loaded(checkpoint,
     with pytest.raises(EncoderError, match="preprocessor_config.json is missing; take the image_processor/ folder"):
         CLIPImageEncoder(copy)
     with pytest.raises(EncoderError, match=r"features \(257, 24\) of an image in \[L, D\], need \(257, 32\)"):
-        build_image_encoder(config(checkpoint), WanConfig(image_dim=32))
+        build_image_encoder(config(checkpoint), wan(image_dim=32).image)
     with pytest.raises(EncoderError, match="got encoders.image=none"):
         build_image_encoder(config(checkpoint, image="none"), WAN)
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.convert import convert, export_diffusers, gather_full, load_into, local_parameters
+from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, local_parameters, write_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import to_internal
+from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
+from rcm_megatron.checkpoint.translate import to_internal
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import CONFIG, RankModel, assert_same_tensors, split_dim
 
@@ -100,7 +101,7 @@ def gather_on_rank(path, target):
     """Load a slice, gather weights in bf16 and as they are, export; runs on each of two ranks."""
     model, rank = RankModel(tp_size=2), dist.get_rank()
     load_into(model, open_checkpoint(path), model_config=CONFIG, tp_rank=rank, tp_size=2)
-    export_diffusers(gather_full(model, tp_group=dist.group.WORLD), CONFIG, target, is_writer=rank == 0)
+    write_checkpoint(gather_full(model, tp_group=dist.group.WORLD), CONFIG, target, is_writer=rank == 0)
     low = dict(gather_full(model, tp_group=dist.group.WORLD, getter=lambda parameter: parameter.bfloat16() * 2))
     return low if rank == 0 else sum(value is not None for value in low.values())
 
@@ -119,9 +120,8 @@ def test_export_holds_no_alias_of_the_model(sources, tmp_path):
     model = RankModel()
     load_into(model, open_checkpoint(sources["internal"]), model_config=CONFIG)
     metadata = {"step": 7}
-    export_diffusers(
-        gather_full(model, tp_group=None), CONFIG, tmp_path / "out", dtype=torch.float16, metadata=metadata
-    )
+    options = WriteOptions(dtype=torch.float16, metadata=metadata)
+    write_checkpoint(gather_full(model, tp_group=None), CONFIG, tmp_path / "out", options)
     source = open_checkpoint(tmp_path / "out")
     assert source.metadata == {"format": "pt", "step": "7"}
     assert source["proj_out.weight"].dtype == torch.float16

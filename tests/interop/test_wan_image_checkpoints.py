@@ -9,24 +9,26 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint import configs
-from rcm_megatron.checkpoint.convert import convert, export_diffusers, gather_full, load_into
+from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import KEY_MAPS, internal_shapes
+from rcm_megatron.checkpoint.recognise import check_same_network
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, WanConfig, load_config
+from rcm_megatron.checkpoint.translate import entries_for, internal_shapes
+from rcm_megatron.config import LatentConfig, ParallelConfig, load_config
+from rcm_megatron.families import FAMILIES
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
+from tests.networks import config_of, model_of
 
 CLIP = {"image_dim": 8, "added_kv_proj_dim": 24}
 KINDS = {
-    "wan2.1_i2v": ({"in_channels": 7, **CLIP}, WanConfig(condition_channels=4, image_dim=8)),
+    "wan2.1_i2v": ({"in_channels": 7, **CLIP}, {"condition_channels": 4, "image_dim": 8}),
     "flf2v": (
         {"in_channels": 7, **CLIP, "pos_embed_seq_len": 6},
-        WanConfig(condition_channels=4, image_dim=8, image_positions=6),
+        {"condition_channels": 4, "image_dim": 8, "image_positions": 6},
     ),
-    "wan2.2_i2v": ({"in_channels": 8}, WanConfig(condition_channels=5)),
-    "ti2v": ({"in_channels": 48, "out_channels": 48}, WanConfig(conditional_frames=True)),
+    "wan2.2_i2v": ({"in_channels": 8}, {"condition_channels": 5}),
+    "ti2v": ({"in_channels": 48, "out_channels": 48}, {"conditional_frames": True}),
 }
 """Name -> what it changes in the tiny text-to-video network of diffusers, and in ours."""
 
@@ -35,7 +37,7 @@ def save(name, folder):
     """(name, folder, state dict, our configuration)."""
     changes, wan = KINDS[name]
     channels = changes.get("out_channels", 3)
-    config = replace(CONFIG, wan=wan, in_channels=channels, out_channels=channels)
+    config = replace(CONFIG, **wan, in_channels=channels, out_channels=channels)
     return name, folder, save_tiny(folder, **changes), config
 
 
@@ -71,12 +73,12 @@ def test_internal_folder_keeps_the_configuration(saved, tmp_path):
 
 def test_every_map_is_a_bijection(saved):
     _, _, state, config = saved
-    for form, key_map in KEY_MAPS.items():
-        entries = key_map.entries(config)
+    for form in ("diffusers", "wan", "nvlabs", "internal"):
+        entries = entries_for(form, config)
         external = [name for entry in entries.values() for name in entry.external]
         assert len(external) == len(set(external)), form
         assert entries.keys() == internal_shapes(config).keys()
-    shapes = {name: e.external_shape for e in KEY_MAPS["diffusers"].entries(config).values() for name in e.external}
+    shapes = {name: e.external_shape for e in entries_for("diffusers", config).values() for name in e.external}
     assert shapes == {name: tuple(value.shape) for name, value in state.items()}
 
 
@@ -91,7 +93,7 @@ def load_and_export(folder, target, config, parallel):
     place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": parallel.pp > 1}
     load_into(chunks, open_checkpoint(folder), model_config=config, **place)
     whole = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp)
-    export_diffusers(whole, config, target, is_writer=dist.get_rank() == 0)
+    write_checkpoint(whole, config, target, is_writer=dist.get_rank() == 0)
 
 
 def test_loaded_on_a_layout_and_exported_is_bit_exact(tmp_path):
@@ -109,21 +111,21 @@ RELEASES = {
     "Wan2.1-I2V-14B": (
         LARGE | {"model_type": "i2v", "in_dim": 36},
         WITH_CLIP,
-        WanConfig(condition_channels=20, image_dim=1280),
+        {"condition_channels": 20, "image_dim": 1280},
     ),
     "Wan2.1-FLF2V-14B": (
         LARGE | {"model_type": "flf2v", "in_dim": 36},
         WITH_CLIP | {"img_emb.emb_pos": (1, 514, 1280)},
-        WanConfig(condition_channels=20, image_dim=1280, image_positions=514),
+        {"condition_channels": 20, "image_dim": 1280, "image_positions": 514},
     ),
-    "Wan2.2-T2V-A14B": (LARGE | {"model_type": "t2v", "in_dim": 16}, {}, None),
-    "Wan2.2-I2V-A14B": (LARGE | {"model_type": "i2v", "in_dim": 36}, {}, WanConfig(condition_channels=20)),
+    "Wan2.2-T2V-A14B": (LARGE | {"model_type": "t2v", "in_dim": 16}, {}, {}),
+    "Wan2.2-I2V-A14B": (LARGE | {"model_type": "i2v", "in_dim": 36}, {}, {"condition_channels": 20}),
     "Wan2.2-TI2V-5B": (
         RELEASED
         | {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30}
         | {"model_type": "ti2v", "in_dim": 48, "out_dim": 48},
         {},
-        WanConfig(conditional_frames=True),
+        {"conditional_frames": True},
     ),
 }
 
@@ -131,13 +133,14 @@ RELEASES = {
 @pytest.mark.parametrize("name", RELEASES)
 def test_configurations_of_the_releases(name):
     released, shapes, wan = RELEASES[name]
-    model = ModelConfig(**configs.model_config_from_wan(released, shapes))
-    assert model.wan == wan
+    model = model_of("wan", "wan", released, shapes)
+    assert {name: getattr(model, name) for name in wan} == wan
+    assert model.image.channels == wan.get("condition_channels", 0)
     assert model.in_channels == model.out_channels == released["out_dim"]
     assert model.embedded_channels == released["in_dim"]
-    written = configs.wan_config(model)
+    written = config_of("wan", model)
     assert {key: written[key] for key in released} == released
-    assert ModelConfig(**configs.model_config_from_diffusers(configs.diffusers_config(model))) == model
+    assert model_of("wan", "diffusers", config_of("diffusers", model)) == model
 
 
 SHIPPED = {
@@ -152,20 +155,21 @@ SHIPPED = {
 def test_shipped_configurations_are_the_releases(name):
     released, shapes, _ = RELEASES[SHIPPED[name]]
     model = load_config(f"model_configs/{name}.yaml").model
-    assert (model.wan or WanConfig()) == (configs.model_config_from_wan(released, shapes)["wan"] or WanConfig())
-    configs.check_same_network(configs.model_config_from_wan(released, shapes), model, where=name)
+    found = model_of("wan", "wan", released, shapes)
+    assert found == model
+    check_same_network(found, model, where=name)
 
 
 def test_heads_of_the_releases_are_known_from_their_width():
     for hidden, heads in ((3072, 24), (5120, 40)):
-        shapes = {name: e.external_shape for e in KEY_MAPS["wan"].entries(CONFIG).values() for name in e.external}
+        shapes = {name: e.external_shape for e in entries_for("wan", CONFIG).values() for name in e.external}
         shapes["patch_embedding.weight"] = (hidden, 3, 1, 2, 2)
-        assert configs.model_config_from_shapes(shapes)["num_heads"] == heads
+        assert FAMILIES["wan"].namings["wan"].read_shapes(shapes, {})["num_heads"] == heads
 
 
 def test_other_kinds_of_wan_are_refused():
     with pytest.raises(CheckpointError, match="model_type='vace'; need one of t2v, i2v, flf2v, ti2v"):
-        configs.model_config_from_wan(LARGE | {"model_type": "vace"})
+        model_of("wan", "wan", LARGE | {"model_type": "vace"})
 
 
 def test_the_norm_that_no_network_uses_is_passed_over(tmp_path):
@@ -183,12 +187,9 @@ def test_the_norm_that_no_network_uses_is_passed_over(tmp_path):
 def test_a_run_chooses_whether_frames_are_given(saved):
     """No weight shows it: the same file serves a run with given frames and one without. Any other difference is an error."""
     _, folder, _, config = saved
-    fields, wan = open_checkpoint(folder).model_fields(), config.wan
+    found = open_checkpoint(folder).model_config()
     for given in (False, True):
-        configs.check_same_network(fields, replace(config, wan=replace(wan, conditional_frames=given)), where="file")
-    other = replace(config, wan=replace(wan, condition_channels=wan.condition_channels + 1))
-    with pytest.raises(CheckpointError, match=r"file holds another network: wan="):
-        configs.check_same_network(fields, other, where="file")
-    if replace(wan, conditional_frames=False) != WanConfig():
-        with pytest.raises(CheckpointError, match=r"file holds another network: wan="):
-            configs.check_same_network(fields, replace(config, wan=None), where="file")
+        check_same_network(found, replace(config, conditional_frames=given), where="file")
+    other = replace(config, condition_channels=config.condition_channels + 1)
+    with pytest.raises(CheckpointError, match=r"file holds another network: condition_channels="):
+        check_same_network(found, other, where="file")

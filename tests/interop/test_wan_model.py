@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.convert import export_diffusers, gather_full, load_into
+from rcm_megatron.checkpoint.convert import gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import LatentConfig, ParallelConfig
 from tests.distributed.harness import run_ranks
@@ -34,7 +34,7 @@ def forward_and_export(folder, target):
     with torch.no_grad():
         v_SBP = model(model.layout.shard(x_BCTHW), torch.tensor([TIMES]), text_BLD.transpose(0, 1).contiguous())
         v_BCTHW = model.layout.gather(v_SBP)
-    export_diffusers(gather_full(model, tp_group=groups.tp), CONFIG, target, is_writer=groups.tp_rank == 0)
+    write_checkpoint(gather_full(model, tp_group=groups.tp), CONFIG, target, is_writer=groups.tp_rank == 0)
     return v_BCTHW
 
 

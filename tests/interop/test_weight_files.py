@@ -109,7 +109,7 @@ def test_the_root_of_a_hugging_face_cache(tiny, tmp_path):
     for path in (one, one / "snapshots", one / "snapshots" / "abc", one / "snapshots" / "abc" / "transformer" / NAME):
         opened = open_checkpoint(path)
         assert_same_tensors(tiny[1], dict(opened))
-        assert opened.model_fields()["num_heads"] == 4
+        assert opened.model_config().num_heads == 4
     two = hub(tmp_path / "two", ["abc", "def"], main="def")
     with pytest.raises(
         CheckpointError, match="2 snapshots; refs/main is def; pass one of them: .*/snapshots/abc, .*def"
@@ -124,18 +124,18 @@ def test_one_network_however_it_is_named(tmp_path, name):
     tensors = load_file(tmp_path / "hf" / NAME)
     (tmp_path / "hf" / NAME).unlink()
     torch.save(tensors, tmp_path / "hf" / name) if name.endswith(".pt") else save_file(tensors, tmp_path / "hf" / name)
-    fields = [open_checkpoint(path).model_fields() for path in (tmp_path / "hf", tmp_path / "hf" / name)]
-    assert fields[0] == fields[1]
-    assert (fields[0]["num_heads"], fields[0]["eps"]) == (2, 1e-3)
+    models = [open_checkpoint(path).model_config() for path in (tmp_path / "hf", tmp_path / "hf" / name)]
+    assert models[0] == models[1]
+    assert (models[0].num_heads, models[0].eps) == (2, 1e-3)
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "hf" / name)))
     with pytest.raises(CheckpointError, match="config.json says num_heads=2; drop the override"):
-        open_checkpoint(tmp_path / "hf" / name).model_fields(overrides={"num_heads": 4})
+        open_checkpoint(tmp_path / "hf" / name).model_config(overrides={"num_heads": 4})
 
 
 def test_a_config_in_another_naming_than_the_weights(tmp_path):
     """A release's or NVlabs' file beside diffusers' config.json."""
     save_tiny(tmp_path / "hf", eps=1e-3)
-    expected = open_checkpoint(tmp_path / "hf").model_fields()
+    expected = open_checkpoint(tmp_path / "hf").model_config()
     for form in ("wan", "nvlabs"):
         target = tmp_path / ("out" if form == "wan" else "out.safetensors")
         convert(tmp_path / "hf", target, target_format=form, progress=False)
@@ -143,10 +143,10 @@ def test_a_config_in_another_naming_than_the_weights(tmp_path):
         (tmp_path / form).mkdir()
         shutil.copy(file, tmp_path / form / "x.safetensors")
         shutil.copy(tmp_path / "hf" / "config.json", tmp_path / form)
-        assert open_checkpoint(tmp_path / form / "x.safetensors").model_fields() == expected, form
+        assert open_checkpoint(tmp_path / form / "x.safetensors").model_config() == expected, form
     (tmp_path / "wan" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     with pytest.raises(CheckpointError, match="_class_name='AutoencoderKLWan'"):
-        open_checkpoint(tmp_path / "wan" / "x.safetensors").model_fields(overrides={"num_heads": 4})
+        open_checkpoint(tmp_path / "wan" / "x.safetensors").model_config(overrides={"num_heads": 4})
 
 
 def test_what_a_file_alone_does_not_say(tmp_path, caplog):
@@ -158,8 +158,8 @@ def test_what_a_file_alone_does_not_say(tmp_path, caplog):
     from rcm_megatron.__main__ import main
 
     assert main(["convert", str(tmp_path / "x.pt"), str(tmp_path / "back"), "--to", "diffusers", *flags.split()]) == 0
-    fields = [open_checkpoint(tmp_path / name).model_fields() for name in ("hf", "back")]
-    assert fields[0] == fields[1]
+    models = [open_checkpoint(tmp_path / name).model_config() for name in ("hf", "back")]
+    assert models[0] == models[1]
 
 
 def test_counters_in_shards(cosmos, tmp_path):  # noqa: F811

@@ -4,8 +4,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from rcm_megatron.checkpoint.formats import internal_shapes
-from rcm_megatron.config import ModelConfig
+from rcm_megatron.checkpoint.translate import internal_shapes
+from tests.networks import wan
 
 TINY = {
     "num_attention_heads": 4,
@@ -18,18 +18,7 @@ TINY = {
     "out_channels": 3,
     "patch_size": (1, 2, 2),
 }
-CONFIG = ModelConfig(
-    num_layers=2,
-    hidden_size=24,
-    num_heads=4,
-    ffn_hidden_size=40,
-    in_channels=3,
-    out_channels=3,
-    patch_size=(1, 2, 2),
-    text_dim=10,
-    text_len=512,
-    freq_dim=14,
-)
+CONFIG = wan(hidden_size=24, ffn_hidden_size=40, freq_dim=14)
 _COLUMN = ("linear_qkv.weight", "linear_qkv.bias", "linear_q.weight", "linear_q.bias", "linear_kv.weight")
 _COLUMN += ("linear_kv.bias", "linear_fc1.weight", "linear_fc1.bias", "q_norm.weight", "k_norm.weight")
 _ROW = ("linear_proj.weight", "linear_fc2.weight")

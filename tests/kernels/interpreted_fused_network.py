@@ -7,27 +7,17 @@ import torch
 import torch.distributed as dist
 
 from rcm_kernels.fused import OPS, select_ops
-from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config import LatentConfig, ParallelConfig
 from rcm_megatron.dual import Dual
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
 from tests.distributed.harness import run_ranks
 from tests.helpers import assert_close
+from tests.networks import wan
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run me with TRITON_INTERPRET=1"
 
-MODEL = ModelConfig(
-    num_layers=1,
-    hidden_size=36,
-    num_heads=3,
-    ffn_hidden_size=50,
-    in_channels=2,
-    out_channels=2,
-    patch_size=(1, 2, 2),
-    text_dim=6,
-    text_len=512,
-    freq_dim=16,
-)
+MODEL = wan(num_layers=1, hidden_size=36, num_heads=3, ffn_hidden_size=50, channels=2, text_dim=6, freq_dim=16)
 LATENT = LatentConfig(channels=2, frames=1, height=6, width=4)  # 6 tokens
 BATCH = 2
 

@@ -9,17 +9,19 @@ from safetensors.torch import save_file
 
 from rcm_megatron.config import ConfigError, load_config
 from rcm_megatron.errors import InputError
+from rcm_megatron.families import FAMILIES
 from rcm_megatron.inference.conditioning import (
     Conditioning,
     check_conditioning,
     image_shapes,
     load_conditioning,
-    with_mask,
 )
 from rcm_megatron.models.encoders import EncoderError
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.requests import ConditioningFiles
+from tests.networks import wan
 
+MODEL = wan(condition_channels=20)
 LATENT = (16, 3, 4, 4)
 SMALL = ["latent.frames=3", "latent.height=4", "latent.width=4"]
 CPU = torch.device("cpu")
@@ -42,14 +44,14 @@ def file(folder, name, *shape):
 def test_condition_channels_are_the_mask_and_the_images_latent():
     """diffusers' own mask is in tests/interop/test_image_encoder.py; here the shards of two ranks."""
     latents = torch.randn(2, *LATENT)
-    whole = with_mask(latents)
+    whole = FAMILIES["wan"].image_channels(latents)
     assert whole.shape == (2, 20, 3, 4, 4)
     assert bool((whole[:, :4, 0] == 1).all()) and not whole[:, :4, 1:].any() and torch.equal(whole[:, 4:], latents)
     given = Conditioning(image_latent_BCTHW=latents, image_LBD=torch.randn(257, 1, 6))
     shards = []
     for rank in range(2):
         layout = TokenLayout(LATENT, (1, 2, 2), groups=SimpleNamespace(token_shards=2, token_shard=rank))
-        condition = given.condition(layout, 2, CPU)
+        condition = given.condition(MODEL, layout, 2, CPU)
         assert condition.x0_SBP is None and condition.frames_B is None
         assert condition.image_LBD.shape == (257, 2, 6)
         shards.append(condition.channels_SBE)
@@ -62,8 +64,8 @@ def test_condition_channels_are_the_mask_and_the_images_latent():
 
 def test_one_video_is_given_to_every_sample():
     layout = TokenLayout(LATENT, (1, 2, 2), groups=SimpleNamespace(token_shards=1, token_shard=0))
-    assert Conditioning().condition(layout, 2, CPU) is None
-    condition = Conditioning(latent_BCTHW=torch.randn(1, *LATENT), frames=2).condition(layout, 3, CPU)
+    assert Conditioning().condition(MODEL, layout, 2, CPU) is None
+    condition = Conditioning(latent_BCTHW=torch.randn(1, *LATENT), frames=2).condition(MODEL, layout, 3, CPU)
     assert condition.frames_B.tolist() == [2, 2, 2] and condition.x0_SBP.shape == (12, 3, 64)
     assert torch.equal(condition.x0_SBP[:, 0], condition.x0_SBP[:, 2])
 
@@ -149,7 +151,7 @@ def test_a_picture_needs_clip_where_the_network_sees_it_and_is_read_at_once(tmp_
     [
         (
             I2V,
-            "model.wan.condition_channels=16",
+            "model.condition_channels=16",
             "condition_channels=16 must be 20: a mask of 4 channels and an image's latent",
         ),
         (I2V, "encoders.image=clip", "encoders.folder=null, but encoders.image=clip reads it"),

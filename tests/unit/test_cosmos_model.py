@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm_megatron.config import CosmosConfig, LatentConfig, ModelConfig, ParallelConfig
+from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.diffusion import trigflow
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import assert_close
+from tests.networks import cosmos
 
 STOCK_BOUND, TANGENT_BOUND, GRADIENT_BOUND = 1e-5, 1e-5, 1e-5
 
@@ -41,35 +42,22 @@ class Case:
         return LatentConfig(channels=self.model.in_channels, frames=self.frames, height=self.height, width=self.width)
 
 
-def network_config(cosmos=None, **changes):
-    sizes = {
-        "num_layers": 3,
-        "hidden_size": 64,
-        "num_heads": 4,
-        "ffn_hidden_size": 128,
-        "in_channels": 5,
-        "out_channels": 5,
-        "patch_size": (1, 2, 2),
-        "text_dim": 18,
-        "text_len": 512,
-        "rope_max_seq_len": 120,
-    }
-    sizes |= changes
-    own = {"adaln_lora_dim": 6, "rope_scale": (1.0, 4.0, 3.0), "max_size": (9, 24, 30)} | (cosmos or {})
-    cosmos = CosmosConfig(**own)
-    return ModelConfig(family="cosmos", cosmos=cosmos, freq_dim=sizes["hidden_size"], cross_attn_norm=False, **sizes)
+def network_config(**changes):
+    sizes = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 128, "channels": 5, "text_dim": 18}
+    sizes |= {"rope_max_seq_len": 120, "max_size": (9, 24, 30)}
+    return cosmos(**(sizes | changes))
 
 
 VIDEO = {"conditional_frames": True, "rope_fps": 16.0, "rope_scale": (20 / 24, 2.0, 2.0)}
 CASES = {
     "image": Case(network_config(), frames=1, height=10, width=14, batch=2, text=7),
     "one_token": Case(network_config(hidden_size=36, num_heads=3), frames=1, height=2, width=2, batch=1, text=1),
-    "video_odd": Case(network_config({"rope_fps": 10.0}), frames=3, height=6, width=10, batch=3, text=5),
-    "positions": Case(network_config({"learnable_positions": True}), frames=3, height=6, width=10, batch=2, text=9),
+    "video_odd": Case(network_config(rope_fps=10.0), frames=3, height=6, width=10, batch=3, text=5),
+    "positions": Case(network_config(learnable_positions=True), frames=3, height=6, width=10, batch=2, text=9),
     "no_mask": Case(
-        network_config({"padding_mask": False}, patch_size=(2, 2, 2)), frames=4, height=6, width=10, batch=2, text=4
+        network_config(padding_mask=False, patch_size=(2, 2, 2)), frames=4, height=6, width=10, batch=2, text=4
     ),
-    "video2world": Case(network_config(VIDEO), frames=5, height=6, width=10, batch=3, text=6, given=(2, 0, 1)),
+    "video2world": Case(network_config(**VIDEO), frames=5, height=6, width=10, batch=3, text=6, given=(2, 0, 1)),
 }
 
 
@@ -103,11 +91,11 @@ def diffusers_network(case):
     """CosmosTransformer3DModel with every parameter random, norms and modulations too."""
     from diffusers import CosmosTransformer3DModel
 
-    from rcm_megatron.checkpoint.configs import diffusers_config
+    from tests.networks import config_of
 
     without_torchvision()
 
-    config = {k: v for k, v in diffusers_config(case.model).items() if not k.startswith("_")}
+    config = {k: v for k, v in config_of("diffusers", case.model).items() if not k.startswith("_")}
     network = CosmosTransformer3DModel(**config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -165,7 +153,7 @@ class WideRope(torch.nn.Module):
         dims = (self.model.head_dim - 2 * side, side, side)
         positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
         angles = []
-        for axis, (p, d, scale) in enumerate(zip(positions, dims, self.model.cosmos.rope_scale, strict=True)):
+        for axis, (p, d, scale) in enumerate(zip(positions, dims, self.model.rope_scale, strict=True)):
             p = p.flatten() * (24 / fps if fps is not None and axis == 0 else 1)
             base = 10000 * scale ** (d / (d - 2))
             angles.append(p[:, None] / base ** (torch.arange(0, d, 2, dtype=torch.float64) / d))
@@ -192,7 +180,7 @@ def wide_twin(network, case):
     twin = twin.double()
     twin.rope, twin.time_embed.time_proj = WideRope(case.model), WideSinusoid(case.model.hidden_size)
     twin.time_embed.norm = WideNorm(twin.time_embed.norm)
-    if case.model.cosmos.learnable_positions:
+    if case.model.learnable_positions:
         twin.learnable_pos_embed = WidePositions(twin.learnable_pos_embed)
     for block in twin.transformer_blocks:
         for attention in (block.attn1, block.attn2):
@@ -253,10 +241,10 @@ def given_mask(inputs):
 def theirs(network, case, inputs, x, s):
     """diffusers' velocity as its pipelines call it: given frames clean, at the time of sigma = 1e-4; no padding."""
     height, width = inputs.x.shape[-2:]
-    extra = {"padding_mask": torch.zeros(1, 1, height, width, dtype=x.dtype), "fps": case.model.cosmos.rope_fps}
+    extra = {"padding_mask": torch.zeros(1, 1, height, width, dtype=x.dtype), "fps": case.model.rope_fps}
     if inputs.given is not None:
         mask = given_mask(inputs)
-        sigma = case.model.cosmos.condition_sigma
+        sigma = case.model.condition_sigma
         x = torch.where(mask, inputs.given_x0.to(x.dtype), x)
         s = torch.where(mask, sigma / (1 + sigma), s[:, None, None, None, None])
         extra["condition_mask"] = mask.expand(-1, -1, -1, height, width).to(x.dtype)
@@ -322,7 +310,7 @@ def test_tangent_equals_jvp_of_the_fp64_twin(name, dtype, groups):
 
 def parameter_gradients(model, case, forward, inputs):
     """Our gradients of (loss_weight * v).sum() in diffusers' names."""
-    from rcm_megatron.checkpoint.formats import from_internal
+    from rcm_megatron.checkpoint.translate import from_internal
 
     model.zero_grad()
     (forward(model, inputs) * inputs.loss_weight).sum().backward()

@@ -13,19 +13,17 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from rcm_kernels.flash_attention.backends import select_backend
-from rcm_megatron.checkpoint.formats import internal_shapes
+from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import (
-    CosmosConfig,
     LatentConfig,
-    ModelConfig,
     ParallelConfig,
     RunConfig,
-    WanConfig,
     build,
     load_config,
 )
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
+from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.inputs import Condition
 from rcm_megatron.networks.build import build_chunks
 from rcm_megatron.networks.weights import load_weights, seeded_weights
@@ -41,26 +39,16 @@ from rcm_megatron.training.flops import NetworkFlops, Throughput, network_flops,
 from rcm_megatron.training.state import build_networks
 from rcm_megatron.training.step import accumulate_step
 from tests.distributed.tiny_run import tiny_config
+from tests.networks import cosmos, wan
 
 CONFIGS = sorted((Path(__file__).parents[2] / "model_configs").glob("*.yaml"))
-SIZES = {
-    "num_layers": 3,
-    "hidden_size": 48,
-    "num_heads": 4,
-    "ffn_hidden_size": 88,
-    "in_channels": 5,
-    "out_channels": 5,
-    "patch_size": (1, 2, 2),
-    "text_dim": 18,
-    "text_len": 7,
-}
-COSMOS = CosmosConfig(adaln_lora_dim=6, rope_scale=(1.0, 2.0, 2.0), conditional_frames=True)
+SIZES = {"num_layers": 3, "ffn_hidden_size": 88, "channels": 5, "text_dim": 18, "text_len": 7}
 MODELS = {
-    "wan": ModelConfig(**SIZES, freq_dim=34),
-    "wan_image2video": ModelConfig(wan=WanConfig(condition_channels=3, image_dim=22), **SIZES, freq_dim=34),
-    "wan_first_and_last": ModelConfig(wan=WanConfig(image_dim=22, image_positions=514), **SIZES, freq_dim=34),
-    "wan_frames": ModelConfig(wan=WanConfig(conditional_frames=True), **SIZES, freq_dim=34),
-    "cosmos_video2world": ModelConfig(family="cosmos", cosmos=COSMOS, freq_dim=48, cross_attn_norm=False, **SIZES),
+    "wan": wan(**SIZES, freq_dim=34),
+    "wan_image2video": wan(condition_channels=3, image_dim=22, **SIZES, freq_dim=34),
+    "wan_first_and_last": wan(image_dim=22, image_positions=514, **SIZES, freq_dim=34),
+    "wan_frames": wan(conditional_frames=True, **SIZES, freq_dim=34),
+    "cosmos_video2world": cosmos(rope_scale=(1.0, 2.0, 2.0), conditional_frames=True, **SIZES),
 }
 LATENT = LatentConfig(channels=5, frames=3, height=6, width=10)
 BATCH = 2
@@ -103,10 +91,10 @@ def inputs_of(chunk):
     layout, model = chunk.layout, chunk.model
     x = torch.randn(layout.local_tokens, BATCH, layout.patch_features)
     given = {"x0_SBP": torch.zeros_like(x), "frames_B": torch.tensor([1] * BATCH)} if model.conditional_frames else {}
-    if model.wan and model.wan.condition_channels:
-        given["channels_SBE"] = torch.randn(*x.shape[:2], model.wan.condition_channels * model.patch_volume)
-    if model.wan and model.wan.image_dim:
-        given["image_LBD"] = torch.randn(model.wan.image_positions or 257, BATCH, model.wan.image_dim)
+    if model.image.channels:
+        given["channels_SBE"] = torch.randn(*x.shape[:2], model.image.channels * model.patch_volume)
+    if model.image.dim:
+        given["image_LBD"] = torch.randn(model.image.tokens, BATCH, model.image.dim)
     condition = Condition(**given) if given else None
     return x, torch.full((1, BATCH), 500.0), torch.randn(model.text_len, BATCH, model.text_dim), condition
 
@@ -132,7 +120,7 @@ def test_backward_is_what_pytorch_counts_less_what_is_computed_again(name, group
     given = {"patch_embedding": tokens, "time_embedding.linear_1": times}
     again = {"patch_embedding": tokens, "time_embedding": times, "time_projection": times, "head.linear": tokens}
     again |= {"head.modulation": times}
-    given |= {} if model.cosmos else {"text_embedding.linear_1": model.text_len}
+    given |= {} if isinstance(model, CosmosModelConfig) else {"text_embedding.linear_1": model.text_len}
     shapes = {
         key: shape for key, shape in internal_shapes(model).items() if key.endswith(".weight") and len(shape) == 2
     }

@@ -12,7 +12,6 @@ from torch import Tensor
 from rcm_megatron.config import (
     ConfigError,
     LatentConfig,
-    ModelConfig,
     ParallelConfig,
     PrecisionConfig,
     load_config,
@@ -29,21 +28,11 @@ from rcm_megatron.models.layer_specs import (
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import relative_error
+from tests.networks import wan
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "model_configs" / "quickstart.yaml"
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=64,
-    num_heads=4,
-    ffn_hidden_size=96,
-    in_channels=3,
-    out_channels=3,
-    patch_size=(1, 2, 2),
-    text_dim=10,
-    text_len=16,
-    freq_dim=26,
-)
+MODEL = wan(hidden_size=64, ffn_hidden_size=96, text_len=16)
 LATENT = LatentConfig(channels=3, frames=3, height=6, width=10)
 LINEARS_OF_A_BLOCK = 7
 

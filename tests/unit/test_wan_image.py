@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rcm_megatron.config import WanConfig
 from rcm_megatron.diffusion import trigflow
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import Condition
@@ -30,13 +29,9 @@ class Case(plain.Case):
     image: int = 0
     given: tuple[int, ...] = ()
 
-    @property
-    def wan(self):
-        return self.model.wan
-
 
 def network_config(wan, **changes):
-    return replace(plain.network_config(num_layers=2, **changes), wan=WanConfig(**wan))
+    return plain.network_config(num_layers=2, **wan, **changes)
 
 
 CASES = {
@@ -86,8 +81,8 @@ def inputs_of(case):
     return Inputs(
         **vars(inputs),
         x0=torch.randn(inputs.x.shape, generator=generator),
-        channels=torch.randn(case.batch, case.wan.condition_channels, *extent, generator=generator),
-        image=2 * torch.randn(case.batch, case.image, case.wan.image_dim or 0, generator=generator),
+        channels=torch.randn(case.batch, case.model.condition_channels, *extent, generator=generator),
+        image=2 * torch.randn(case.batch, case.image, case.model.image_dim or 0, generator=generator),
     )
 
 
@@ -100,12 +95,12 @@ def known_of(case):
 def theirs(network, case, inputs, x, timestep):
     """diffusers' velocity."""
     extra = {}
-    if case.wan.conditional_frames:
+    if case.model.conditional_frames:
         known, tokens = known_of(case), case.latent.num_tokens(case.model.patch_size) // case.frames
         x = torch.where(known, inputs.x0, x)
         timestep = torch.where(known.flatten(1), 0.0, timestep[:, None]).repeat_interleave(tokens, dim=1)
-    if case.wan.image_dim:
-        pairs = case.wan.image_positions is not None  # of images, one after the other in the batch
+    if case.model.image_dim:
+        pairs = case.model.image_positions is not None  # of images, one after the other in the batch
         extra["encoder_hidden_states_image"] = (
             inputs.image.unflatten(1, (2, -1)).flatten(0, 1) if pairs else inputs.image
         )
@@ -113,7 +108,7 @@ def theirs(network, case, inputs, x, timestep):
 
 
 def condition_of(model, case, inputs):
-    layout, wan = model.layout, case.wan
+    layout, wan = model.layout, case.model
     channels = TokenLayout((wan.condition_channels, *layout.latent_shape[1:]), layout.patch, groups=layout.groups)
     return Condition(
         x0_SBP=layout.shard(inputs.x0) if case.given else None,
@@ -244,9 +239,9 @@ def test_a_condition_that_the_network_does_not_take_is_refused(groups):
         return model(shard(inputs.x), inputs.timestep[None], text, condition)
 
     whole = condition_of(model, case, inputs)
-    with pytest.raises(ValueError, match=r"image_LBD is missing.*model\.wan\.image_dim=14"):
+    with pytest.raises(ValueError, match=r"image_LBD is missing.*model\.image_dim=14"):
         run(None)
-    with pytest.raises(ValueError, match=r"channels_SBE is missing.*model\.wan\.condition_channels=7"):
+    with pytest.raises(ValueError, match=r"channels_SBE is missing.*model\.condition_channels=7"):
         run(replace(whole, channels_SBE=None))
     with pytest.raises(AssertionError, match="takes no given frames"):
         run(replace(whole, x0_SBP=shard(inputs.x0), frames_B=torch.tensor([1, 1])))

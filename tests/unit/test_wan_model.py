@@ -17,6 +17,7 @@ from rcm_megatron.dual import Dual
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
 from tests.helpers import assert_close
+from tests.networks import wan
 
 STOCK_BOUND, WIDE_SINUSOID_BOUND, TANGENT_BOUND, GRADIENT_BOUND = 1e-5, 2e-6, 1e-5, 1e-5
 
@@ -38,26 +39,15 @@ class Case:
 
 
 def network_config(**changes):
-    sizes = {
-        "num_layers": 3,
-        "hidden_size": 64,
-        "num_heads": 4,
-        "ffn_hidden_size": 88,
-        "in_channels": 5,
-        "out_channels": 5,
-        "patch_size": (1, 2, 2),
-        "text_dim": 18,
-        "text_len": 512,
-        "freq_dim": 34,
-    }
-    return ModelConfig(**(sizes | changes))
+    sizes = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 88, "channels": 5, "text_dim": 18, "freq_dim": 34}
+    return wan(**(sizes | changes))
 
 
 CASES = {
     "odd_grid": Case(network_config(), frames=3, height=10, width=14, batch=2, text=7),
     "one_frame": Case(network_config(hidden_size=60, num_heads=6), frames=1, height=6, width=2, batch=1, text=1),
     "patch_4": Case(
-        network_config(patch_size=(1, 4, 4), in_channels=1, out_channels=1),
+        network_config(patch_size=(1, 4, 4), channels=1),
         frames=5,
         height=12,
         width=20,
@@ -89,9 +79,9 @@ def diffusers_network(case):
     """WanTransformer3DModel with every parameter random, norms and modulations too."""
     from diffusers import WanTransformer3DModel
 
-    from rcm_megatron.checkpoint.configs import diffusers_config
+    from tests.networks import config_of
 
-    config = {name: value for name, value in diffusers_config(case.model).items() if not name.startswith("_")}
+    config = {name: value for name, value in config_of("diffusers", case.model).items() if not name.startswith("_")}
     network = WanTransformer3DModel(**config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -241,7 +231,7 @@ def test_fp64_network_and_tangent_equal_the_fp64_twin_exactly(groups):
 
 def parameter_gradients(model, case, forward, inputs):
     """Our gradients of (loss_weight * v).sum() in diffusers' names."""
-    from rcm_megatron.checkpoint.formats import from_internal
+    from rcm_megatron.checkpoint.translate import from_internal
 
     model.zero_grad()
     (forward(model, inputs) * inputs.loss_weight).sum().backward()

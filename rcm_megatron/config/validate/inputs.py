@@ -9,9 +9,9 @@ from rcm_megatron.objectives import OBJECTIVES, settings_of
 
 
 def _image_encoder(config: RunConfig) -> Iterator[str]:
-    image, wan = config.encoders.image, config.model.wan
-    if image != "none" and (wan is None or wan.image_dim is None):
-        yield f"encoders.image={image}, but the network attends to no image (model.wan.image_dim=null); set encoders.image to none"
+    image = config.encoders.image
+    if image != "none" and config.model.image.dim is None:
+        yield f"encoders.image={image}, but the network attends to no image (model.image_dim=null); set encoders.image to none"
 
 
 def _null_texts(config: RunConfig) -> set[str | None]:

@@ -8,12 +8,11 @@ from difflib import get_close_matches
 
 from rcm_megatron.config.advice import multiples_near
 from rcm_megatron.config.declare import Change, Problem
-from rcm_megatron.config.model import WAN_MASK_CHANNELS, ModelConfig
+from rcm_megatron.config.model import AXES, ModelConfig
 from rcm_megatron.config.roles import known_roles
 from rcm_megatron.config.run import RunConfig
+from rcm_megatron.families import family_of
 from rcm_megatron.objectives import OBJECTIVES, settings_of
-
-AXES = ("frames", "height", "width")
 
 
 def present_roles(config: RunConfig) -> Iterator[str]:
@@ -80,22 +79,11 @@ def _positions(config: RunConfig) -> Iterator[Problem]:
                         Change(f"latent.{axis}", (model.rope_max_seq_len * patch,)),
                     ),
                 )
-        if model.cosmos is not None and model.cosmos.learnable_positions:
-            for axis, size, most in zip(AXES, latent.shape_CTHW[1:], model.cosmos.max_size, strict=True):
-                if size > most:
-                    yield Problem(
-                        f"latent.{axis}={size} exceeds {path}.cosmos.max_size={list(model.cosmos.max_size)}",
-                        (Change(f"latent.{axis}", range(most, 0, -1)),),
-                    )
 
 
-def _image_channels(config: RunConfig) -> Iterator[str]:
-    wan, need = config.model.wan, WAN_MASK_CHANNELS + config.latent.channels
-    if wan is not None and wan.condition_channels not in (0, need):
-        yield (
-            f"model.wan.condition_channels={wan.condition_channels} must be {need}: a mask of {WAN_MASK_CHANNELS} channels and an "
-            f"image's latent of latent.channels={config.latent.channels}; or 0 for none"
-        )
+def _family(config: RunConfig) -> Iterator[Problem | str]:
+    for path, model in models_of(config):
+        yield from family_of(model).problems(model, config.latent, path=path)
 
 
 def _stage_list(config: RunConfig) -> Iterator[str]:
@@ -177,8 +165,8 @@ def _conditional_frames(config: RunConfig) -> Iterator[str]:
     given, takes = config.distillation.conditional_frames, config.model.conditional_frames
     if given and not takes:
         yield (
-            f"distillation.conditional_frames={list(given)}, but the network takes none; set null, or conditional_frames in model.cosmos "
-            "(Video2World) or model.wan (TI2V)"
+            f"distillation.conditional_frames={list(given)}, but the network takes none; set null, or model.conditional_frames "
+            "to true (Video2World, TI2V)"
         )
     if takes and not given:
         yield "distillation.conditional_frames is required with conditional_frames; e.g. [1, 2] (Video2World), [0, 1] (TI2V)"
@@ -193,7 +181,7 @@ NETWORK_RULES = (
     _inputs,
     _patches,
     _positions,
-    _image_channels,
+    _family,
     _roles,
     _unknown_roles,
     _starts,

@@ -55,7 +55,7 @@ def _fp8_shapes(config: RunConfig) -> Iterator[Problem | str]:
                 "text position and none can be added",
                 (off,),
             )
-        if model.wan is not None and model.wan.image_dim is not None:
+        if model.image.dim is not None:
             yield Problem(
                 f"{fp8}=true multiplies rows in multiples of {FP8_ALIGNMENT}, which the 257 CLIP tokens of image_dim are not",
                 (off,),

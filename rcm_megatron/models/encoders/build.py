@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rcm_megatron.config import ConfigError, EncodersConfig, WanConfig
+from rcm_megatron.config import ConfigError, EncodersConfig
+from rcm_megatron.config.model import ImageInputs
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.encoders.base import EncoderError, TextEncoder, VideoEncoder
 from rcm_megatron.models.encoders.clip import CLIPImageEncoder
@@ -60,15 +61,15 @@ def build_text_encoder(
     return encoder
 
 
-def build_image_encoder(config: EncodersConfig, wan: WanConfig, *, device: torch.device = _CPU) -> CLIPImageEncoder:
-    """The image encoder of `config.image`; EncoderError where there is none, or none that fits the network `wan`."""
+def build_image_encoder(config: EncodersConfig, image: ImageInputs, *, device: torch.device = _CPU) -> CLIPImageEncoder:
+    """The image encoder of `config.image`; EncoderError where there is none, or none that fits what the network takes."""
     if config.image == "none":
         raise EncoderError("got encoders.image=none, need an image encoder here; set it to clip")
     encoder = CLIPImageEncoder(config.folder, device=device)
-    got, need = (encoder.image_len, encoder.image_dim), (wan.image_tokens, wan.image_dim)
+    got, need = (encoder.image_len, encoder.image_dim), (image.tokens, image.dim)
     if got != need:
         raise EncoderError(
-            f"{config.folder}/image_encoder makes features {got} of an image in [L, D], need {need} (model.wan); use its sibling"
+            f"{config.folder}/image_encoder makes features {got} of an image in [L, D], need {need} (model); use its sibling"
         )
     return encoder
 

@@ -1,6 +1,6 @@
 """Wan2.1 and 2.2 DiTs (arXiv 2503.20314) on Megatron-Core: one class for plain and dual (primal + tangent) passes.
 
-Text-to-video, and what image conditions add to it (WanConfig): channels beside the latent's, CLIP tokens of the image, given frames.
+Text-to-video, and what image conditions add to it (WanModelConfig): channels beside the latent's, CLIP tokens of the image, given frames.
 
 Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD and image_LBD embeddings, e_FBD time
 embedding, e_GBD its projection to the six adaLN vectors (G = 6F, vector by vector), F = 1, or latent frames where each has its own
@@ -11,24 +11,44 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rcm_megatron.config import ModelConfig, WanConfig
 from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
+from rcm_megatron.families.wan.settings import WanModelConfig
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.conditional_frames import of_tokens
 from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
 from rcm_megatron.models.dual_ops import add, gated_residual, gelu, gelu_tanh, layer_norm_modulate, silu
 from rcm_megatron.models.layer_specs import LayerSpec
-from rcm_megatron.models.layers import MLP, AffineLayerNorm, CrossAttention, ReplicatedLinear, SelfAttention, wide_dtype
+from rcm_megatron.models.layers import (
+    MLP,
+    AffineLayerNorm,
+    AttentionStyle,
+    CrossAttention,
+    ReplicatedLinear,
+    RMSNormAcrossHeads,
+    SelfAttention,
+    wide_dtype,
+)
 from rcm_megatron.models.rope import rope_frequencies
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
 
+def wan_style(model: WanModelConfig) -> AttentionStyle:
+    """What Wan's attention and MLP are among those of all families."""
+    return AttentionStyle(
+        head_norm=RMSNormAcrossHeads,
+        norm_eps=model.eps,
+        bias=True,
+        text_features=model.hidden_size,
+        activation=gelu_tanh,
+    )
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoid and two-layer MLP of the timestep in fp32."""
 
-    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: WanModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.freq_dim, self.dtype = model.freq_dim, dtype
         self.linear_1 = ReplicatedLinear(model.freq_dim, model.hidden_size, dtype=dtype, on_token_shards=True)
@@ -42,7 +62,7 @@ class TimestepEmbedding(nn.Module):
 class TextEmbedding(nn.Module):
     """Two-layer MLP from the text encoder's features to the hidden size. Replicated over tp, where it sees whole text."""
 
-    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: WanModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.linear_1 = ReplicatedLinear(model.text_dim, model.hidden_size, dtype=dtype, on_token_shards=False)
         self.linear_2 = ReplicatedLinear(model.hidden_size, model.hidden_size, dtype=dtype, on_token_shards=False)
@@ -59,9 +79,9 @@ class ImageEmbedding(nn.Module):
 
     eps = 1e-5
 
-    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: WanModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
-        width, hidden, positions = model.wan.image_dim, model.hidden_size, model.wan.image_positions
+        width, hidden, positions = model.image_dim, model.hidden_size, model.image_positions
         self.dtype, wide = dtype, wide_dtype(dtype)
         self.positions = None if positions is None else nn.Parameter(torch.zeros(1, positions, width, dtype=wide))
         norm = {"eps": self.eps, "dtype": wide, "on_token_shards": False}
@@ -81,17 +101,18 @@ class ImageEmbedding(nn.Module):
 class WanBlock(nn.Module):
     """Self-attention, cross-attention and MLP with adaLN modulation by the time embedding."""
 
-    def __init__(self, model: ModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group) -> None:
+    def __init__(self, model: WanModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group) -> None:
         super().__init__()
         self.eps, self.dtype = model.eps, config.params_dtype
         wide = wide_dtype(config.params_dtype)
         self.modulation = nn.Parameter(torch.randn(1, 6, model.hidden_size, dtype=wide) / model.hidden_size**0.5)
         self.modulation.sequence_parallel = True
-        self.self_attn = SelfAttention(model, config=config, spec=spec, context=context, tp_group=tp_group)
+        options = {"config": config, "spec": spec, "tp_group": tp_group, "style": wan_style(model)}
+        self.self_attn = SelfAttention(model, context=context, **options)
         self.norm3 = AffineLayerNorm(model.hidden_size, eps=model.eps, dtype=wide) if model.cross_attn_norm else None
-        with_image = image_conditions(model).image_dim is not None
-        self.cross_attn = CrossAttention(model, config=config, spec=spec, tp_group=tp_group, with_image=with_image)
-        self.mlp = MLP(model, config=config, spec=spec, tp_group=tp_group)
+        with_image = model.image_dim is not None
+        self.cross_attn = CrossAttention(model, with_image=with_image, **options)
+        self.mlp = MLP(model, **options)
 
     def forward(
         self,
@@ -116,7 +137,7 @@ class WanBlock(nn.Module):
 class WanHead(nn.Module):
     """Final modulated norm and projection to patches, whose rows the Wan release orders (pt, ph, pw, C)."""
 
-    def __init__(self, model: ModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: WanModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps, self.patch, self.dtype = model.eps, model.patch_size, dtype
         wide = wide_dtype(dtype)
@@ -148,7 +169,7 @@ class WanModel(DiffusionTransformer):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: WanModelConfig,
         config: TransformerConfig,
         *,
         layout: TokenLayout,
@@ -159,12 +180,12 @@ class WanModel(DiffusionTransformer):
     ) -> None:
         super().__init__(model, config, layout=layout, stage=stage, spec=spec, recompute=recompute)
         dtype, wide = config.params_dtype, wide_dtype(config.params_dtype)
-        hidden, self.image = model.hidden_size, image_conditions(model)
+        hidden = model.hidden_size
         if self.stage.is_first:
             features = model.embedded_channels * model.patch_volume
             self.patch_embedding = ReplicatedLinear(features, hidden, dtype=dtype, on_token_shards=True)
         self.text_embedding = TextEmbedding(model, dtype=dtype)
-        self.image_embedding = None if self.image.image_dim is None else ImageEmbedding(model, dtype=dtype)
+        self.image_embedding = None if model.image_dim is None else ImageEmbedding(model, dtype=dtype)
         self.time_embedding = TimestepEmbedding(model, dtype=wide)
         self.time_projection = ReplicatedLinear(hidden, 6 * hidden, dtype=wide, on_token_shards=True)
         self.blocks = self._build_blocks(WanBlock, context=context)
@@ -177,7 +198,7 @@ class WanModel(DiffusionTransformer):
         e_GBD = recomputed(self._project_time, e_FBD)
         for_blocks = (e_GBD, self.text_embedding(text_LBD.to(self.config.params_dtype)))
         image_LBD = None if condition is None else condition.image_LBD
-        _check_given("image_LBD", image_LBD, "image_dim", self.image.image_dim)
+        _check_given("image_LBD", image_LBD, "image_dim", self.model.image_dim)
         if image_LBD is not None:
             for_blocks += (self.image_embedding(image_LBD),)
         return for_blocks, (e_FBD,)
@@ -189,7 +210,7 @@ class WanModel(DiffusionTransformer):
     def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
         x_SBP = super()._patches(x_SBP, condition)
         channels_SBE = None if condition is None else condition.channels_SBE
-        _check_given("channels_SBE", channels_SBE, "condition_channels", self.image.condition_channels)
+        _check_given("channels_SBE", channels_SBE, "condition_channels", self.model.condition_channels)
         return x_SBP if channels_SBE is None else with_channels(x_SBP, channels_SBE)
 
     def _rotation(self) -> Tensor:
@@ -202,17 +223,12 @@ class WanModel(DiffusionTransformer):
         )
 
 
-def image_conditions(model: ModelConfig) -> WanConfig:
-    """What images the network is given; by default none."""
-    return model.wan or WanConfig()
-
-
 def _check_given(name: str, value: Tensor | None, field: str, setting: int | None) -> None:
     """A condition has exactly what the network takes."""
     if (value is None) != (not setting):
         got = "is missing" if value is None else "was given"
         raise ValueError(
-            f"the condition's {name} {got}, but the network has model.wan.{field}={setting}; give both or none"
+            f"the condition's {name} {got}, but the network has model.{field}={setting}; give both or none"
         )
 
 

@@ -11,8 +11,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rcm_megatron.config import ModelConfig
 from rcm_megatron.dual import Dual, map_linear, primal_of, recomputed
+from rcm_megatron.families.cosmos import ROPE_FPS
+from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.conditional_frames import TIME_UNIT, of_tokens
 from rcm_megatron.models.dit import DiffusionTransformer, TokenGeometry, sinusoid, with_channels
@@ -40,14 +41,12 @@ from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.parallel.context import ContextParallel
 from rcm_megatron.parallel.pipeline_stages import PipelineStage
 
-ROPE_FPS = 24.0
-"""Frames a second at which a latent frame lasts one position."""
 
-
-def cosmos_style(model: ModelConfig) -> AttentionStyle:
+def cosmos_style(model: CosmosModelConfig) -> AttentionStyle:
+    """What Cosmos' attention and MLP are among those of all families."""
     return AttentionStyle(
         head_norm=RMSNormPerHead,
-        norm_eps=model.cosmos.qk_norm_eps,
+        norm_eps=model.qk_norm_eps,
         bias=False,
         text_features=model.text_dim,
         activation=gelu,
@@ -57,7 +56,7 @@ def cosmos_style(model: ModelConfig) -> AttentionStyle:
 class TimeEmbedding(nn.Module):
     """What blocks take of the time: the sinusoid, normed, and its projection to a shift, scale and gate that all sublayers share."""
 
-    def __init__(self, model: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: CosmosModelConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.width, self.dtype, self.eps = model.hidden_size, dtype, model.eps
         options = {"dtype": dtype, "on_token_shards": True, "bias": False}
@@ -82,9 +81,9 @@ class TimeEmbedding(nn.Module):
 class Modulation(nn.Module):
     """adaLN-LoRA: ``vectors`` (shift, scale and perhaps gate) of low rank in the time embedding, plus the shared ones."""
 
-    def __init__(self, model: ModelConfig, *, vectors: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: CosmosModelConfig, *, vectors: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.vectors, hidden, rank = vectors, model.hidden_size, model.cosmos.adaln_lora_dim
+        self.vectors, hidden, rank = vectors, model.hidden_size, model.adaln_lora_dim
         options = {"dtype": dtype, "on_token_shards": True, "bias": False}
         self.linear_1 = ReplicatedLinear(hidden, rank, **options)
         self.linear_2 = ReplicatedLinear(rank, vectors * hidden, **options)
@@ -101,10 +100,10 @@ class Modulation(nn.Module):
 class LearnedPositions(nn.Module):
     """Sum of a learned vector for each axis, scaled to a root mean square of one (Cosmos 1.0)."""
 
-    def __init__(self, model: ModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: CosmosModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = 1e-6
-        for index, (axis, size, patch) in enumerate(zip("thw", model.cosmos.max_size, model.patch_size, strict=True)):
+        for index, (axis, size, patch) in enumerate(zip("thw", model.max_size, model.patch_size, strict=True)):
             table = nn.Parameter(torch.zeros(size // patch, model.hidden_size, dtype=dtype))
             table.sequence_parallel = True
             self.register_parameter(f"pos_emb_{axis}", table)
@@ -121,7 +120,9 @@ class LearnedPositions(nn.Module):
 class CosmosBlock(nn.Module):
     """Self-attention, cross-attention and MLP, each modulated and gated by the time embedding."""
 
-    def __init__(self, model: ModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group) -> None:
+    def __init__(
+        self, model: CosmosModelConfig, *, config: TransformerConfig, spec: LayerSpec, context, tp_group
+    ) -> None:
         super().__init__()
         self.eps, self.dtype = model.eps, config.params_dtype
         wide, style = wide_dtype(config.params_dtype), cosmos_style(model)
@@ -161,7 +162,7 @@ class CosmosBlock(nn.Module):
 class CosmosHead(nn.Module):
     """Final modulated norm and projection to patches, whose rows the release orders (ph, pw, pt, C)."""
 
-    def __init__(self, model: ModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: CosmosModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps, self.patch, self.dtype = model.eps, model.patch_size, dtype
         self.modulation = Modulation(model, vectors=2, dtype=wide_dtype(dtype))
@@ -191,7 +192,7 @@ class CosmosModel(DiffusionTransformer):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: CosmosModelConfig,
         config: TransformerConfig,
         *,
         layout: TokenLayout,
@@ -208,7 +209,7 @@ class CosmosModel(DiffusionTransformer):
                 features, model.hidden_size, dtype=dtype, on_token_shards=True, bias=False
             )
         self.time_embedding = TimeEmbedding(model, dtype=wide)
-        self.positions = LearnedPositions(model, layout, dtype=wide) if model.cosmos.learnable_positions else None
+        self.positions = LearnedPositions(model, layout, dtype=wide) if model.learnable_positions else None
         self.blocks = self._build_blocks(CosmosBlock, context=context)
         if self.stage.is_last:
             self.head = CosmosHead(model, layout, dtype=dtype)
@@ -216,7 +217,7 @@ class CosmosModel(DiffusionTransformer):
 
     @property
     def given_timestep(self) -> float:
-        sigma = self.model.cosmos.condition_sigma
+        sigma = self.model.condition_sigma
         return TIME_UNIT * sigma / (sigma + 1)
 
     def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
@@ -232,19 +233,18 @@ class CosmosModel(DiffusionTransformer):
         """Latent tokens, given ones in their place, and the channels of masks: given frames', then padding's, which is zero."""
         x_SBP = super()._patches(x_SBP, condition)
         tokens, batch, volume = self.layout.local_tokens, primal_of(x_SBP).shape[1], self.model.patch_volume
-        masks = primal_of(x_SBP).new_zeros(tokens, batch, volume * self.model.cosmos.extra_channels)
+        masks = primal_of(x_SBP).new_zeros(tokens, batch, volume * self.model.extra_channels)
         if self._gives_frames(condition):
             masks[..., :volume] = self._known(condition)
         return with_channels(x_SBP, masks)
 
     def _rotation(self) -> Tensor:
-        cosmos = self.model.cosmos
         return rope_frequencies(
             self.layout.grid,
             self.model.head_dim,
             start=self.layout.context_start,
             length=self.layout.context_tokens,
             max_position=self.model.rope_max_seq_len,
-            thetas=stretched_thetas(self.model.head_dim, cosmos.rope_scale),
-            frame_step=1.0 if cosmos.rope_fps is None else ROPE_FPS / cosmos.rope_fps,
+            thetas=stretched_thetas(self.model.head_dim, self.model.rope_scale),
+            frame_step=1.0 if self.model.rope_fps is None else ROPE_FPS / self.model.rope_fps,
         )

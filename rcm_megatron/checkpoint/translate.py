@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rcm_megatron.checkpoint import key_map_cosmos
-from rcm_megatron.checkpoint.configs import check_heads, check_same_network
 from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
-from rcm_megatron.checkpoint.key_map_wan import KEY_MAPS, UNUSED, Entry, KeyMap
+from rcm_megatron.checkpoint.formats import FORMATS
+from rcm_megatron.checkpoint.recognise import check_same_network
 from rcm_megatron.checkpoint.sources import CheckpointSource, source_from_tensors
+from rcm_megatron.families.family import Naming
+from rcm_megatron.families.fields import check_heads
+from rcm_megatron.families.key_map import Entry
 
 if TYPE_CHECKING:
     from rcm_megatron.config import ModelConfig
 
 Source = CheckpointSource | Mapping[str, Tensor]
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
-FAMILIES = {"wan": KEY_MAPS, "cosmos": key_map_cosmos.KEY_MAPS}
-"""Family of networks -> format -> its key map."""
-FORMATS = tuple(dict.fromkeys(format for maps in FAMILIES.values() for format in maps))
 
 
 def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -32,26 +31,15 @@ def internal_shapes(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: entry.internal_shape for name, entry in entries_for("internal", model_config).items()}
 
 
-def check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise CheckpointError(f"unknown format {format!r}{nearest(format, FORMATS)}; need one of {list(FORMATS)}")
-
-
-def key_map(format: str, model_config: ModelConfig) -> KeyMap | key_map_cosmos.CosmosKeyMap:
-    """The names of a format for the model's family."""
-    check_format(format)
-    maps = FAMILIES[model_config.family]
-    if format not in maps:
-        raise CheckpointError(
-            f"there is no format {format!r} of a {model_config.family} network; need one of {list(maps)}"
-        )
-    return maps[format]
+def naming_of(format: str, model_config: ModelConfig) -> Naming:
+    """The names of a network in a format. Raises CheckpointError for a format that does not know its family."""
+    check_heads(model_config.hidden_size, model_config.num_heads)
+    return FORMATS[format].naming_of(model_config)
 
 
 def entries_for(format: str, model_config: ModelConfig) -> dict[str, Entry]:
     """Internal name -> Entry of a format's key map."""
-    check_heads(model_config.hidden_size, model_config.num_heads)
-    return key_map(format, model_config).entries(model_config)
+    return naming_of(format, model_config).key_map.entries(model_config)
 
 
 def as_source(source: Source) -> CheckpointSource:
@@ -63,11 +51,12 @@ def checked_entries(
 ) -> tuple[CheckpointSource, dict[str, Entry]]:
     """The source and its entries, after checking that its keys are exactly those of the map, with the right shapes."""
     source = as_source(source)
-    entries = entries_for(format or source.format, model_config)
-    if source.config_reader is not None:
-        check_same_network(source.model_fields(), model_config, where=source.where)
+    naming = naming_of(format or source.format, model_config)
+    entries = naming.key_map.entries(model_config)
+    if source.is_described:
+        check_same_network(source.model_config(), model_config, where=source.where)
     shapes = {name: entry.external_shape for entry in entries.values() for name in entry.external}
-    held = {name for name in source if not name.endswith(UNUSED)}
+    held = {name for name in source if not name.endswith(naming.no_weights)}
     problems = name_keys("missing", set(shapes) - held, held - set(shapes))
     problems += name_keys("unknown", held - set(shapes), set(shapes) - held or shapes)
     for name in shapes.keys() & source.keys():
@@ -87,7 +76,8 @@ def to_internal(source: Source, model_config: ModelConfig, format: str | None = 
 def translate(source: CheckpointSource, model_config: ModelConfig, format: str) -> Iterator[tuple[str, Tensor]]:
     """Stream (name in `format`, tensor), each tensor in its own dtype; what `format` joins, in the narrowest that holds all parts."""
     source, entries = checked_entries(source, model_config)
-    targets, prefix = entries_for(format, model_config), key_map(format, model_config).prefix
+    key_map = naming_of(format, model_config).key_map
+    targets, prefix = key_map.entries(model_config), key_map.prefix
     return (
         (prefix + name, part)
         for internal, entry in entries.items()
@@ -152,10 +142,9 @@ def from_internal(
     A name that is unknown, repeated or misshaped is an error at once; one that never came is an error at the end,
     unless `partial` (a chosen set of gradients).
     """
-    entries = entries_for(format, model_config)
+    key_map = naming_of(format, model_config).key_map
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    prefix = key_map(format, model_config).prefix
-    return _split_all(pairs, dict(entries), prefix=prefix, partial=partial)
+    return _split_all(pairs, key_map.entries(model_config), prefix=key_map.prefix, partial=partial)
 
 
 def _split_all(

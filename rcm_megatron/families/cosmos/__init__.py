@@ -1,0 +1,99 @@
+"""Cosmos-Predict2 (arXiv 2501.03575, 2511.00062): Text2Image and Video2World."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rcm_megatron.config.declare import Change, Problem
+from rcm_megatron.config.model import AXES
+from rcm_megatron.families.cosmos.settings import CosmosModelConfig
+from rcm_megatron.families.family import Family, PipelineCall
+from rcm_megatron.registry import Lazy
+
+if TYPE_CHECKING:
+    from rcm_megatron.config import LatentConfig, RunConfig
+    from rcm_megatron.inputs import WholeInput
+
+ROPE_FPS = 24.0
+"""Frames a second at which a latent frame lasts one position."""
+_DIFFUSERS_QK_EPS = 1e-5
+"""Of q/k norms in diffusers; NVIDIA's release computes with 1e-6."""
+_BASES = {
+    "t2i": ("Cosmos2TextToImagePipeline", "nvidia/Cosmos-Predict2-2B-Text2Image"),
+    "v2w": ("Cosmos2VideoToWorldPipeline", "nvidia/Cosmos-Predict2-2B-Video2World"),
+}
+"""diffusers' class, and a checkpoint with the other components, by what a network makes of what."""
+
+
+class Cosmos(Family):
+    name = "cosmos"
+    title = "Cosmos-Predict2"
+    settings = CosmosModelConfig
+    free_fields = ("rope_fps", "condition_sigma", "qk_norm_eps")
+    flop_rows: ClassVar[Mapping[str, str]] = {
+        "patch_embedding": "tokens",
+        "self_attn": "tokens",
+        "cross_attn.linear_q": "tokens",
+        "cross_attn.linear_proj": "tokens",
+        "mlp": "tokens",
+        "head.linear": "tokens",
+        "cross_attn.linear_kv": "text",
+        "time_embedding": "times",
+        "self_attn_modulation": "times",
+        "cross_attn_modulation": "times",
+        "mlp_modulation": "times",
+        "head.modulation": "times",
+    }
+    diffusers_class = "CosmosTransformer3DModel"
+    scheduler_space = "edm"
+    text_encoder = "t5"
+    negative_prompt = (
+        "The video captures a series of frames showing ugly scenes, static with no motion, motion blur, over-saturation, shaky footage, "
+        "low resolution, grainy texture, pixelated images, poorly lit areas, underexposed and overexposed scenes, poor color balance, "
+        "washed out colors, choppy sequences, jerky movements, low frame rate, artifacting, color banding, unnatural transitions, "
+        "outdated special effects, fake elements, unconvincing visuals, poorly edited content, jump cuts, visual noise, and flickering. "
+        "Overall, the video is of poor quality."
+    )
+    """The release's own."""
+    network = Lazy("rcm_megatron.families.cosmos.network:CosmosModel")
+    namings = Lazy("rcm_megatron.families.cosmos.files:NAMINGS")
+
+    def problems(self, model: CosmosModelConfig, latent: LatentConfig, *, path: str) -> Iterator[Problem | str]:
+        axes = zip(AXES, latent.shape_CTHW[1:], model.max_size, strict=True)
+        for axis, size, most in axes if model.learnable_positions else ():
+            if size > most:
+                yield Problem(
+                    f"latent.{axis}={size} exceeds {path}.max_size={list(model.max_size)}",
+                    (Change(f"latent.{axis}", range(most, 0, -1)),),
+                )
+
+    def pipeline(self, run: RunConfig) -> PipelineCall:
+        kind = "v2w" if run.model.conditional_frames else "t2i"
+        pipeline, base = _BASES[kind]
+        _, frames, height, width = run.latent.shape_CTHW
+        call = (f"height={8 * height}", f"width={8 * width}")
+        if kind == "v2w":  # the pipeline's own 16 frames a second would stretch time as the network was not trained
+            call += (f"num_frames={4 * (frames - 1) + 1}", f"fps={run.model.rope_fps or ROPE_FPS:g}")
+        return PipelineCall(pipeline=pipeline, base=base, arguments=call, makes_noise=True, takes_image=kind == "v2w")
+
+    def diffusers_inputs(self, model: CosmosModelConfig, given: WholeInput) -> dict[str, Any]:
+        """No frames given, a whole picture, and time in [0, 1]."""
+        x_BCTHW = given.x_BCTHW
+        return {
+            "hidden_states": x_BCTHW,
+            "timestep": given.timestep_B / 1000,
+            "fps": model.rope_fps,
+            "padding_mask": x_BCTHW.new_zeros(1, 1, *x_BCTHW.shape[-2:]),
+            "condition_mask": x_BCTHW[:, :1] * 0 if model.conditional_frames else None,
+        }
+
+    def as_diffusers(self, model: CosmosModelConfig) -> CosmosModelConfig:
+        return replace(model, qk_norm_eps=_DIFFUSERS_QK_EPS)
+
+    def largest_latent(self, model: CosmosModelConfig) -> tuple[float, float, float]:
+        return model.max_size
+
+
+COSMOS = Cosmos()

@@ -1,0 +1,97 @@
+"""Wan2.1 and 2.2 (arXiv 2503.20314): text-to-video, and what image conditions add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rcm_megatron.config.declare import Problem
+from rcm_megatron.families.family import Family, PipelineCall
+from rcm_megatron.families.wan.settings import MASK_CHANNELS, WanModelConfig
+from rcm_megatron.registry import Lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rcm_megatron.config import LatentConfig, RunConfig
+    from rcm_megatron.inputs import WholeInput
+
+_BASES = {
+    "t2v": ("WanPipeline", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "i2v": ("WanImageToVideoPipeline", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
+    "ti2v": ("WanImageToVideoPipeline", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+}
+"""diffusers' class, and a checkpoint with the other components, by what a network makes of what."""
+_WIDE_VAE_CHANNELS = 48
+"""Of Wan2.2's VAE, which makes 16 x 16 pixels one position; Wan2.1's makes 8 x 8."""
+
+
+class Wan(Family):
+    name = "wan"
+    title = "Wan"
+    settings = WanModelConfig
+    free_fields = ("conditional_frames",)
+    flop_rows: ClassVar[Mapping[str, str]] = {
+        "patch_embedding": "tokens",
+        "self_attn": "tokens",
+        "cross_attn.linear_q": "tokens",
+        "cross_attn.linear_proj": "tokens",
+        "mlp": "tokens",
+        "head.linear": "tokens",
+        "text_embedding": "text",
+        "cross_attn.linear_kv": "text",
+        "image_embedding": "image",
+        "cross_attn.image_linear_kv": "image",
+        "time_embedding": "times",
+        "time_projection": "times",
+    }
+    diffusers_class = "WanTransformer3DModel"
+    scheduler_space = "flow"
+    text_encoder = "umt5"
+    negative_prompt = (
+        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+        "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+    )
+    """The release's `sample_neg_prompt`, in the language it was tuned in."""
+    network = Lazy("rcm_megatron.families.wan.network:WanModel")
+    namings = Lazy("rcm_megatron.families.wan.files:NAMINGS")
+
+    def problems(self, model: WanModelConfig, latent: LatentConfig, *, path: str) -> Iterator[Problem | str]:
+        need = MASK_CHANNELS + latent.channels
+        if model.condition_channels not in (0, need):
+            yield (
+                f"{path}.condition_channels={model.condition_channels} must be {need}: a mask of {MASK_CHANNELS} channels and an image's "
+                f"latent of latent.channels={latent.channels}; or 0 for none"
+            )
+
+    def image_channels(self, image_latent_BCTHW: Tensor) -> Tensor:
+        """Which frames of pixels are given, one channel for each in a latent frame, then the image's latent.
+
+        The first latent frame is one frame of pixels, and counts as four.
+        """
+        import torch
+
+        batch, _, *extent = image_latent_BCTHW.shape
+        mask_BCTHW = image_latent_BCTHW.new_zeros(batch, MASK_CHANNELS, *extent)
+        mask_BCTHW[:, :, 0] = 1
+        return torch.cat([mask_BCTHW, image_latent_BCTHW], dim=1)
+
+    def pipeline(self, run: RunConfig) -> PipelineCall:
+        kind = "ti2v" if run.model.conditional_frames else "i2v" if run.model.image.channels else "t2v"
+        pipeline, base = _BASES[kind]
+        channels, frames, height, width = run.latent.shape_CTHW
+        factor = 16 if channels == _WIDE_VAE_CHANNELS else 8
+        size = (f"height={factor * height}", f"width={factor * width}", f"num_frames={4 * (frames - 1) + 1}")
+        return PipelineCall(
+            pipeline=pipeline, base=base, arguments=size, makes_noise=False, takes_image=kind in ("i2v", "ti2v")
+        )
+
+    def diffusers_inputs(self, model: WanModelConfig, given: WholeInput) -> dict[str, Any]:
+        extra = {}
+        if given.image_BLD is not None:  # of two images, one after the other in the batch
+            images = 2 if model.image_positions is not None else 1
+            extra["encoder_hidden_states_image"] = given.image_BLD.unflatten(1, (images, -1)).flatten(0, 1)
+        return {"hidden_states": given.with_channels(), "timestep": given.timestep_B, **extra}
+
+
+WAN = Wan()
