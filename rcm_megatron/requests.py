@@ -7,12 +7,12 @@ no torch, so that --help answers at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-CONVERT_FORMATS = ("diffusers", "wan", "nvlabs", "nvidia", "internal", "torch_dist")
+from rcm_megatron.checkpoint.formats import FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Option:
     metavar: str | tuple[str, ...] | None = None
     parse: Callable[[str], Any] | None = None
     """From the command line's text; raises ValueError, whose message says got and need."""
-    choices: Sequence[str] | None = None
+    choices: Collection[str] | None = None
     positional: bool = False
 
 
@@ -137,7 +137,7 @@ class ConvertRequest:
     """folder or file: diffusers, the Wan release, NVlabs rCM, NVIDIA Cosmos, internal, or a run"""
     target: Annotated[str, Option(positional=True)]
     """what to write: a folder, or a .pt/.safetensors file for nvlabs and nvidia"""
-    to: Annotated[str, Option(choices=CONVERT_FORMATS)]
+    to: Annotated[str, Option(choices=FORMATS)]
     """format of the target"""
     weights: Annotated[str | None, ROLE] = None
     """which of a run's networks: a role, or ema for the student's average"""

@@ -19,7 +19,7 @@ ALLOWED = {
     "paths": {"errors"},
     "registry": {"errors"},
     "config": {"config", "errors", "families", "paths", "registry", "objectives", "text"},
-    "requests": set(),
+    "requests": {"checkpoint"},
     "dtypes": set(),
     "files": set(),
     "finite": {"errors"},
