@@ -23,6 +23,7 @@ from rcm_megatron.config import (
 )
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
+from rcm_megatron.families import FAMILIES
 from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.inputs import Condition
 from rcm_megatron.networks.build import build_chunks
@@ -34,7 +35,6 @@ from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
-from rcm_megatron.training import flops as flops_module
 from rcm_megatron.training.flops import NetworkFlops, Throughput, network_flops, peak_tflops, step_flops
 from rcm_megatron.training.state import build_networks
 from rcm_megatron.training.step import accumulate_step
@@ -152,7 +152,7 @@ def test_shipped_networks_are_counted(path):
 
 
 def test_an_unknown_linear_is_an_error(monkeypatch):
-    monkeypatch.delitem(flops_module.ROWS, "cross_attn.linear_q")
+    monkeypatch.delitem(FAMILIES["wan"].flop_rows, "cross_attn.linear_q")
     with pytest.raises(KeyError, match=r"got a linear blocks\.0\.cross_attn\.linear_q\.weight; need one of .*; fix: "):
         network_flops(MODELS["wan"], LATENT)
 

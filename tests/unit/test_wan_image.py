@@ -223,11 +223,12 @@ def test_a_condition_repeats_and_divides_as_the_batch_does():
     assert torch.equal(double.frames_B, torch.tensor([1, 2, 1, 2])) and double.channels_SBE is None
     for name in ("x0_SBP", "image_LBD"):
         assert torch.equal(getattr(double, name), torch.cat([getattr(whole, name)] * 2, dim=1))
-    for part in double.chunk(2):
+    for rows in (slice(0, 2), torch.tensor([2, 3])):
+        part = double.rows(rows)
         for name in ("x0_SBP", "frames_B", "image_LBD"):
             assert torch.equal(getattr(part, name), getattr(whole, name))
         assert part.channels_SBE is None
-    assert len(Condition().chunk(2)) == 2
+    assert Condition().rows(slice(0, 2)).frames_B is None
 
 
 def test_a_condition_that_the_network_does_not_take_is_refused(groups):
