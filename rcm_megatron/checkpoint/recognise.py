@@ -85,25 +85,27 @@ def differences(found: ModelConfig, model: ModelConfig) -> dict[str, tuple[Any, 
     return {name: (got, need) for name, (got, need) in pairs.items() if name not in free and got != need}
 
 
-@functools.cache
 def parameter_names() -> frozenset[str]:
     """What parameters are called in any format, a block's number written as `#`."""
-    return frozenset(name for naming in _namings() for name in naming.key_map.names())
+    return _known(*_registered())[0]
 
 
 def is_no_weight(name: str) -> bool:
     """Whether a key that some family's files hold is no part of a network: a counter, a constant, a library's state."""
-    return name.endswith(_no_weights())
+    return name.endswith(_known(*_registered())[1])
+
+
+def _registered() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(FORMATS), tuple(FAMILIES)
 
 
 @functools.cache
-def _no_weights() -> tuple[str, ...]:
-    return tuple({end for naming in _namings() for end in naming.no_weights})
-
-
-def _namings() -> list[Naming]:
-    namings = (form.naming(family) for form in FORMATS.values() for family in FAMILIES.values())
-    return [naming for naming in namings if naming is not None]
+def _known(formats: tuple[str, ...], families: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names of parameters, and ends of keys that are none, in all of these formats."""
+    namings = [FORMATS[form].naming(FAMILIES[family]) for form in formats for family in families]
+    namings = [naming for naming in namings if naming is not None]
+    names = frozenset(name for naming in namings for name in naming.key_map.names())
+    return names, tuple({end for naming in namings for end in naming.no_weights})
 
 
 def _hint(names: Iterable[str]) -> str:
