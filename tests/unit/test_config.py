@@ -1,9 +1,10 @@
 """The configuration: what is accepted, and that each mistake is named with its full path, before anything is loaded."""
 
 import dataclasses
-import sys
 import time
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -37,13 +38,14 @@ def error_of(*overrides: str, path: Path = QUICKSTART, world_size: int = 2) -> s
     return str(caught.value)
 
 
-def dataclasses_of(cls: type, seen: set[type]) -> set[type]:
-    seen.add(cls)
-    for field in dataclasses.fields(cls):
-        name = str(field.type).removeprefix("tuple[").split(" ")[0].split(",")[0]
-        inner = getattr(sys.modules["rcm_megatron.config"], name, None)
-        if dataclasses.is_dataclass(inner):
-            dataclasses_of(inner, seen)
+def dataclasses_of(hint: Any, seen: set[type]) -> set[type]:
+    """`hint`, if it is one, and those among the types of its fields."""
+    for inner in typing.get_args(hint):
+        dataclasses_of(inner, seen)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and hint not in seen:
+        seen.add(hint)
+        for of_field in typing.get_type_hints(hint).values():
+            dataclasses_of(of_field, seen)
     return seen
 
 

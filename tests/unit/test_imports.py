@@ -65,7 +65,17 @@ ALLOWED = {
         "__version__",
     },
     "conformance": MODELS
-    | {"platform", "requests", "checkpoint", "networks", "objectives", "diffusion", "training", "conformance"},
+    | {
+        "families",
+        "platform",
+        "requests",
+        "checkpoint",
+        "networks",
+        "objectives",
+        "diffusion",
+        "training",
+        "conformance",
+    },
     "reports": {"errors", "objectives", "requests", "reports"},
     "cli": {"errors", "config", "paths", "requests", "cli"}
     | {"checkpoint", "cluster", "conformance", "datasets", "inference", "reports", "training"},
