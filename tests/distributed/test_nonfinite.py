@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.data.media import to_frames
-from rcm_megatron.datasets.ranks import BuildRequest
+from rcm_megatron.datasets.ranks import built_sample
 from rcm_megatron.finite import NonFiniteError
+from rcm_megatron.requests import BuildRequest
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import command
 
@@ -96,6 +97,6 @@ def test_a_dataset_takes_no_such_sample(member):
     tensors[member].view(-1)[3] = float("nan")
     request = BuildRequest(output=Path("data"))
     with pytest.raises(NonFiniteError, match=rf"sample 12 \('a cat'\): {member} holds nan at"):
-        request.sample(
-            12, tensors["latent"], tensors["embed"], "a cat", text_len=4, image_embed_LD=tensors["image_embed_LD"]
+        built_sample(
+            request, 12, *list(tensors.values())[:2], "a cat", text_len=4, image_embed_LD=tensors["image_embed_LD"]
         )
