@@ -25,6 +25,7 @@ class Option:
     parse: Callable[[str], Any] | None = None
     """From the command line's text; raises ValueError, whose message says got and need."""
     choices: Collection[str] | None = None
+    """Asked when the options are made, so that a registry may be one."""
     positional: bool = False
 
 

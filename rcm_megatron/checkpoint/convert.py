@@ -186,7 +186,7 @@ def convert(
         The configuration of the converted network.
     """
     target_path, form, dtype = Path(target_path), FORMATS[target_format], _as_dtype(dtype)
-    form.container.check_path(target_path)
+    form.container.check_path(target_path, format=form.name)
     check_target(target_path, force=force)
     if Path(source_path).resolve().is_relative_to(target_path.resolve()):
         raise CheckpointError(f"{target_path} is the source or holds it; choose another target")

@@ -30,9 +30,9 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 class _Folder:
     """A folder with a config.json beside the weights."""
 
-    def check_path(self, path: Path) -> None:
+    def check_path(self, path: Path, *, format: str) -> None:
         if path.suffix in FILE_SUFFIXES:
-            raise CheckpointError(f"{path}: this format is a folder; leave {path.suffix} out of its name")
+            raise CheckpointError(f"{path}: {format} is a folder; leave {path.suffix} out of its name")
 
     def write(self, path: Path, tensors: NamedTensors, config: Mapping[str, Any] | None, options: WriteOptions) -> None:
         fill = partial(self._fill, tensors=tensors, options=options)
@@ -64,9 +64,9 @@ class TorchDistContainer(_Folder):
 class OneFile:
     """One `.safetensors`, `.pt` or `.pth` file; there is no place for a config.json."""
 
-    def check_path(self, path: Path) -> None:
+    def check_path(self, path: Path, *, format: str) -> None:
         if path.suffix not in FILE_SUFFIXES:
-            raise CheckpointError(f"{path}: this format is one file; end its name in .pt, .pth or .safetensors")
+            raise CheckpointError(f"{path}: {format} is one file; end its name in .pt, .pth or .safetensors")
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder; give the path of a file")
 

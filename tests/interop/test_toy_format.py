@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.__main__ import main
 from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.formats.base import Format
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.writers import SafetensorsFolder
+from rcm_megatron.cli.main import main
 from rcm_megatron.config import as_dict
 from rcm_megatron.families.family import Naming
 from rcm_megatron.families.key_map import KeyMap, Row
@@ -81,7 +81,7 @@ def test_what_a_file_lacks_is_named(tmp_path):
     tensors = load_file(file)
     tensors["t.toy_proj_uot.weight"] = tensors.pop("t.toy_proj_out.weight")
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"unknown beside them \(1\): 't.toy_proj_uot.weight'"):
+    with pytest.raises(CheckpointError, match=r"missing \(1\): 'toy_proj_out.weight' .nearest: 'toy_proj_uot.weight'"):
         convert(tmp_path / "toy", tmp_path / "out", target_format="diffusers", progress=False)
     tensors["t.toy_proj_out.weight"] = tensors.pop("t.toy_proj_uot.weight")[:, :-1].contiguous()
     save_file(tensors, file)

@@ -38,8 +38,8 @@ class WriteOptions:
 class Container(Protocol):
     """How weights lie on disk: they appear complete or not at all."""
 
-    def check_path(self, path: Path) -> None:
-        """Raises CheckpointError for a path that cannot be one."""
+    def check_path(self, path: Path, *, format: str) -> None:
+        """Raises CheckpointError for a path that cannot be one of a format."""
         ...
 
     def write(
