@@ -24,10 +24,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.torch_dist import read_metadata
 from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
 
-FORMAT = 1
+FORMAT = 2
+"""2: counters by role, and the architectures that were trained."""
 
 
 @dataclass(kw_only=True)
@@ -61,20 +63,24 @@ def state_to_save(networks: Mapping[str, NetworkState], progress: dict[str, Any]
 def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkState]) -> dict[str, Any]:
     """Fill weights, optimizers and EMA of `networks` from a complete checkpoint, on any layout; returns `progress`.
 
-    Raises CheckpointingException where the checkpoint and `networks` differ in a tensor's presence or shape."""
+    A network or an EMA that only one of them has is left as it is. Raises CheckpointingException where a tensor's shape differs."""
     checkpoint = Path(checkpoint)
     read_metadata(checkpoint)  # PyTorch would unpickle anything
-    common = _common_state(checkpoint, networks)
+    common = _common_state(checkpoint)
+    keys = read_metadata(checkpoint).state_dict_metadata
+    networks = {name: network for name, network in networks.items() if name in common["adam_steps"]}
     tensors: dict[str, ShardedTensor] = {}
     partial: dict[str, tuple[OwnedShard, Tensor]] = {}
     for name, network in networks.items():
         weights = _weights(name, network.chunks)
         tensors |= weights
         for key, sharded, shard, target in _load_requests(network, weights):
+            if sharded.key.split(".", 2)[1] == "ema" and sharded.key not in keys:
+                continue
             tensors[key] = sharded
             if not shard.whole:
                 partial[key] = (shard, target)
-    loaded = dist_checkpointing.load({"tensors": tensors}, str(checkpoint), strict=StrictHandling.RAISE_ALL)
+    loaded = dist_checkpointing.load({"tensors": tensors}, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED)
     for key, (shard, target) in partial.items():
         target.copy_(loaded["tensors"][key].view(-1)[shard.start : shard.stop])
     for name, network in networks.items():
@@ -94,18 +100,13 @@ def load_weights(checkpoint: str | Path, model_chunks: Iterable[nn.Module], *, n
     dist_checkpointing.load({"tensors": tensors}, str(checkpoint), validate_access_integrity=False)
 
 
-def _common_state(checkpoint: Path, networks: Mapping[str, NetworkState]) -> dict[str, Any]:
-    """common.pt: format, progress and step counts, of the format and networks that are asked for."""
+def _common_state(checkpoint: Path) -> dict[str, Any]:
+    """common.pt: format, progress and step counts, of the format that is asked for."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     if common["format"] != FORMAT:
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint}: got format {common['format']}; need {FORMAT}; fix: load it with the version of "
             "rcm_megatron that wrote it"
-        )
-    if common["adam_steps"].keys() != networks.keys():
-        raise ValueError(
-            f"{checkpoint}: got the networks {sorted(common['adam_steps'])}; need {sorted(networks)}; fix: the run's "
-            "objectives decide which networks it trains: resume with the configuration that wrote the checkpoint"
         )
     return common
 

@@ -100,6 +100,22 @@ def find_latest(root: str | Path, *, checksums: bool = True, set_aside: bool = F
     return None
 
 
+def set_aside_after(root: Path, iteration: int, *, why: str) -> Path | None:
+    """Rename checkpoints of more than ``iteration`` iterations to *.``why``; the newest that is left, which is the latest now, or None.
+    Call on one rank."""
+    folders = sorted(_all(root), key=_age)
+    for folder in [folder for folder in folders if _iteration(folder) > iteration]:
+        aside = folder.with_name(f"{folder.name}.{why}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        folders.remove(folder)
+    if folders:
+        _point_to(folders[-1])
+        return folders[-1]
+    (root / "latest").unlink(missing_ok=True)
+    return None
+
+
 def remove_old(root: Path, *, keep: int, keep_every: int = 0) -> None:
     """Delete checkpoints but the `keep` with the most iterations, the latest, and those of iterations divisible by `keep_every` (0:
     none); call on one rank."""

@@ -92,6 +92,11 @@ class CheckpointSaver:
         """Whether `wait` has an outcome to give and will not block. May differ between ranks for a moment."""
         return self._thread is not None and not self._thread.is_alive()
 
+    @property
+    def idle(self) -> bool:
+        """No save is under way, and none waits to be reported."""
+        return self._thread is None
+
     def wait(self) -> SavedCheckpoint | None:
         """Wait for the save under way; its outcome, the same on all ranks, or None when there is none."""
         if self._thread is None:

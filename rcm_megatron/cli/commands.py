@@ -103,8 +103,12 @@ def _field(run: RunConfig, key: str) -> object:
 
 
 def preflight(run: RunConfig, request: requests.PreflightRequest) -> None:
+    from rcm_megatron.checkpoint.resuming import begins_anew, check_resume, newest
     from rcm_megatron.cluster.preflight import preflight
 
+    checkpoint = newest(run)
+    if checkpoint is not None and not begins_anew(run):
+        check_resume(run, checkpoint)
     status = preflight(run, request)
     sys.stdout.flush(), sys.stderr.flush()
     # a rank that takes its Gloo threads down after others have left may abort, and would look like a bad node

@@ -11,6 +11,8 @@ from rcm_megatron.cli.commands import COMMANDS, Command
 from rcm_megatron.cli.options import add_options, to_request
 from rcm_megatron.errors import UserError
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, where nothing is saved: what a shell gives for it."""
 KEY_VALUE = "KEY=VALUE"
 COMMON_SUMMARY = {"build-dataset": "Build a dataset of latent shards"}
 """Of commands with commands below them."""
@@ -26,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command.run(command.load(arguments.config_file, arguments.overrides, request), request) or 0
     except UserError as error:
         return report(error, prog, names_rank=command.load is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def report(error: UserError, prog: str, *, names_rank: bool) -> int:

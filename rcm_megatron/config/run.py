@@ -186,15 +186,19 @@ class TrainerConfig:
     """Iterations between sample videos; 0: none."""
     checkpoint_every: Positive
     keep_checkpoints: Positive = 2
-    """Newest checkpoints that are kept; older ones are deleted after a new one is complete. With 1 there is none to go back to when its
-    files are damaged."""
+    """Newest checkpoints that are kept; older ones are deleted after a new one is complete, the last of them when an update has shown that
+    the new one is good. With 1 there is then none to go back to when its files are damaged."""
     keep_every: Annotated[int, Bounds(ge=0, note="0: none")] = 0
     """Checkpoints of iterations divisible by this are never deleted; a multiple of checkpoint_every, or 0: none."""
     async_checkpoint: bool = True
     """Train on while a checkpoint is written: a step waits for a copy of the rank's part of it in host memory (pinned, with CUDA), which
     is needed until it is on disk. False: wait for the disk, and copy nothing."""
     resume: bool = True
-    """Continue from the newest complete checkpoint under output_dir, if there is one."""
+    """Continue from the newest complete checkpoint under output_dir, if there is one. False: begin anew, once: what is there goes to
+    output_dir/before_N, and then the run continues from its own checkpoints after crashes, requeues and signals as always."""
+    max_refused_updates: Positive | None = 10
+    """The run ends with status 88, its newest good checkpoint kept, when so many updates in a row, of one network or of all, were refused
+    for gradients that are not finite. null: never."""
     stop_after: Positive | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
     hang_timeout: Annotated[float, Bounds(gt=0)] | None = 1800.0

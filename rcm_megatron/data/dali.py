@@ -161,21 +161,19 @@ class LatentLoader:
         return {"next_sample": next_sample, "seed": self._seed, "fingerprint": self._manifest.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Go on where `state_dict` was taken, on this or another layout; ValueError if it is of another dataset or seed."""
+        """Go on after as many samples as where `state_dict` was taken, on this or another layout.
+
+        With another seed or dataset the samples from there on are those of the new order: of an epoch some may come twice, some not."""
         missing = [key for key in _STATE_KEYS if key not in state]
         if missing:
             raise ValueError(f"the data position lacks {missing}, need {_STATE_KEYS}")
-        if state["seed"] != self._seed:
-            raise ValueError(
-                f"the data position is of seed {state['seed']}, the loader's is {self._seed}; set it to the same"
-            )
-        if state["fingerprint"] != self._manifest.fingerprint:
-            raise ValueError(
-                f"the data position is of dataset {state['fingerprint']}, {self._manifest.folder} is "
-                f"{self._manifest.fingerprint}; restore the shards, or start with an explicit start_sample"
-            )
         self.close()
         self._rewind(int(state["next_sample"]))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the dataset."""
+        return self._manifest.fingerprint
 
     def close(self) -> None:
         """End the threads and free DALI's buffers. Iterating again starts them anew, at the next unread micro-batch."""

@@ -47,6 +47,12 @@ class PowerEMA:
         self.shards: list[Tensor] = [main.clone() for main in self._mains]
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """The average is the weights of now."""
+        for average, main in zip(self.shards, self._mains, strict=True):
+            average.copy_(main)
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Average in the weights that the `step`-th update (from 1) has produced."""
         weight = 1.0 - power_decay(step, gamma=self.gamma)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
+from rcm_megatron.checkpoint.resuming import saved_averages
 from rcm_megatron.config import RunConfig, StageConfig
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec
@@ -112,8 +113,12 @@ class TrainState:
         """Take up what a checkpoint holds of the networks, on any layout; returns the run's plain state in it."""
         with self.states() as states:
             saved = load_checkpoint(checkpoint, networks=states)
-        for role, counters in saved["networks"].items():
-            self.trained[role].counters = UpdateCounters(**counters)
+            averages = saved_averages(checkpoint)
+            for role, network in self.trained.items():
+                if role in saved["networks"]:
+                    network.counters = UpdateCounters(**saved["networks"][role])
+                    if network.ema is not None and role not in averages:
+                        network.ema.restart()
         return saved
 
 

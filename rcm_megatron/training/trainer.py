@@ -14,9 +14,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
+from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest, remove_old, set_aside_after
+from rcm_megatron.checkpoint.resuming import (
+    Resumable,
+    architectures,
+    begin_anew,
+    begins_anew,
+    check_resume,
+    mark_ended,
+)
 from rcm_megatron.checkpoint.saver import CheckpointSaver
 from rcm_megatron.config import RunConfig, StageConfig, to_yaml
 from rcm_megatron.data.dali import Batch, LatentLoader
@@ -24,6 +33,7 @@ from rcm_megatron.data.manifest import load_or_build_manifest
 from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders, load_null_text
 from rcm_megatron.objectives.plan import Step, plan_step
+from rcm_megatron.parallel.broadcast import computed_once
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
@@ -32,11 +42,13 @@ from rcm_megatron.runtime.stopping import Preempted, StopRequest
 from rcm_megatron.runtime.timers import step_seconds
 from rcm_megatron.runtime.watchdog import STARTUP_FACTOR, Watchdog
 from rcm_megatron.training.batches import samples_of
+from rcm_megatron.training.divergence import Diverged, Refusals
 from rcm_megatron.training.flops import Throughput
 from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.replicas import require_same_rows
 from rcm_megatron.training.state import TrainState, Updated, build_networks, timers_of
+from rcm_megatron.training.wandb_mode import wandb_mode
 
 log = logging.getLogger(__name__)
 
@@ -65,20 +77,23 @@ class Trainer:
     def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
         self.run, self.groups, self.progress = run, groups, Progress()
         self.timers = timers_of(run)
-        self.stop = StopRequest()
+        self.stop, self.refusals = StopRequest(), Refusals()
+        resumable = find_resumable(run)  # first: what is refused is refused before anything is built
         self.null_text_L1D = load_null_text(run).to(this_device())  # first: a text encoder needs room of its own
         self.state = TrainState(run, build_networks(run, groups), timers=self.timers)
         self.layout = self.state.networks.layout
         self.loader = build_loader(run, groups)
-        self._resume()
+        if resumable is not None:
+            self._resume(resumable)
         self.saver = CheckpointSaver(
             checkpoint_folder(run),
-            keep=run.trainer.keep_checkpoints,
+            keep=max(run.trainer.keep_checkpoints, 2),
             keep_every=run.trainer.keep_every,
             background=run.trainer.async_checkpoint,
         )
         self.save_error: str | None = None
         """Why the newest save that has ended failed, the same on all ranks."""
+        self._due = False
         self.throughput = Throughput(run, devices=dist.get_world_size())
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
@@ -98,16 +113,39 @@ class Trainer:
             beat()
             if self.saver.finished:
                 self._report_save()
-            if stop or done % self.run.trainer.checkpoint_every == 0 or done == self.last_iteration:
+            last = done == self.last_iteration
+            self._give_up_if_diverged(last)
+            self._due |= stop or last or done % self.run.trainer.checkpoint_every == 0
+            if self._due and (self.refusals.calm or ((stop or last) and self.refusals.most == 1)):
+                self._due = False
                 self.save()
                 beat()
-            if stop and done < self.last_iteration:
+            if stop and not last:
                 self._report_save()
-                outcome = f"saved after {done}" if self.save_error is None else f"could not save after {done}"
-                raise Preempted(f"told to stop; {outcome} of {self.run.total_steps} iterations")
+                raise Preempted(f"told to stop; {self._outcome(done)} of {self.run.total_steps} iterations")
         self._report_save()
         if self.save_error is not None:
             raise CheckpointError(self.save_error)
+
+    def _outcome(self, done: int) -> str:
+        if self._due:
+            return f"not saved after {done}, for the last {self.refusals.most} updates were refused: the checkpoint before stands"
+        return f"saved after {done}" if self.save_error is None else f"could not save after {done}"
+
+    def _give_up_if_diverged(self, last: bool) -> None:
+        """Raise Diverged on all ranks, the newest checkpoint one from before; a run that ends in a row of refusals has diverged, too."""
+        limit = self.run.trainer.max_refused_updates
+        if limit is None or self.refusals.most < (min(limit, 2) if last else limit):
+            return
+        self._report_save()
+        newest: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            good = self.refusals.good_until
+            root = checkpoint_folder(self.run)
+            found = set_aside_after(root, self.progress.iteration if good is None else good, why="diverged")
+            newest[0] = None if found is None else str(found)
+        dist.broadcast_object_list(newest, src=0)
+        raise Diverged(self.refusals.message(self.progress.iteration, newest=newest[0]))
 
     def close(self) -> None:
         """Wait for the save under way, end the loader's threads and the logs."""
@@ -122,6 +160,7 @@ class Trainer:
         self._report_save()
         start = time.perf_counter()
         progress = {"counters": asdict(self.progress), "networks": self.state.counters}
+        progress |= {"refusals": self.refusals.plain(), "architectures": architectures(self.run)}
         with self.state.states() as states:
             self.saver.save(
                 iteration=self.progress.iteration,
@@ -163,6 +202,8 @@ class Trainer:
                 require_same_rows(loaded, self.groups)
         samples = samples_of(self.run, self.layout, loaded, self.null_text_L1D, iteration)
         done = self.state.update(step, samples, stage=stage)
+        self.refusals.note(step.trained, iteration, updated=done.updated)
+        self._delete_what_one_checkpoint_outlived()
         self.progress.nan_samples += int(sum(v for k, v in done.metrics.items() if k.endswith("/nan_samples")))
         self.progress.skipped_samples += self._sum_over_dp(sum(batch.num_skipped for batch in loaded))
         self.progress.iteration += 1
@@ -174,6 +215,14 @@ class Trainer:
         anew = self.state.begin_stage(index)
         if anew:
             self.logger.message(f"stage {self.run.stages[index].name}: the optimizer of {', '.join(anew)} begins anew")
+
+    def _delete_what_one_checkpoint_outlived(self) -> None:
+        """With keep_checkpoints=1 the one before the newest stays until an update has shown that the newest is good."""
+        trainer = self.run.trainer
+        if trainer.keep_checkpoints == 1 and self.refusals.calm and self.saver.idle and dist.get_rank() == 0:
+            root = checkpoint_folder(self.run)
+            if (root / "latest").exists():
+                remove_old(root, keep=1, keep_every=trainer.keep_every)
 
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every
@@ -205,15 +254,31 @@ class Trainer:
         dist.all_reduce(total, group=self.groups.dp)
         return int(total)
 
-    def _resume(self) -> None:
-        latest = find_latest(checkpoint_folder(self.run), set_aside=True) if self.run.trainer.resume else None
-        if latest is None:
-            return
-        saved = self.state.load(latest)
+    def _resume(self, resumable: Resumable) -> None:
+        saved = self.state.load(resumable.path)
         self.progress = Progress(**saved["counters"])
+        self.refusals = Refusals(**saved["refusals"])
         self.loader.load_state_dict(saved["data"])
+        notes = list(resumable.notes)
+        if saved["data"]["fingerprint"] != self.loader.fingerprint:
+            notes.append("the dataset is another than before: its samples come in its own order from here on")
         if dist.get_rank() == 0:
-            print(f"resuming at iteration {self.progress.iteration} from {latest}", flush=True)
+            print(f"resuming at iteration {self.progress.iteration} from {resumable.path}", flush=True)
+            for note in notes:
+                print(f"resuming: {note}", flush=True)
+
+
+def find_resumable(run: RunConfig) -> Resumable | None:
+    """The checkpoint to go on from, checked; call on all ranks. With `trainer.resume=false` it is set aside first, once."""
+
+    def prepare() -> Tensor:
+        if begins_anew(run):
+            begin_anew(run)
+        return torch.zeros(())
+
+    computed_once(prepare, device=this_device())
+    latest = find_latest(checkpoint_folder(run), set_aside=True)
+    return None if latest is None else check_resume(run, latest)
 
 
 def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
@@ -242,6 +307,7 @@ def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
 
 def main(run: RunConfig) -> None:
     """Train ``run`` on the ranks of the environment (torchrun, srun or one process)."""
+    wandb_mode(run.logging.wandb_mode)  # refused before anything is built
     check_encoders(run)
     prepare_megatron()
     init_distributed(timeout=_collective_timeout(run))
@@ -251,11 +317,13 @@ def main(run: RunConfig) -> None:
     folder = Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder), _watchdog(run) as beat:
+        trainer = Trainer(run, groups)
         if dist.get_rank() == 0:
             (folder / "config.yaml").write_text(to_yaml(run))
-        trainer = Trainer(run, groups)
         with trainer.stop.on_signals(), _together_if_preempted(), contextlib.closing(trainer):
             trainer.train(beat=beat)
+        if dist.get_rank() == 0 and trainer.progress.iteration >= run.total_steps:
+            mark_ended(run)
     dist.destroy_process_group()
 
 
@@ -270,7 +338,7 @@ def _together_if_preempted() -> Iterator[None]:
     """Leave at the same time: launchers kill all ranks when the first has ended with a status."""
     try:
         yield
-    except Preempted:
+    except (Preempted, Diverged):
         dist.barrier()
         raise
 

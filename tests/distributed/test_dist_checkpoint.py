@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from rcm_megatron.checkpoint import saver as saving
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint, load_weights
@@ -181,21 +180,17 @@ def test_ema_weights_load_alone(checkpoint):
         assert_equal({name: checkpoint.saved[f"student.ema.{name}"] for name in weights}, weights)
 
 
-def errors_of_other_contents(root):
-    networks = Training(tp=1, cp=1).networks
-    latest, messages = find_latest(root), []
+def load_parts(root):
+    """The checkpoint into a run that trains one of its networks, then into one that averages nothing; the keys left to be read."""
+    training = Training(tp=1, cp=1)
+    networks, latest = training.networks, find_latest(root)
+    first = load_checkpoint(latest, networks={"student": networks["student"]})
     networks["student"].ema = None
-    for asked in ({"student": networks["student"]}, networks):
-        with pytest.raises((ValueError, CheckpointingException)) as caught:
-            load_checkpoint(latest, networks=asked)
-        messages.append(str(caught.value))
-    return messages
+    return first.keys() == load_checkpoint(latest, networks=networks).keys()
 
 
-def test_a_checkpoint_of_other_contents_is_an_error_that_names_them(checkpoint):
-    [(networks, tensors)] = run_ranks(errors_of_other_contents, 1, str(checkpoint.root))
-    assert "got the networks ['fake_score', 'student']; need ['student']" in networks
-    assert "student.ema.head" in tensors
+def test_a_checkpoint_with_more_than_the_run_has_loads(checkpoint):
+    assert run_ranks(load_parts, 1, str(checkpoint.root)) == [True]
 
 
 # ---- saving while training goes on

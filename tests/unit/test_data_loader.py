@@ -144,12 +144,24 @@ def test_state_resumes_on_another_layout(tmp_path):
     assert_same_samples({index: reference[index] for index in range(16, 32)}, got)
 
 
-def test_state_of_another_dataset_or_seed_is_refused(tmp_path):
-    state = loader(dataset(tmp_path / "a")).state_dict()
-    with pytest.raises(ValueError, match="seed 3"):
-        loader(build_manifest(tmp_path / "a"), seed=4).load_state_dict(state)
-    with pytest.raises(ValueError, match="dataset"):
-        loader(dataset(tmp_path / "b", num_samples=9)).load_state_dict(state)
+def test_state_of_another_dataset_or_seed_goes_on_after_as_many_samples(tmp_path):
+    """In the order that a loader of that seed or dataset has there."""
+    with loader(dataset(tmp_path / "a")) as first:
+        for _ in range(2 * first.num_micro_batches):
+            next(first)
+        state = first.state_dict()
+    for settings in (
+        {"manifest": build_manifest(tmp_path / "a"), "seed": 4},
+        {"manifest": dataset(tmp_path / "b", num_samples=9)},
+    ):
+        manifest = settings.pop("manifest")
+        with (
+            loader(manifest, **settings) as on,
+            loader(manifest, start_sample=state["next_sample"], **settings) as fresh,
+        ):
+            on.load_state_dict(state)
+            assert next(on).dataset_rows.tolist() == next(fresh).dataset_rows.tolist()
+            assert on.fingerprint == manifest.fingerprint
     with pytest.raises(ValueError, match="next_sample"):
         loader(dataset(tmp_path / "c")).load_state_dict({"seed": 3})
 

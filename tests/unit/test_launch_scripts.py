@@ -65,7 +65,11 @@ def start(tmp_path, **settings):
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "31", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[1-2]"}
     calls, environment = tmp_path / "calls", tmp_path / "calls.env"
-    inherited = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls)}
+    inherited = (
+        os.environ
+        | job
+        | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "CALLS": str(calls)}
+    )
     config = ["model_configs/wan2.1_t2v_1.3b_480p.yaml", f"output_dir={tmp_path / 'out dir'}"]
     done = subprocess.run(
         ["bash", "launch/slurm/train.sbatch", *config],
