@@ -73,18 +73,29 @@ def test_every_family_is_verified_against_diffusers(kind, tmp_path, capsys, monk
     assert not hasattr(transformer_cosmos, "transforms")
 
 
-@pytest.mark.parametrize("form", ["diffusers", "torch_dist", "nvlabs"])
+QUERY_AND_KEY = {
+    "diffusers": [f"blocks.1.attn1.to_{name}.weight" for name in "qk"],
+    "torch_dist": ["blocks.1.self_attn.linear_qkv.weight"] * 2,
+    "nvlabs": [f"net.blocks.1.self_attn.{name}.weight" for name in "qk"],
+}
+"""Where the projections of a block are; torch_dist has them in one tensor."""
+
+
+@pytest.mark.parametrize("form", QUERY_AND_KEY)
 def test_a_conversion_that_errs_leaves_nothing(folder, tmp_path, monkeypatch, capsys, form):
     """q and k of one block exchanged: every key and shape is right."""
-    original = conversion.to_internal
+    original = conversion.translate
 
-    def exchanged(source, model_config):
-        for name, tensor in original(source, model_config):
-            if name == "blocks.1.self_attn.linear_qkv.weight":
-                tensor = tensor.view(4, 3, 12, 48)[:, [1, 0, 2]].reshape(144, 48)
-            yield name, tensor
+    def exchanged(source, model_config, target):
+        tensors = dict(original(source, model_config, target))
+        q, k = QUERY_AND_KEY[target]
+        if q == k:
+            tensors[q] = tensors[q].view(4, 3, 12, 48)[:, [1, 0, 2]].reshape(144, 48)
+        else:
+            tensors[q], tensors[k] = tensors[k], tensors[q]
+        return iter(tensors.items())
 
-    monkeypatch.setattr(conversion, "to_internal", exchanged)
+    monkeypatch.setattr(conversion, "translate", exchanged)
     assert convert(folder, tmp_path / ("out.pt" if form == "nvlabs" else "out"), form) == 1
     message = r"differs from the source in diffusers: relative error of the velocity .*it was not kept"
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
