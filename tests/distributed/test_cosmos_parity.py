@@ -122,7 +122,7 @@ def dmd_of_given_frames():
 
 def test_given_frames_do_not_dilute_dmds_normaliser():
     ((loss_B, by_hand, diluted, frames_B),) = run_ranks(dmd_of_given_frames, 1)
-    assert {0, 1} < set(frames_B.tolist())
-    assert_close("loss", by_hand, loss_B, rel=1e-9)
     with_frames = frames_B > 0
-    assert float((diluted - by_hand)[with_frames].abs().min() / by_hand[with_frames].max()) > 0.1
+    assert with_frames.any() and not with_frames.all()
+    assert_close("loss", by_hand, loss_B, rel=1e-4)  # given frames come back rounded to fp32, and are in the sum
+    assert float((diluted / by_hand)[with_frames].min()) > 2  # of one frame in three: (3 / 2)^2
