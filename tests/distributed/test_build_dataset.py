@@ -125,11 +125,11 @@ def sampled(config):
     """The same by the program's own sampling of batches."""
     from rcm_megatron.config import load_config
     from rcm_megatron.inference.encoding import encode_captions, load_null_text
-    from rcm_megatron.inference.networks import SampleBatches, join, load_network, teacher_draw
+    from rcm_megatron.inference.networks import SampleBatches, init_parallel, load_network, teacher_draw
 
     overrides = ["sampling.teacher_sampler=euler", "sampling.teacher_shift=3.0", "sampling.guidance=5.0"]
     run_config = load_config(config, overrides)
-    groups = join(run_config)
+    groups = init_parallel(run_config)
     text_LBD = encode_captions(run_config, PROMPTS).repeat_interleave(COPIES, dim=1)
     batches = SampleBatches(text_LBD, load_null_text(run_config), 7, 5)
     network = load_network(run_config, groups, weights="teacher")
@@ -268,7 +268,7 @@ def test_image_to_video_networks_get_members_of_the_first_frame(filmed, tmp_path
     folder = Path(argv[1]).parent
     write_image_encoder(folder / "wan", image_dim=24)
     config = yaml.safe_load((folder / "run.yaml").read_text())
-    config["model"]["wan"] = {"condition_channels": 20, "image_dim": 24}
+    config["model"] |= {"condition_channels": 20, "image_dim": 24}
     config["encoders"]["image"] = "clip"
     (folder / "i2v.yaml").write_text(yaml.safe_dump(config))
     run(
