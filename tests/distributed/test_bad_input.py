@@ -191,7 +191,7 @@ def truncate_a_shard(data):
 
 
 def poison_a_latent(data):
-    """NaN in one latent of the first shard, in place: the manifest still fits."""
+    """NaN in one latent of the first shard, as a writer leaves it: the manifest is made of what is there."""
     import tarfile
 
     shard = sorted(data.glob("*.tar"))[0]
@@ -203,6 +203,7 @@ def poison_a_latent(data):
     start = blob.index(stored, member.offset_data)
     nan = torch.full_like(latent.flatten()[:1], float("nan")).view(torch.uint8).numpy().tobytes()
     shard.write_bytes(blob[:start] + nan + blob[start + len(nan) :])
+    (data / "manifest.json").unlink()
     return member.name.split(".")[0]
 
 

@@ -26,24 +26,22 @@ def wrong_modes(folder, umask):
     return found
 
 
-def run_everything(config, folder):
-    """On a forked rank, which has the umask of its parent."""
+def commands(config, folder):
+    """What is made of a run."""
     sampled = ["--weights", "teacher", "--steps", "1", "--prompt", "one moving up", "--output", str(folder / "samples")]
-    for argv in (
-        ["sample", str(config), *sampled],
-        ["export", str(config), "--weights", "student", "--output", str(folder / "exported"), "--dtype", "bf16"],
-        ["convert", str(folder / "exported"), str(folder / "student.safetensors"), "--to", "nvlabs"],
-        ["convert", str(folder / "exported"), str(folder / "internal"), "--to", "internal"],
-    ):
-        status, stderr = command(argv)
-        assert status == 0, (argv, stderr)
+    yield ["sample", str(config), *sampled]
+    yield ["export", str(config), "--weights", "student", "--output", str(folder / "exported"), "--dtype", "bf16"]
+    yield ["convert", str(folder / "exported"), str(folder / "student.safetensors"), "--to", "nvlabs"]
+    yield ["convert", str(folder / "exported"), str(folder / "internal"), "--to", "internal"]
 
 
 @pytest.mark.parametrize("umask", [0o027, 0o002], indirect=True, ids=oct)
 def test_a_run_and_what_is_made_of_it(tmp_path, umask):
     config = write_tiny_run(tmp_path)
     run_ranks(train, 1, str(config), ["trainer.checkpoint_every=1", "trainer.stop_after=2", "trainer.sample_every=2"])
-    run_ranks(run_everything, 1, config, tmp_path)
+    for argv in commands(config, tmp_path):  # each on a forked rank, which has the umask of its parent
+        ((status, stderr),) = run_ranks(command, 1, argv)
+        assert status == 0, (argv, stderr)
     names = {path.name for path in tmp_path.rglob("*")}
     assert {"metrics.jsonl", "latest", "files.json", "manifest.json", "student.safetensors"} <= names
     assert any(name.endswith(".mp4") for name in names)
