@@ -115,7 +115,7 @@ def measured(source: Path, target: Path, form: str, *, warm_up: Path, max_shard_
 def run_chain(scratch: Path, model: ModelConfig, *, max_shard_bytes: int, chain: Sequence[str] = CHAIN) -> list[dict]:
     """Each conversion of the chain, with the bounds that its memory is to be compared with."""
     write_network(scratch / "source", model, max_shard_bytes=max_shard_bytes)
-    write_network(scratch / "tiny", network(4, layers=1), max_shard_bytes=max_shard_bytes)
+    write_network(scratch / "tiny", network(6, layers=1), max_shard_bytes=max_shard_bytes)
     source, results = scratch / "source", []
     for form in chain:
         paths = [str(path) for path in (source, scratch / form, scratch / "tiny")]

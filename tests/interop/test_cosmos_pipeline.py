@@ -34,7 +34,7 @@ from tests.wan_encoders import write_text_encoder, write_tokenizer, write_vae
 STEPS, GUIDANCE, SIZE = 5, 3.0, (64, 48)
 """Network evaluations, the pipelines' guidance_scale, and height and width of the picture: 8 times the latent's."""
 IMAGE = Case(network_config(), frames=1, height=8, width=6, batch=2, text=7)
-VIDEO2WORLD = Case(network_config(VIDEO), frames=3, height=8, width=6, batch=2, text=7, given=(1, 1))
+VIDEO2WORLD = Case(network_config(**VIDEO), frames=3, height=8, width=6, batch=2, text=7, given=(1, 1))
 
 
 class NoChecker(torch.nn.Module):

@@ -133,7 +133,9 @@ def test_what_the_encoders_make_of_a_picture_may_come_as_files_and_counts(traine
         """The first sample, with the latent of one picture and CLIP's features of another."""
         frames = 1 if is_ti2v(trained) else LATENT["frames"]
         pixels = image_pixels(Image.open(trained / picture), height=SIZE["height"], width=SIZE["width"])
-        tensors = {"given" if is_ti2v(trained) else "image-latent": image_latent(encoder, pixels, frames=frames)}
+        tensors = {
+            "conditional-latent" if is_ti2v(trained) else "image-latent": image_latent(encoder, pixels, frames=frames)
+        }
         if not is_ti2v(trained):
             tensors["image-embed"] = CLIPImageEncoder(trained / "wan").encode([Image.open(trained / embedded)])[0]
         options = [*STUDENT, "--prompt", PROMPTS[0]]

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rcm_megatron.config import ConfigError, RunConfig, build
+from rcm_megatron.reports.colours import COLOURS, phase_colours
 from tools.scaling_points import PRESETS, make_points, parse_layout, point_from_dict, ranks_of
-from tools.scaling_report import COLOURS, phase_colours, summarise
+from tools.scaling_report import summarise
 
 ROOT = Path(__file__).parents[2]
 
