@@ -41,7 +41,8 @@ def _preset(model: dict[str, Any], latent: dict[str, int], batch: int) -> dict[s
     return {
         "name": "scaling",
         "output_dir": "unused",
-        "model": {"in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "text_dim": 64, "text_len": 16}
+        "model": {"family": "wan", "patch_size": [1, 2, 2], "text_dim": 64, "text_len": 16}
+        | {"in_channels": 16, "out_channels": 16}
         | model,
         "latent": {"channels": 16} | latent,
         "precision": {"params_dtype": "fp32"},
