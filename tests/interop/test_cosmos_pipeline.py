@@ -183,7 +183,7 @@ def test_text2image_of_a_student_from_caption_to_picture(groups, tmp_path):
     write_text_encoder(tmp_path / "text_encoder", kind="T5")
     write_tokenizer(tmp_path / "tokenizer")
     write_vae(tmp_path / "vae")
-    case = replace(IMAGE, model=network_config(in_channels=16, out_channels=16, text_dim=16), batch=1)
+    case = replace(IMAGE, model=network_config(channels=16, text_dim=16), batch=1)
     chunks, transformer = exported(case, groups, tmp_path / "net")
     pipeline = Cosmos2TextToImagePipeline(
         text_encoder=T5EncoderModel.from_pretrained(tmp_path / "text_encoder").eval(),
