@@ -31,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -22,6 +22,7 @@ from rcm_megatron.checkpoint.dist import FORMAT
 from rcm_megatron.checkpoint.folders import checkpoint_folder
 from rcm_megatron.checkpoint.torch_dist import read_metadata
 from rcm_megatron.config import ConfigError, RunConfig, as_dict
+from rcm_megatron.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +84,8 @@ def mark_ended(run: RunConfig) -> None:
 
 
 def _mark(run: RunConfig, *, ended: bool) -> None:
-    path = Path(run.output_dir) / BEGUN
-    written = path.with_suffix(".tmp")
-    written.write_text(json.dumps({"launch": _launch(), "configuration": _digest(run), "ended": ended}) + "\n")
-    written.rename(path)
+    mark = json.dumps({"launch": _launch(), "configuration": _digest(run), "ended": ended}) + "\n"
+    write_atomically(Path(run.output_dir) / BEGUN, lambda file: file.write(mark.encode()))
 
 
 def _launch() -> str | None:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError, Manifest, build_manifest, load_manifest
 from rcm_megatron.data.shards import SHARD_NAME, ShardWriter, TensorFormat, encode_tensor
 from rcm_megatron.datasets.statistics import Statistics
+from rcm_megatron.files import write_atomically
 
 NEGATIVE_EMBED_NAME = "negative_embed.pt"
 SKIPPED_NAME = "skipped.jsonl"
@@ -286,10 +287,7 @@ def _join_tars(target: Path, parts: Sequence[Path]) -> None:
 
 def _write_whole(path: Path, data: bytes) -> None:
     """The file appears with all of its bytes, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    _sync(temporary)
-    temporary.rename(path)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def _sync(path: Path) -> None:

@@ -52,6 +52,19 @@ class PipelineCall:
     takes_image: bool = False
 
 
+SHARED_FLOP_ROWS = {
+    "patch_embedding": "tokens",
+    "self_attn": "tokens",
+    "cross_attn.linear_q": "tokens",
+    "cross_attn.linear_proj": "tokens",
+    "mlp": "tokens",
+    "head.linear": "tokens",
+    "cross_attn.linear_kv": "text",
+    "time_embedding": "times",
+}
+"""`Family.flop_rows` of what is built of the shared layers (rcm_megatron.models.layers)."""
+
+
 class Family:
     """One family of networks. A family is an instance of a subclass; `rcm_megatron.registry.Lazy` defers its heavy parts."""
 
@@ -68,10 +81,6 @@ class Family:
     diffusers_class: str
     scheduler_space: Literal["flow", "edm"]
     """Of RCMScheduler: what diffusers' pipelines of this family scale a network's input by."""
-    text_encoder: str
-    """Of `encoders.text`, the pretrained one whose text the released networks see."""
-    negative_prompt: str
-    """Of the release, for the unconditional branch of guidance."""
 
     network: type[DiffusionTransformer]
     namings: Mapping[str, Naming]

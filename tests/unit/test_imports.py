@@ -49,7 +49,8 @@ ALLOWED = {
         "inference",
         "__version__",
     },
-    "datasets": MODELS | {"text", "requests", "platform", "checkpoint", "data", "inference", "datasets", "__version__"},
+    "datasets": MODELS
+    | {"files", "text", "requests", "platform", "checkpoint", "data", "inference", "datasets", "__version__"},
     "training": MODELS
     | {
         "families",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rcm_megatron.config.declare import Change, Problem
 from rcm_megatron.config.model import AXES
 from rcm_megatron.families.cosmos.settings import CosmosModelConfig
-from rcm_megatron.families.family import Family, PipelineCall
+from rcm_megatron.families.family import SHARED_FLOP_ROWS, Family, PipelineCall
 from rcm_megatron.registry import Lazy
 
 if TYPE_CHECKING:
@@ -32,15 +32,7 @@ class Cosmos(Family):
     title = "Cosmos-Predict2"
     settings = CosmosModelConfig
     free_fields = ("rope_fps", "condition_sigma", "qk_norm_eps")
-    flop_rows: ClassVar[Mapping[str, str]] = {
-        "patch_embedding": "tokens",
-        "self_attn": "tokens",
-        "cross_attn.linear_q": "tokens",
-        "cross_attn.linear_proj": "tokens",
-        "mlp": "tokens",
-        "head.linear": "tokens",
-        "cross_attn.linear_kv": "text",
-        "time_embedding": "times",
+    flop_rows: ClassVar[Mapping[str, str]] = SHARED_FLOP_ROWS | {
         "self_attn_modulation": "times",
         "cross_attn_modulation": "times",
         "mlp_modulation": "times",
@@ -48,15 +40,6 @@ class Cosmos(Family):
     }
     diffusers_class = "CosmosTransformer3DModel"
     scheduler_space = "edm"
-    text_encoder = "t5"
-    negative_prompt = (
-        "The video captures a series of frames showing ugly scenes, static with no motion, motion blur, over-saturation, shaky footage, "
-        "low resolution, grainy texture, pixelated images, poorly lit areas, underexposed and overexposed scenes, poor color balance, "
-        "washed out colors, choppy sequences, jerky movements, low frame rate, artifacting, color banding, unnatural transitions, "
-        "outdated special effects, fake elements, unconvincing visuals, poorly edited content, jump cuts, visual noise, and flickering. "
-        "Overall, the video is of poor quality."
-    )
-    """The release's own."""
     network = Lazy("rcm_megatron.families.cosmos.network:CosmosModel")
     namings = Lazy("rcm_megatron.families.cosmos.files:NAMINGS")
 

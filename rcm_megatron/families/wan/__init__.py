@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcm_megatron.config.declare import Problem
-from rcm_megatron.families.family import Family, PipelineCall
+from rcm_megatron.families.family import SHARED_FLOP_ROWS, Family, PipelineCall
 from rcm_megatron.families.wan.settings import MASK_CHANNELS, WanModelConfig
 from rcm_megatron.registry import Lazy
 
@@ -31,28 +31,14 @@ class Wan(Family):
     title = "Wan"
     settings = WanModelConfig
     free_fields = ("conditional_frames",)
-    flop_rows: ClassVar[Mapping[str, str]] = {
-        "patch_embedding": "tokens",
-        "self_attn": "tokens",
-        "cross_attn.linear_q": "tokens",
-        "cross_attn.linear_proj": "tokens",
-        "mlp": "tokens",
-        "head.linear": "tokens",
+    flop_rows: ClassVar[Mapping[str, str]] = SHARED_FLOP_ROWS | {
         "text_embedding": "text",
-        "cross_attn.linear_kv": "text",
         "image_embedding": "image",
         "cross_attn.image_linear_kv": "image",
-        "time_embedding": "times",
         "time_projection": "times",
     }
     diffusers_class = "WanTransformer3DModel"
     scheduler_space = "flow"
-    text_encoder = "umt5"
-    negative_prompt = (
-        "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-        "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-    )
-    """The release's `sample_neg_prompt`, in the language it was tuned in."""
     network = Lazy("rcm_megatron.families.wan.network:WanModel")
     namings = Lazy("rcm_megatron.families.wan.files:NAMINGS")
 
