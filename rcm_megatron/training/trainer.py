@@ -78,8 +78,10 @@ class Trainer:
         self.run, self.groups, self.progress = run, groups, Progress()
         self.timers = timers_of(run)
         self.stop, self.refusals = StopRequest(), Refusals()
-        resumable = find_resumable(run)  # first: what is refused is refused before anything is built
-        self.null_text_L1D = load_null_text(run).to(this_device())  # first: a text encoder needs room of its own
+        resumable = find_resumable(run)  # what is refused is refused before anything is built
+        self.null_text_L1D = load_null_text(run).to(
+            this_device()
+        )  # before the networks: a text encoder needs room of its own
         self.state = TrainState(run, build_networks(run, groups), timers=self.timers)
         self.layout = self.state.networks.layout
         self.loader = build_loader(run, groups)
@@ -94,6 +96,8 @@ class Trainer:
         self.save_error: str | None = None
         """Why the newest save that has ended failed, the same on all ranks."""
         self._due = False
+        self._to_delete = run.trainer.keep_checkpoints == 1
+        """Whether a checkpoint may be left that the newest has outlived."""
         self.throughput = Throughput(run, devices=dist.get_world_size())
         self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
 
@@ -178,6 +182,7 @@ class Trainer:
             return
         self.save_error = None
         if saved.error is None:
+            self._to_delete = self.run.trainer.keep_checkpoints == 1
             waited = f"training waited {self._seconds_held_up:.2f} s"
             self.logger.message(f"saved {saved.path} in {saved.seconds:.1f} s; {waited}")
             return
@@ -218,11 +223,11 @@ class Trainer:
 
     def _delete_what_one_checkpoint_outlived(self) -> None:
         """With keep_checkpoints=1 the one before the newest stays until an update has shown that the newest is good."""
-        trainer = self.run.trainer
-        if trainer.keep_checkpoints == 1 and self.refusals.calm and self.saver.idle and dist.get_rank() == 0:
-            root = checkpoint_folder(self.run)
-            if (root / "latest").exists():
-                remove_old(root, keep=1, keep_every=trainer.keep_every)
+        if not (self._to_delete and self.refusals.calm and self.saver.idle):
+            return
+        self._to_delete, root = False, checkpoint_folder(self.run)
+        if dist.get_rank() == 0 and (root / "latest").exists():
+            remove_old(root, keep=1, keep_every=self.run.trainer.keep_every)
 
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every
