@@ -79,9 +79,8 @@ class Trainer:
         self.timers = timers_of(run)
         self.stop, self.refusals = StopRequest(), Refusals()
         resumable = find_resumable(run)  # what is refused is refused before anything is built
-        self.null_text_L1D = load_null_text(run).to(
-            this_device()
-        )  # before the networks: a text encoder needs room of its own
+        # Before the networks: a text encoder needs room of its own.
+        self.null_text_L1D = load_null_text(run).to(this_device())
         self.state = TrainState(run, build_networks(run, groups), timers=self.timers)
         self.layout = self.state.networks.layout
         self.loader = build_loader(run, groups)

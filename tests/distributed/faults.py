@@ -44,17 +44,16 @@ def nan_in_student(trainer):
     """NaN latents that got past the loader: the student's output and gradient are NaN. Notes weights and moments around the step."""
     from tests.distributed.tiny_run import whole_weights
 
-    noted, micro_batch, iterate = {}, trainer._micro_batch, trainer._iterate
+    noted, update, iterate = {}, trainer.state.update, trainer._iterate
 
-    def poisoned(batch):
-        made = micro_batch(batch)
+    def poisoned(step, samples, **settings):
         if (
             trainer.progress.iteration == RCM_ITERATION
             and trainer.groups.token_shard == 0
             and trainer.groups.dp_rank == 0
         ):
-            made.x0_SBP[0, 0, 0] = float("nan")
-        return made
+            samples.x0_SBP[0, :: samples.at_a_time, 0] = float("nan")
+        return update(step, samples, **settings)
 
     def watched():
         iteration = trainer.progress.iteration
@@ -78,7 +77,7 @@ def nan_in_student(trainer):
             "ema": [s.clone() for s in trainer.state.trained["student"].ema.shards],
         }
 
-    trainer._micro_batch, trainer._iterate = poisoned, watched
+    trainer.state.update, trainer._iterate = poisoned, watched
     return noted
 
 

@@ -55,7 +55,7 @@ def run_ranks(fn, world_size, *args, timeout=120.0):
             "the fork server imports it by name; fix: move it into a test module"
         )
     server = _start_server()
-    request = (list(sys.path), fn.__module__, fn.__qualname__, world_size, pickle.dumps(args), timeout)
+    request = (list(sys.path), _umask(), fn.__module__, fn.__qualname__, world_size, pickle.dumps(args), timeout)
     try:
         server.conn.send_bytes(pickle.dumps(request))
         rank, payload = pickle.loads(server.conn.recv_bytes())
@@ -65,6 +65,12 @@ def run_ranks(fn, world_size, *args, timeout=120.0):
     if isinstance(payload, str):
         raise RankError(payload, rank=rank)
     return [pickle.loads(result) for result in payload]
+
+
+def _umask():
+    """This process' umask, which the ranks get: their server has that of the moment at which it was started."""
+    os.umask(umask := os.umask(0o077))
+    return umask
 
 
 class _Server:
@@ -115,9 +121,10 @@ def _serve(conn):
         conn.send_bytes(pickle.dumps(reply))
 
 
-def _run(conn, path, module, qualname, world_size, args, timeout):
+def _run(conn, path, umask, module, qualname, world_size, args, timeout):
     """Fork the ranks and collect: (None, [result bytes]) or (rank, error text); None when the client has gone."""
     sys.path[:] = path
+    os.umask(umask)
     try:
         importlib.import_module(module)  # here, so that every later fork has it
     except Exception:  # whatever it is, the client must hear of it

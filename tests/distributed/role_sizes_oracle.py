@@ -26,10 +26,10 @@ def twin(model, seed):
     """diffusers' class in fp64 with the weights of `test_parity`'s network of ``seed``."""
     from diffusers import WanTransformer3DModel
 
-    from rcm_megatron.checkpoint.configs import diffusers_config
-    from rcm_megatron.checkpoint.translate import from_internal
+    from rcm_megatron.checkpoint.translate import from_internal, naming_of
 
-    config = {name: value for name, value in diffusers_config(model).items() if not name.startswith("_")}
+    config = naming_of("diffusers", model).write_config(model)
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
     network = WanTransformer3DModel(**config)
     network.load_state_dict(dict(from_internal(test_parity.weights_of(model, seed).items(), model, "diffusers")))
     return wide_twin(network, Case(model, 0, 0, 0, 0, 0)).requires_grad_(True)

@@ -39,7 +39,7 @@ def commands(config, folder):
 def test_a_run_and_what_is_made_of_it(tmp_path, umask):
     config = write_tiny_run(tmp_path)
     run_ranks(train, 1, str(config), ["trainer.checkpoint_every=1", "trainer.stop_after=2", "trainer.sample_every=2"])
-    for argv in commands(config, tmp_path):  # each on a forked rank, which has the umask of its parent
+    for argv in commands(config, tmp_path):  # each on a rank, which has this process' umask
         ((status, stderr),) = run_ranks(command, 1, argv)
         assert status == 0, (argv, stderr)
     names = {path.name for path in tmp_path.rglob("*")}

@@ -63,11 +63,12 @@ def calls_of_networks(config):
     run = load_config(config, [f"stages={EVERY_OBJECTIVE}", "trainer.global_batch_size=2"])
     trainer = Trainer(run, initialize_parallel(run.parallel))
     given, calls = [], []
-    make = trainer._micro_batch
+    update = trainer.state.update
 
-    def micro_batch(batch):
-        given[:] = [make(batch)]
-        return given[0]
+    def watched(step, samples, **settings):
+        assert samples.count == samples.at_a_time, "more than one micro-batch"
+        given[:] = [samples]
+        return update(step, samples, **settings)
 
     def record(name):
         def hook(module, args):
@@ -86,7 +87,7 @@ def calls_of_networks(config):
 
         return hook
 
-    trainer._micro_batch = micro_batch
+    trainer.state.update = watched
     for name in ("student", "teacher", "fake_score"):
         for chunk in trainer.state.networks[name]:
             unwrapped(chunk).register_forward_pre_hook(record(name))

@@ -27,7 +27,7 @@ MODEL = wan(hidden_size=512, ffn_hidden_size=1408, channels=16, text_dim=64, tex
 LATENT = LatentConfig(channels=16, frames=3, height=14, width=26)
 """273 tokens, padded to 288 for FP8."""
 BATCH = 2
-BF16, FP8 = PrecisionConfig(params_dtype="bf16"), PrecisionConfig(params_dtype="bf16", fp8=("teacher", "fake_score"))
+BF16 = PrecisionConfig(params_dtype="bf16")
 # relative Frobenius error against the local linears in bf16; two bf16 networks differ by their order of summation alone
 SAME_BF16, SAME_BF16_GRADIENT = 1e-2, 2e-2
 # e4m3 rounds to 2^-4 relative at worst, 2.6e-2 in the mean square, in both factors of each product
@@ -92,7 +92,7 @@ def plain_pass(ddp):
 def specs():
     from rcm_megatron.models.layer_specs import choose_layer_spec, local_layer_spec
 
-    return local_layer_spec(), choose_layer_spec(BF16), choose_layer_spec(FP8, network="fake_score")
+    return local_layer_spec(), choose_layer_spec(BF16), choose_layer_spec(BF16, fp8_role="fake_score")
 
 
 def test_auto_chooses_transformer_engine(groups):
