@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rcm_megatron.config import ModelConfig, RunConfig
-from rcm_megatron.platform.megatron import MEGATRON_VERSION
+from rcm_megatron.platform import MEGATRON_VERSION
 
 PACKAGES = ("megatron-core", "triton", "transformer-engine", "flash-attn", "diffusers", "nvidia-dali-cuda130")
 """Installed packages, beside torch, whose versions must be the same everywhere."""

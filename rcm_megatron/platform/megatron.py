@@ -1,6 +1,7 @@
 """Megatron-Core as the program needs it: a version whose internals are known, runnable without CUDA, with an Adam that resumes.
 
-Import this module before any other that imports `megatron.core`: it also silences warnings that are no news.
+Import this module before any other that imports `megatron.core`: it also silences warnings that are no news, and imports Megatron
+without torch's compiler.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ import warnings
 import torch
 
 from rcm_megatron.errors import InstallationError
-from rcm_megatron.platform import megatron_cpu
+from rcm_megatron.platform import MEGATRON_VERSION, megatron_cpu
 
 log = logging.getLogger(__name__)
-
-MEGATRON_VERSION = "0.16.1" if sys.version_info < (3, 12) else "0.19.2"
-"""The one that goes with this Python, as in requirements.txt: the newest release, and the last one for Python 3.11."""
 
 _NO_NEWS = (
     r"`torch\.distributed\.\w+` is deprecated",  # Megatron's calls
@@ -34,6 +32,26 @@ _NO_NEWS_ON_CPU = (
 )
 for _message in _NO_NEWS if torch.cuda.is_available() else _NO_NEWS + _NO_NEWS_ON_CPU:
     warnings.filterwarnings("ignore", message=_message)
+
+
+def _import_megatron() -> None:
+    """`import megatron.core` without torch's compiler and wandb, which are half of what it costs.
+
+    Megatron decorates functions that this program never calls with `torch.compile`, which imports all of inductor at once; its timers,
+    which this program does not use either, import wandb."""
+    compile, no_wandb = torch.compile, "wandb" not in sys.modules
+    torch.compile = lambda function=None, **_: function
+    if no_wandb:
+        sys.modules["wandb"] = None
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = compile
+        if no_wandb:
+            del sys.modules["wandb"]
+
+
+_import_megatron()
 
 
 @functools.cache

@@ -31,7 +31,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-PREIMPORT = ("torch", "torch.distributed", "megatron.core", "megatron.core.tensor_parallel")
+PREIMPORT = ("torch", "torch.distributed", "rcm_megatron.platform.megatron", "megatron.core.tensor_parallel")
 _server = None
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from rcm_megatron.config import ParallelConfig
 from rcm_megatron.errors import InstallationError
 from rcm_megatron.parallel.transformer_config import transformer_config
-from rcm_megatron.platform import megatron_cpu
-from rcm_megatron.platform.megatron import MEGATRON_VERSION, prepare_megatron
+from rcm_megatron.platform import MEGATRON_VERSION, megatron_cpu
+from rcm_megatron.platform.megatron import prepare_megatron
 from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="what is replaced is replaced only without CUDA")
@@ -188,3 +188,20 @@ def test_unsafe_combinations_are_refused_with_got_need_fix():
     assert "got pp*vpp=4 stages for num_layers=3" in messages["stages"]
     for message in messages.values():
         assert "need" in message and "fix:" in message
+
+
+def test_megatron_is_imported_without_the_compiler():
+    """In a process of its own: the compiler and wandb are there for whoever asks afterwards."""
+    program = """
+import sys
+import torch
+
+compile = torch.compile
+import rcm_megatron.platform.megatron
+import megatron.core.timers
+
+print("torch._inductor.compile_fx" in sys.modules, "wandb" in sys.modules, torch.compile is compile)
+import wandb
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "False False True\n", done

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rcm_megatron.platform.megatron import MEGATRON_VERSION
+from rcm_megatron.platform import MEGATRON_VERSION
 from tests.distributed.run_checks import Runs, assert_same_curves
 from tests.distributed.tiny_run import records
 from tests.slurm.cluster import wait_for

@@ -15,7 +15,7 @@ from rcm_megatron.cluster.bandwidth import neighbours
 from rcm_megatron.cluster.report import Report, checkpoint_gib
 from rcm_megatron.cluster.verdict import Findings, nodes_of_ranks
 from rcm_megatron.config import load_config
-from rcm_megatron.platform.megatron import MEGATRON_VERSION
+from rcm_megatron.platform import MEGATRON_VERSION
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = {"torch": "2.13.0", "megatron-core": MEGATRON_VERSION}
