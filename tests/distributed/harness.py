@@ -43,7 +43,7 @@ class RankError(RuntimeError):
         self.rank = rank
 
 
-def run_ranks(fn, world_size, *args, timeout=120.0):
+def run_ranks(fn, world_size, *args, timeout=600.0):
     """Call `fn(*args)` on `world_size` Gloo ranks; returns the list of their results, by rank.
 
     The first rank that raises ends all of them: its traceback is raised here as a RankError that names it. After `timeout`

@@ -23,7 +23,7 @@ class Runs:
         """Train into folder `name`; (rank results, records)."""
         ranks, parallel = self.layouts[layout]
         overrides = [*parallel, f"output_dir={self.folder / name}", *extra]
-        results = run_ranks(train, ranks, str(self.config), overrides, fault or self.fault, timeout=290)
+        results = run_ranks(train, ranks, str(self.config), overrides, fault or self.fault)
         return results, records(self.folder / name)
 
     def undisturbed(self, layout):

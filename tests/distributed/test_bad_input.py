@@ -55,7 +55,7 @@ def process(good, *overrides, world_size=1):
     }
     command = [sys.executable, "-m", "rcm_megatron", "train", str(good / "run.yaml"), *overrides]
     start = cpu_seconds()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     seconds = cpu_seconds() - start
     lines = done.stderr.splitlines()
     imported = any(line.startswith("import time:") and line.split("|")[-1].strip() == "torch" for line in lines)

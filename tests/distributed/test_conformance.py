@@ -14,7 +14,7 @@ def test_deep_file(layout):
     ranks, parallel = LAYOUTS[layout]
     stored = stored_quantities(FILES["deep"])
     assert stored.keys() == set(BOUNDS) | {"network"}
-    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["deep"]), parallel, timeout=280), stored=stored)
+    assert_conforms(run_ranks(conformance_errors, ranks, str(FILES["deep"]), parallel), stored=stored)
 
 
 @pytest.mark.parametrize("layout", ["tp2_ring2", "ring2_ulysses2"])

@@ -41,7 +41,7 @@ def one_rank():
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 def test_layout(one_rank, layout):
-    ranks = run_ranks(measure, layout.processes, layout.parallel, timeout=280)
+    ranks = run_ranks(measure, layout.processes, layout.parallel)
     test_parity.assert_equal_quantities(one_rank, ranks)
 
 
@@ -80,7 +80,7 @@ def test_video2world(one_rank, video2world):
     assert given > 0
     assert worst < 1e-5
     assert not torch.equal(reference["scm"]["loss of scm"], one_rank["scm"]["loss of scm"])
-    results = run_ranks(measure_video2world, 4, {"tp": 2, "pp": 2}, timeout=280)
+    results = run_ranks(measure_video2world, 4, {"tp": 2, "pp": 2})
     test_parity.assert_equal_quantities(reference, [measured for measured, _, _ in results])
     assert max(worst for _, worst, _ in results) < 1e-5
 

@@ -72,7 +72,7 @@ def runs(tmp_path_factory):
 def start(folder, name, ranks, overrides):
     """(counters of rank 0, records) of a run of `folder`."""
     overrides = [*overrides, f"output_dir={folder / name}"]
-    results = run_ranks(tiny_run.train, ranks, str(folder / "run.yaml"), overrides, timeout=280)
+    results = run_ranks(tiny_run.train, ranks, str(folder / "run.yaml"), overrides)
     return results[0][0], tiny_run.records(folder / name)
 
 

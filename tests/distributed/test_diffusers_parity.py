@@ -126,7 +126,7 @@ def references():
 def test_velocity_and_tangent_equal_diffusers(references, layout):
     processes, parallel = LAYOUTS[layout]
     states = {name: diffusers_network(name).state_dict() for name in CASES}
-    for rank, measured in enumerate(run_ranks(measure, processes, parallel, states, timeout=280)):
+    for rank, measured in enumerate(run_ranks(measure, processes, parallel, states)):
         for name, (v, t_v) in measured.items():
             for what, reference, value in zip(("velocity", "tangent"), references[name], (v, t_v), strict=True):
                 label = f"{name}: {what} on rank {rank}"

@@ -161,7 +161,7 @@ def test_training_with_two_teachers_on_two_layouts(tiny):
     short = ["trainer.stop_after=7", "stages.0.tangent_warmup=0"]
     for name, ranks, overrides in (("one", 1, both), ("tp2", 2, [*both, "parallel.tp=2"]), ("plain", 1, [])):
         output = tiny.parent / name
-        run_ranks(train, ranks, str(tiny), [*short, *overrides, f"output_dir={output}"], timeout=200)
+        run_ranks(train, ranks, str(tiny), [*short, *overrides, f"output_dir={output}"])
         lines[name] = records(output)
     losses = {
         name: [v for line in found for k, v in line.items() if k.endswith("/loss")] for name, found in lines.items()

@@ -28,6 +28,29 @@ stuck_here()
 """
 
 
+_started = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """A test that fails ends what it has started."""
+    yield
+    while _started:
+        with _started.pop() as process:
+            process.kill()
+
+
+def popen(command, environment):
+    """A process that Ctrl-C reaches, although a shell started the tests with `&`."""
+
+    def heed_ctrl_c():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    _started.append(subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=heed_ctrl_c, **pipes))
+    return _started[-1]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("interrupted"), LAYOUTS)
@@ -50,12 +73,10 @@ def start(runs, name, *overrides, fault, options=()):
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": f"{runs.folder}:{os.environ['PATH']}"}
     settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "RCM_TEST_FAULT": fault}
     environment = os.environ | paths | settings | dict(options)
-    return subprocess.Popen(
-        [*command, *overrides], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return popen([*command, *overrides], environment)
 
 
-def end(process, timeout=250):
+def end(process, timeout=900):
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
 
@@ -79,11 +100,10 @@ def start_alone(runs, name, fault):
         "OMP_NUM_THREADS": "1",
         "RCM_TEST_FAULT": fault,
     }
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, f"output_dir={runs.folder / name}"], cwd=ROOT, env=environment, **pipe)
+    return popen([*command, f"output_dir={runs.folder / name}"], environment)
 
 
-def wait_for_records(folder, count, patience=120):
+def wait_for_records(folder, count, patience=600):
     end = time.monotonic() + patience
     while not (folder / "metrics.jsonl").exists() or len(records(folder)) < count:
         assert time.monotonic() < end, f"{folder}: no {count} records"
@@ -112,17 +132,17 @@ def test_a_second_ctrl_c_ends_at_once(runs, torchrun):
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
     begin = time.monotonic()
-    status, output = end(process, timeout=60)
-    assert time.monotonic() - begin < 15 and status == (1 if torchrun else 130), (status, output[-3000:])
+    status, output = end(process, timeout=200)
+    assert time.monotonic() - begin < 100 and status == (1 if torchrun else 130), (status, output[-3000:])
 
 
 def test_a_hang_shows_where_each_rank_stood_and_the_restart_finishes(runs):
     """Rank 1 sleeps in iteration 13, rank 0 waits for it in a collective; torchrun starts both again."""
     _, lines = runs.undisturbed("ring2")
-    status, output = end(start(runs, "hang", "trainer.hang_timeout=12", fault="hang:13", options={"MAX_RESTARTS": "1"}))
+    status, output = end(start(runs, "hang", "trainer.hang_timeout=30", fault="hang:13", options={"MAX_RESTARTS": "1"}))
     assert status == 0 and "resuming at iteration 10" in output, output[-3000:]
     stacks = [(runs.folder / "hang" / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
-    assert all(text.count("no step for 12 s") == 1 for text in stacks), stacks
+    assert all(text.count("no step for 30 s") == 1 for text in stacks), stacks
     assert "in hang_in_step" in stacks[1] and "in hang_in_step" not in stacks[0]
     assert "in _iterate" in stacks[0] and "in _iterate" not in stacks[1]
     assert_same_curves(lines, records(runs.folder / "hang"), rel=0.0)
@@ -131,22 +151,22 @@ def test_a_hang_shows_where_each_rank_stood_and_the_restart_finishes(runs):
 @pytest.mark.parametrize(
     ("body", "timeout", "last_resort", "status"),
     [
-        ("time.sleep(60)", 0.3, 60, 86),
-        ("ctypes.PyDLL(None).sleep(60)", 0.3, 0.5, 1),  # holds the interpreter's lock: no other Python thread runs
+        ("time.sleep(300)", 0.3, 300, 86),
+        ("ctypes.PyDLL(None).sleep(300)", 0.3, 0.5, 1),  # holds the interpreter's lock: no other Python thread runs
     ],
 )
 def test_the_watchdog_ends_a_stuck_process(tmp_path, body, timeout, last_resort, status):
     begin = time.monotonic()
     program = WATCHED.format(body=body)
     arguments = [str(tmp_path / "stacks"), str(timeout), str(last_resort)]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, timeout=200)
     assert done.returncode == status, done.stderr
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 100
     assert "in stuck_here" in (tmp_path / "stacks" / "rank_4.txt").read_text()
 
 
 def test_the_watchdog_lets_a_run_alone_that_makes_steps(tmp_path):
-    body = "[(time.sleep(0.05), watchdog.beat()) for _ in range(60)]; watchdog.close(); time.sleep(1.2)"
-    arguments = [str(tmp_path), "0.9", "0"]
-    done = subprocess.run([sys.executable, "-c", WATCHED.format(body=body), *arguments], cwd=ROOT, timeout=60)
+    body = "[(time.sleep(0.05), watchdog.beat()) for _ in range(100)]; watchdog.close(); time.sleep(4.5)"
+    arguments = [str(tmp_path), "4", "0"]
+    done = subprocess.run([sys.executable, "-c", WATCHED.format(body=body), *arguments], cwd=ROOT, timeout=200)
     assert done.returncode == 0 and (tmp_path / "rank_4.txt").read_text() == ""

@@ -77,7 +77,7 @@ def events_of_updates(layout, name):
 def test_each_bucket_is_reduced_once_and_early(name, layout):
     """Two or four micro-batches; a step of sCM and DMD has a backward pass over each of them for both."""
     passes = SAMPLES // (layout.micro_batch_size * layout.dp) * (2 if name == "scm_and_dmd" else 1)
-    for rank, (updates, names) in enumerate(run_ranks(events_of_updates, layout.processes, layout, name, timeout=200)):
+    for rank, (updates, names) in enumerate(run_ranks(events_of_updates, layout.processes, layout, name)):
         for update, events in enumerate(updates):
             where = f"rank {rank}, update {update}"
             reduced = [parameter for kind, group in events if kind == "reduce" for parameter in group]

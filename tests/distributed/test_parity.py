@@ -344,7 +344,7 @@ def pytest_generate_tests(metafunc):
 def test_equals_one_rank(references, layout):
     objectives = tuple(OBJECTIVES) if layout in FURTHER else CORE
     arguments = (layout.parallel, layout.micro_batch_size, torch.float32, objectives, layout.num_layers)
-    ranks = run_ranks(measure, layout.processes, *arguments, timeout=280)
+    ranks = run_ranks(measure, layout.processes, *arguments)
     error, name = assert_equal_quantities(references.of(layout.num_layers, objectives), ranks)
     print(f"{layout.name}: at most {error:.1e} ({name})")
 

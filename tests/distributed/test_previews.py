@@ -14,7 +14,7 @@ SHORT = ["trainer.stop_after=4", "sampling.num_samples=2"]
 
 
 def start(config, folder, ranks, *overrides):
-    run_ranks(train, ranks, str(config), [*SHORT, f"output_dir={folder}", *overrides], timeout=200)
+    run_ranks(train, ranks, str(config), [*SHORT, f"output_dir={folder}", *overrides])
     return records(folder)
 
 
@@ -80,7 +80,7 @@ def test_a_signal_ends_a_preview_and_the_run_saves(one, tmp_path, fault, files):
     config, folder = one
     overrides = ["parallel.ring=2", "trainer.sample_every=2", "trainer.stop_after=4", f"output_dir={tmp_path}"]
     with pytest.raises(RankError, match="told to stop; saved after 2 of"):
-        run_ranks(train, 2, str(config), overrides, fault, timeout=200)
+        run_ranks(train, 2, str(config), overrides, fault)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "iter_0000002\n"
     previews = tmp_path / "previews" / "0000002"
     assert previews.exists() == (files is not None)

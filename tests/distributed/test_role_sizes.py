@@ -66,9 +66,7 @@ def references():
 @pytest.mark.parametrize("sizes", SIZES)
 def test_layout_equals_one_rank(references, sizes, layout):
     processes, parallel = LAYOUTS[layout]
-    error, name = assert_equal_quantities(
-        references[sizes], run_ranks(measure, processes, parallel, sizes, timeout=280)
-    )
+    error, name = assert_equal_quantities(references[sizes], run_ranks(measure, processes, parallel, sizes))
     print(f"{sizes}, {layout}: at most {error:.1e} ({name})")
 
 
@@ -114,7 +112,7 @@ def test_a_run_resumes_on_another_layout(tiny, tmp_path):
     """Uneven stages of four blocks, three and two; the metrics of 8 iterations are those of one rank that was not interrupted."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     every = "trainer.checkpoint_every=4"
-    run_ranks(train, 1, str(tiny), [f"output_dir={whole}", "trainer.stop_after=8", every], timeout=200)
+    run_ranks(train, 1, str(tiny), [f"output_dir={whole}", "trainer.stop_after=8", every])
     pp2 = ["parallel.pp=2", "networks.fake_score.chunk_layers=[1, 3]"]
     for ranks, stop, layout in ((2, 4, ["parallel.tp=2"]), (2, 8, pp2)):
         run_ranks(
@@ -130,7 +128,7 @@ def test_each_network_is_exported_in_its_own_size(tiny, tmp_path):
     """`--verify` runs the folder in diffusers."""
     import json
 
-    run_ranks(train, 1, str(tiny), [f"output_dir={tmp_path}", "trainer.stop_after=7"], timeout=200)
+    run_ranks(train, 1, str(tiny), [f"output_dir={tmp_path}", "trainer.stop_after=7"])
     for weights, layers in (("ema", 2), ("fake_score", 4), ("teacher", 3)):
         target = tmp_path / weights
         argv = [

@@ -105,7 +105,7 @@ def write_everything(config, ranks, parallel, folder):
             str(folder / weights),
         ]
         argv += [part for caption in CAPTIONS for part in ("--prompt", caption)]
-        for status, stderr in run_ranks(command, ranks, argv, timeout=200):
+        for status, stderr in run_ranks(command, ranks, argv):
             assert status == 0, stderr
     for weights in ("student", "ema", "fake_score"):
         argv = [
@@ -118,7 +118,7 @@ def write_everything(config, ranks, parallel, folder):
             "--output",
             str(folder / f"{weights}_export"),
         ]
-        for status, stderr in run_ranks(command, ranks, argv, timeout=200):
+        for status, stderr in run_ranks(command, ranks, argv):
             assert status == 0, stderr
 
 

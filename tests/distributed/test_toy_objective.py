@@ -144,7 +144,7 @@ def train(config_path, overrides):
 def started(config, layout, name, *overrides):
     processes, degrees = LAYOUTS[layout]
     output = config.parent / name
-    results = run_ranks(train, processes, str(config), [*degrees, f"output_dir={output}", *overrides], timeout=280)
+    results = run_ranks(train, processes, str(config), [*degrees, f"output_dir={output}", *overrides])
     return results, records(output)
 
 

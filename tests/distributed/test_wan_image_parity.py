@@ -83,7 +83,7 @@ def test_every_parameter_has_a_gradient(one_rank):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 def test_layout(one_rank, layout):
-    ranks = run_ranks(measure, layout.processes, layout.parallel, timeout=280)
+    ranks = run_ranks(measure, layout.processes, layout.parallel)
     error, name = test_parity.assert_equal_quantities(one_rank, ranks)
     print(f"{layout.name}: at most {error:.1e} ({name})")
 

@@ -27,7 +27,7 @@ def trained(request, tmp_path_factory):
 def start(folder, name, ranks, overrides):
     """(counters of rank 0, records) of a run of `folder`."""
     overrides = [*STEPS, *overrides, f"output_dir={folder / name}"]
-    results = run_ranks(tiny_run.train, ranks, str(folder / "run.yaml"), overrides, timeout=280)
+    results = run_ranks(tiny_run.train, ranks, str(folder / "run.yaml"), overrides)
     return results[0][0], tiny_run.records(folder / name)
 
 

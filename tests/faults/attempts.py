@@ -134,9 +134,7 @@ class Run:
         ranks, parallel = LAYOUTS[self.layout]
         fixed = [f"output_dir={self.folder}", f"trainer.stop_after={steps}", f"trainer.checkpoint_every={EVERY}"]
         try:
-            results = run_ranks(
-                attempt, ranks, str(self.config), [*parallel, *fixed, *self.overrides], faults, timeout=120
-            )
+            results = run_ranks(attempt, ranks, str(self.config), [*parallel, *fixed, *self.overrides], faults)
         except RankError as error:
             return Outcome(error=str(error))
         return Outcome(ranks=tuple(results))

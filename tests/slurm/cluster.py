@@ -181,7 +181,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {done.stderr}")

@@ -24,7 +24,7 @@ def points(series, preset="tiny", steps=("student", "fake_score")):
 def run_tool(*arguments, **environment):
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "tools/benchmark_scaling.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_a_layout_is_its_degrees_and_ranks_their_product():

@@ -153,7 +153,7 @@ def ranks(config, *overrides, present=(0, 1), timeout=40, **settings):
         environment = os.environ | common | own
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen([*command, *overrides], cwd=ROOT, env=environment, **pipes))
-    outputs = [process.communicate(timeout=250) for process in started]
+    outputs = [process.communicate(timeout=900) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
 
 
