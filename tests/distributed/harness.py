@@ -1,7 +1,7 @@
 """Run a function on N Gloo ranks of this machine: `run_ranks(fn, world_size, *args)`.
 
-Importing megatron.core takes 4 s for one process and 18 s for eight at once, so the ranks are *forked* from a process that
-has imported it already. pytest itself cannot be that process: once autograd has run, its threads are gone in a forked child
+Importing megatron.core, diffusers and DALI takes 10 to 40 s of a process, so the ranks are *forked* from a process that has imported
+them already. pytest itself cannot be that process: once autograd has run, its threads are gone in a forked child
 and the child's first backward hangs. So the first call starts one clean fork server (a fresh interpreter, which never runs
 autograd); it lives until pytest ends and forks the ranks of every call.
 
@@ -31,7 +31,16 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-PREIMPORT = ("torch", "torch.distributed", "rcm_megatron.platform.megatron", "megatron.core.tensor_parallel")
+PREIMPORT = (
+    "rcm_megatron.platform.megatron",
+    "rcm_megatron.training.trainer",
+    "rcm_megatron.inference.export",
+    "rcm_megatron.inference.sample",
+    "megatron.core.transformer.multi_token_prediction",
+    "diffusers.models.transformers.transformer_wan",
+    "nvidia.dali.fn",
+    "nvidia.dali.types",
+)
 _server = None
 
 
