@@ -6,14 +6,12 @@ micro-batch holds 2 samples, a step 8: four micro-batches, or two on each of two
 """
 
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from rcm_megatron.config import (
-    ConfigError,
     DataConfig,
     DistillationConfig,
     EncodersConfig,
@@ -25,8 +23,6 @@ from rcm_megatron.config import (
     StageConfig,
     TimeDistribution,
     TrainerConfig,
-    load_config,
-    validate,
 )
 from rcm_megatron.diffusion.noise import SeededDraws
 from tests.distributed.harness import run_ranks
@@ -34,13 +30,8 @@ from tests.distributed.layouts import (
     ALL,
     HEADS,
     MICRO_BATCH,
-    MOST_CONTEXT,
-    MOST_PROCESSES,
-    NAMED,
     SAMPLES,
     SELECTED,
-    all_combinations,
-    pairs_of,
 )
 from tests.helpers import assert_close
 from tests.networks import wan
@@ -347,49 +338,6 @@ def test_equals_one_rank(references, layout):
     ranks = run_ranks(measure, layout.processes, *arguments)
     error, name = assert_equal_quantities(references.of(layout.num_layers, objectives), ranks)
     print(f"{layout.name}: at most {error:.1e} ({name})")
-
-
-def test_legal_layouts_are_those_that_the_configuration_accepts():
-    """`validate` agrees with the rules of tests.distributed.layouts on every combination of degrees."""
-    run = load_config("model_configs/quickstart.yaml", [f"trainer.global_batch_size={SAMPLES}"])
-    for layout in all_combinations():
-        config = replace(
-            run,
-            model=replace(run.model, num_layers=layout.num_layers),
-            parallel=ParallelConfig(**layout.parallel),
-            trainer=replace(run.trainer, micro_batch_size=layout.micro_batch_size),
-        )
-        fits = layout.processes <= MOST_PROCESSES and layout.ring * layout.ulysses <= MOST_CONTEXT
-        try:
-            validate(config, layout.processes)
-        except ConfigError:
-            assert not layout.is_legal, layout.name
-        else:
-            assert layout.is_legal or not fits, layout.name
-
-
-def test_the_selection_covers_every_pair_of_values_that_a_legal_layout_has():
-    """tp, pp, vpp, dp, the kind of context parallelism (ring, Ulysses, both) and its degree."""
-    together = {(a, b) for layout in ALL for a, b in combinations(factors_of(layout), 2)}
-    covered = {(a, b) for layout in SELECTED for a, b in combinations(factors_of(layout), 2)}
-    assert covered == together and pairs_of(SELECTED) == pairs_of(ALL)
-    assert set(NAMED) <= set(SELECTED) <= set(ALL) and len(SELECTED) < len(ALL) / 2
-    assert len(ALL) == len({layout.name for layout in ALL}) == 61
-    assert {(layout.ring, layout.ulysses) for layout in SELECTED} >= {(4, 1), (1, 4), (2, 2)}
-
-
-def factors_of(layout):
-    """Named apart from Layout.pairs, so that a factor cannot be forgotten there unseen."""
-    kind = {(False, False): "none", (True, False): "ring", (False, True): "ulysses", (True, True): "both"}
-    parallel = ParallelConfig(**layout.parallel)
-    return (
-        ("tp", parallel.tp),
-        ("kind of cp", kind[parallel.ring > 1, parallel.ulysses > 1]),
-        ("cp", parallel.cp),
-        ("pp", parallel.pp),
-        ("vpp", parallel.vpp),
-        ("dp", parallel.dp(layout.processes)),
-    )
 
 
 @pytest.mark.parametrize("name", ["tp2", "ring2", "pp2", "pp2_vpp2"])

@@ -5,8 +5,6 @@ tensors of one shape under each other's names. `--verify` compares with the sour
 """
 
 import errno
-import hashlib
-import io
 import json
 import os
 import pickle
@@ -15,66 +13,18 @@ import re
 import resource
 import shutil
 import subprocess
-import zipfile
 from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta
 
 from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.sources import open_checkpoint
-from tests.interop.wan_networks import save_tiny
+from tests.interop.damaged import copy, digest, outcome
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-
-
-@pytest.fixture(scope="module")
-def sources(tiny, tmp_path_factory):
-    """A network in one file, in shards, as .pt and .pth of both kinds, and as torch_dist."""
-    home = tmp_path_factory.mktemp("fuzz")
-    save_tiny(home / "shards", max_shard_size="30KB")
-    options = {"progress": False, "max_shard_bytes": 40_000}
-    convert(tiny[0], home / "rcm.pt", target_format="nvlabs", **options)
-    convert(tiny[0], home / "dist", target_format="torch_dist", **options)
-    torch.save(torch.load(home / "rcm.pt"), home / "legacy.pth", _use_new_zipfile_serialization=False)
-    shutil.copytree(tiny[0], home / "single")
-    return home
-
-
-def copy(source, target):
-    return shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-
-
-def digest(path):
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def outcome(source, target):
-    """The message of the CheckpointError, or None for a conversion; no trace is left of a failed one, and none on the source."""
-    before = digest(source)
-    try:
-        fields = {"num_heads": 4} if source.is_file() else None
-        convert(source, target, target_format="internal", model_fields=fields, progress=False)
-    except CheckpointError as error:
-        message = str(error)
-        assert source.name in message, message
-        assert not target.exists()
-    else:
-        message = None
-        assert {tensor.dtype for tensor in open_checkpoint(target).values()} <= {
-            torch.float32,
-            torch.float16,
-            torch.float64,
-        }
-        shutil.rmtree(target)
-    assert not [path for path in target.parent.iterdir() if "incomplete" in path.name]
-    assert digest(source) == before
-    return message
 
 
 def campaign(source, change, tmp_path, *, cases, seed):
@@ -270,153 +220,6 @@ def test_chunks_that_leave_a_gap(sources, tmp_path):
     chunk.sizes = torch.Size([7])
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     assert "its chunks hold 7 of 12 elements of 'network.model.head.linear.bias'" in outcome(folder, tmp_path / "out")
-
-
-# ---- code in pickles
-
-
-class Call:
-    """Unpickling it calls a function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-class Called(Call):
-    """A call whose result is called in turn."""
-
-    def __call__(self):
-        raise AssertionError("only what pickle makes of it is called")
-
-
-def through_globals(trace):
-    """os.mkdir by getattr alone: of a type of `.metadata`, its constructor's globals, the os that they hold."""
-    constructor_globals = Call(getattr, Call(getattr, Metadata, "__init__"), "__globals__")
-    imported_os = Call(Called(getattr, constructor_globals, "__getitem__"), "os")
-    return pickle.dumps(Call(Called(getattr, imported_os, "mkdir"), trace))
-
-
-def dotted(module, name, argument):
-    """A pickle that calls `module.name(argument)`, where `name` reaches through what the module has imported."""
-    pushed = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
-    return b"\x80\x04" + pushed + b"\x93" + b"\x8c" + bytes([len(argument)]) + argument.encode() + b"\x85R."
-
-
-def bombs(trace):
-    """Pickles that make the folder `trace` when they are unpickled without care."""
-    metadata = "torch.distributed.checkpoint.metadata"
-    return {
-        "mkdir": pickle.dumps({"x": Call(os.mkdir, trace)}),
-        "eval": pickle.dumps(Call(eval, f"__import__('os').mkdir({trace!r})")),
-        "exec": pickle.dumps(Call(exec, f"import os; os.mkdir({trace!r})")),
-        "shell": pickle.dumps(Call(os.system, f"mkdir {trace}")),
-        "protocol 0": pickle.dumps(Call(os.mkdir, trace), protocol=0),
-        "process": pickle.dumps(Call(subprocess.call, ["mkdir", trace])),
-        "through an import": dotted(metadata, "os.mkdir", trace),
-        "through torch": dotted("torch", "os.mkdir", trace),
-        "through getattr": through_globals(trace),
-        "through a type": dotted("torch.serialization", "os.mkdir", trace),
-    }
-
-
-def test_the_bombs_are_live(tmp_path):
-    """Without care each of them does what it says, so that the tests below can fail."""
-    for name, bomb in bombs(str(tmp_path / "t")).items():
-        pickle.loads(bomb)
-        assert (tmp_path / "t").is_dir(), name
-        (tmp_path / "t").rmdir()
-
-
-def inside_archive(path, bomb):
-    """Replace the pickle inside a file of torch.save's."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(content, "w") as new:
-        for info in old.infolist():
-            new.writestr(info.filename, bomb if info.filename.endswith("data.pkl") else old.read(info))
-    path.write_bytes(content.getvalue())
-
-
-@pytest.mark.parametrize("place", ["plain.pt", "plain.pth", "rcm.pt", ".metadata", "common.pt", "data"])
-def test_code_in_pickles_never_runs(sources, tmp_path, place):
-    trace = tmp_path / "t"
-    for name, bomb in bombs(str(trace)).items():
-        source = tmp_path / ("dist" if place in (".metadata", "common.pt", "data") else place)
-        if source.suffix:
-            source.write_bytes(bomb)
-            if place == "rcm.pt":
-                copy(sources / place, source)
-                inside_archive(source, bomb)
-        else:
-            copy(sources / "dist", source)
-            hostile_dist(source, place, bomb)
-        message = outcome(source, tmp_path / "out")
-        assert not trace.exists(), name
-        if place == "common.pt":
-            assert message is None, "it is not read"
-        else:
-            assert "refused" in message, name
-        shutil.rmtree(source) if source.is_dir() else source.unlink()
-
-
-class AttributePickler(pickle.Pickler):
-    """Pickles members of enums as Python 3.11.0 to 3.11.3 do, Debian 12's among them."""
-
-    def reducer_override(self, value):
-        return (getattr, (type(value), value.name)) if isinstance(value, _MEM_FORMAT_ENCODING) else NotImplemented
-
-
-def test_metadata_of_an_early_python_3_11_is_read(sources, tmp_path):
-    path = tmp_path / "dist" / ".metadata"
-    copy(sources / "dist", path.parent)
-    with path.open("rb") as file:
-        metadata = pickle.load(file)
-    with path.open("wb") as file:
-        AttributePickler(file).dump(metadata)
-    assert b"getattr" in path.read_bytes()
-    assert outcome(path.parent, tmp_path / "out") is None
-
-
-@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
-def test_metadata_with_a_path_is_read_whatever_the_python(sources, tmp_path, module):
-    """A run's `.metadata` holds the path it was written to; Python 3.13 calls the type pathlib._local.PosixPath."""
-    path = tmp_path / "dist" / ".metadata"
-    copy(sources / "dist", path.parent)
-    with path.open("rb") as file:
-        metadata = pickle.load(file)
-    metadata.storage_meta = StorageMeta(checkpoint_id=tmp_path)
-    content = pickle.dumps(metadata, protocol=3)  # which names modules in plain text
-    content, count = re.subn(rb"cpathlib(\._local)?\n", b"c" + module.encode() + b"\n", content)
-    assert count == 1
-    path.write_bytes(content)
-    assert outcome(path.parent, tmp_path / "out") is None
-
-
-def hostile_dist(folder, place, bomb):
-    """A bomb as a file of a torch_dist folder, or as a tensor inside one, at the place that .metadata gives for it."""
-    if place != "data":
-        (folder / place).write_bytes(bomb)
-        return
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    info = next(
-        info for index, info in metadata.storage_data.items() if index.fqn == "network.model.patch_embedding.weight"
-    )
-    path = folder / info.relative_path
-    content = bytearray(path.read_bytes())
-    content[info.offset : info.offset + len(bomb)] = bomb
-    path.write_bytes(content)
-
-
-def test_a_compressed_archive_is_not_unpacked(sources, tmp_path):
-    """A thousandfold: 64 MiB of zeros in 64 KiB."""
-    path = tmp_path / "bomb.pt"
-    with zipfile.ZipFile(sources / "rcm.pt") as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, bytes(2**26) if info.filename.endswith("data.pkl") else old.read(info))
-    assert path.stat().st_size < 2**18
-    assert "is compressed, which torch.save does not do" in outcome(path, tmp_path / "out")
 
 
 # ---- targets that cannot be written

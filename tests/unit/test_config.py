@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, as_dict, build, load_config, to_yaml, validate
+from rcm_megatron.config import ConfigError, RunConfig, as_dict, build, load_config, to_yaml, validate
 from rcm_megatron.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -318,57 +318,6 @@ def test_a_run_that_cannot_work_is_refused_at_once(overrides, world_size, parts)
         assert part in message
 
 
-PIPELINES = {
-    "pp2": ["parallel.pp=2"],
-    "pp4": ["parallel.pp=4"],
-    "uneven": ["parallel.pp=2", "parallel.chunk_layers=[1, 3]"],
-    "vpp": ["parallel.pp=2", "parallel.vpp=2", "trainer.micro_batch_size=8"],
-    "uneven_vpp": ["parallel.pp=2", "parallel.vpp=2", "model.num_layers=5", "trainer.micro_batch_size=4"],
-    "one_micro_batch": ["parallel.pp=4", "trainer.micro_batch_size=16"],
-}
-
-
-@pytest.mark.parametrize("name", PIPELINES)
-def test_pipelines_that_can_run(name):
-    config = load_config(QUICKSTART, PIPELINES[name])
-    validate(config, config.parallel.model_parallel_size)
-
-
-@pytest.mark.parametrize(
-    ("layers", "parallel", "counts"),
-    [
-        (4, {}, [4]),
-        (4, {"pp": 2}, [2, 2]),
-        (5, {"pp": 2}, [3, 2]),
-        (30, {"pp": 4}, [7, 8, 8, 7]),
-        (9, {"pp": 4, "vpp": 2}, [1, 1, 1, 2, 1, 1, 1, 1]),
-        (40, {"pp": 8}, [5] * 8),
-        (7, {"pp": 4}, [2, 2, 2, 1]),
-        (4, {"pp": 2, "chunk_layers": (1, 3)}, [1, 3]),
-        (6, {"pp": 2, "vpp": 2, "chunk_layers": (1, 2, 2, 1)}, [1, 2, 2, 1]),
-    ],
-)
-def test_blocks_are_cut_into_ranges_that_follow_each_other(layers, parallel, counts):
-    """As even as possible, the larger ones in the middle, unless chunk_layers says otherwise."""
-    ranges = ParallelConfig(**parallel).layer_ranges(layers)
-    assert [len(blocks) for blocks in ranges] == counts
-    assert [layer for blocks in ranges for layer in blocks] == list(range(layers))
-
-
-@pytest.mark.parametrize("layers", range(1, 13))
-def test_even_cuts_leave_no_piece_empty_and_differ_by_one_at_most(layers):
-    for pieces in range(1, layers + 1):
-        counts = [len(blocks) for blocks in ParallelConfig(pp=pieces).layer_ranges(layers)]
-        assert sum(counts) == layers and min(counts) >= 1 and max(counts) - min(counts) <= 1
-        large = [i for i, count in enumerate(counts) if count > min(counts)]
-        assert large == list(range(large[0], large[0] + len(large))) if large else True
-
-
-def test_sizes_that_follow_from_the_degrees():
-    parallel = ParallelConfig(tp=2, ring=2, ulysses=3, pp=4, vpp=2)
-    assert (parallel.cp, parallel.model_parallel_size, parallel.num_chunks, parallel.dp(96)) == (6, 48, 8, 2)
-
-
 def test_every_problem_is_named_with_its_path_whatever_else_is_broken():
     """Unknown key, wrong type, a rule within a section, a bound, a missing key, rules between sections: one message each."""
     overrides = (
@@ -424,68 +373,3 @@ def test_flow_matching_needs_no_teacher_and_no_fake_score():
     config = load_config(QUICKSTART, overrides)
     validate(config, 2)
     assert config.roles == config.trained_roles == ("student",)
-
-
-COSMOS = CONFIGS / "cosmos_predict2_2b_video2world.yaml"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
-        (["model.condition_channels=-1"], "model.condition_channels: got -1, need an integer at least 0"),
-        (["model.image_dim=0"], "model.image_dim: got 0, need an integer greater than 0, or null"),
-        (["model.image_dim=null", "model.image_positions=514"], "image_dim=null has none; set it (1280)"),
-        (["model.conditional_frames=true"], "distillation.conditional_frames is required with conditional_frames"),
-        (
-            ["model.conditional_frames=true", "model.patch_size=[2, 2, 2]"],
-            "must begin with 1 with conditional_frames",
-        ),
-        (["networks.teacher.fp8=true"], "which the 257 CLIP tokens of image_dim are not"),
-        (["model.family=cosmos"], "model.freq_dim: unknown key"),
-    ],
-)
-def test_a_wan_network_that_cannot_be_is_refused(overrides, part):
-    assert part in error_of(*overrides, path=CONFIGS / "wan2.1_i2v_14b_480p.yaml", world_size=8)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
-        (
-            ["networks.teacher_low_noise.init=null"],
-            "networks.teacher_low_noise.init=null; name the network of low noise",
-        ),
-        (
-            ["distillation.expert_boundary=null"],
-            "distillation.expert_boundary=null, but networks.teacher_low_noise is given; give both",
-        ),
-        (
-            ["distillation.expert_boundary=875"],
-            "distillation.expert_boundary: got 875, need a finite number greater than 0 and less than 1",
-        ),
-        (["networks.teacher.init=null"], "networks.teacher.init=null, but a stage needs it"),
-    ],
-)
-def test_a_teacher_of_two_networks_that_cannot_be_is_refused(overrides, part):
-    assert part in error_of(*overrides, path=CONFIGS / "wan2.2_t2v_a14b_480p.yaml", world_size=8)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
-        (["model.family=wan"], "model.rope_scale: unknown key"),
-        (["model.family=cosmo"], "model.family: got 'cosmo' (text), need one of wan, cosmos; did you mean cosmos?"),
-        (["model.freq_dim=256"], "model.freq_dim: unknown key"),
-        (["model.num_heads=256"], "must be at least 12 to stretch RoPE"),
-        (["model.adaln_lora_dim=0"], "model.adaln_lora_dim: got 0, need an integer greater than 0"),
-        (["model.rope_scale=[1, 0, 1]"], "model.rope_scale.1: got 0, need"),
-        (["model.rope_fps=0"], "model.rope_fps: got 0, need"),
-        (["model.conditional_frames=false"], "the network takes none"),
-        (["model.patch_size=[2, 2, 2]"], "must begin with 1 with conditional_frames"),
-        (["model.learnable_positions=true", "model.max_size=[8, 88, 160]"], "latent.frames=24 exceeds"),
-        (["distillation.conditional_frames=null"], "distillation.conditional_frames is required"),
-        (["distillation.conditional_frames=[24]"], "must hold numbers from 0 to 23"),
-    ],
-)
-def test_a_cosmos_network_that_cannot_be_is_refused(overrides, part):
-    assert part in error_of(*overrides, path=COSMOS, world_size=8)

@@ -104,3 +104,68 @@ def test_a_network_that_no_stage_needs_is_not_built():
     run = load_config(QUICKSTART, ["stages=[{name: scm, steps: 10, losses: {scm: 1}}]"])
     validate(run, 2)
     assert "fake_score" in run.networks and run.roles == ("teacher", "student")
+
+
+COSMOS = CONFIGS / "cosmos_predict2_2b_video2world.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["model.condition_channels=-1"], "model.condition_channels: got -1, need an integer at least 0"),
+        (["model.image_dim=0"], "model.image_dim: got 0, need an integer greater than 0, or null"),
+        (["model.image_dim=null", "model.image_positions=514"], "image_dim=null has none; set it (1280)"),
+        (["model.conditional_frames=true"], "distillation.conditional_frames is required with conditional_frames"),
+        (
+            ["model.conditional_frames=true", "model.patch_size=[2, 2, 2]"],
+            "must begin with 1 with conditional_frames",
+        ),
+        (["networks.teacher.fp8=true"], "which the 257 CLIP tokens of image_dim are not"),
+        (["model.family=cosmos"], "model.freq_dim: unknown key"),
+    ],
+)
+def test_a_wan_network_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=CONFIGS / "wan2.1_i2v_14b_480p.yaml", world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (
+            ["networks.teacher_low_noise.init=null"],
+            "networks.teacher_low_noise.init=null; name the network of low noise",
+        ),
+        (
+            ["distillation.expert_boundary=null"],
+            "distillation.expert_boundary=null, but networks.teacher_low_noise is given; give both",
+        ),
+        (
+            ["distillation.expert_boundary=875"],
+            "distillation.expert_boundary: got 875, need a finite number greater than 0 and less than 1",
+        ),
+        (["networks.teacher.init=null"], "networks.teacher.init=null, but a stage needs it"),
+    ],
+)
+def test_a_teacher_of_two_networks_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=CONFIGS / "wan2.2_t2v_a14b_480p.yaml", world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["model.family=wan"], "model.rope_scale: unknown key"),
+        (["model.family=cosmo"], "model.family: got 'cosmo' (text), need one of wan, cosmos; did you mean cosmos?"),
+        (["model.freq_dim=256"], "model.freq_dim: unknown key"),
+        (["model.num_heads=256"], "must be at least 12 to stretch RoPE"),
+        (["model.adaln_lora_dim=0"], "model.adaln_lora_dim: got 0, need an integer greater than 0"),
+        (["model.rope_scale=[1, 0, 1]"], "model.rope_scale.1: got 0, need"),
+        (["model.rope_fps=0"], "model.rope_fps: got 0, need"),
+        (["model.conditional_frames=false"], "the network takes none"),
+        (["model.patch_size=[2, 2, 2]"], "must begin with 1 with conditional_frames"),
+        (["model.learnable_positions=true", "model.max_size=[8, 88, 160]"], "latent.frames=24 exceeds"),
+        (["distillation.conditional_frames=null"], "distillation.conditional_frames is required"),
+        (["distillation.conditional_frames=[24]"], "must hold numbers from 0 to 23"),
+    ],
+)
+def test_a_cosmos_network_that_cannot_be_is_refused(overrides, part):
+    assert part in error_of(*overrides, path=COSMOS, world_size=8)
