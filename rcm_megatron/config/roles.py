@@ -10,14 +10,22 @@ from rcm_megatron.objectives import OBJECTIVES
 if TYPE_CHECKING:
     from rcm_megatron.config.run import StageConfig
 
-PARTS = {"teacher": ("teacher_low_noise",)}
-"""Further networks that a role is made of, where the run has them."""
+
+def low_noise_of(role: str) -> str:
+    """The second network of a role that is two (Wan2.2 A14B): that of RF times below `distillation.expert_boundary`."""
+    return f"{role}_low_noise"
+
+
+def parts_of(roles: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
+    """``roles``, each with its second network if that is among those that the run describes."""
+    given = tuple(given)
+    return tuple(part for role in roles for part in (role, low_noise_of(role)) if part == role or part in given)
 
 
 def known_roles() -> tuple[str, ...]:
     """Every role that an objective may ask for."""
-    needed = [role for objective in OBJECTIVES.values() for role in objective.roles]
-    return tuple(dict.fromkeys(part for role in needed for part in (role, *PARTS.get(role, ()))))
+    needed = dict.fromkeys(role for objective in OBJECTIVES.values() for role in objective.roles)
+    return parts_of(needed, map(low_noise_of, needed))
 
 
 def objectives_of(stages: Iterable[StageConfig]) -> tuple[str, ...]:
@@ -30,19 +38,16 @@ def objectives_of(stages: Iterable[StageConfig]) -> tuple[str, ...]:
 def needed_roles(stages: Iterable[StageConfig], given: Iterable[str]) -> tuple[str, ...]:
     """The roles that the stages' objectives need, the trained ones last. ``given``: those that the run describes."""
     needed = dict.fromkeys(role for name in objectives_of(stages) for role in OBJECTIVES[name].roles)
-    with_parts = dict.fromkeys(
-        part for role in needed for part in (role, *PARTS.get(role, ())) if part in needed or part in given
-    )
-    trained = trained_roles(stages)
-    return (*(role for role in with_parts if role not in trained), *trained)
+    trained = trained_roles(stages, given)
+    return (*(role for role in parts_of(needed, given) if role not in trained), *trained)
 
 
-def trained_roles(stages: Iterable[StageConfig]) -> tuple[str, ...]:
+def trained_roles(stages: Iterable[StageConfig], given: Iterable[str]) -> tuple[str, ...]:
     """The roles that the stages' objectives train."""
-    return tuple(dict.fromkeys(OBJECTIVES[name].trains for name in objectives_of(stages)))
+    return parts_of(dict.fromkeys(OBJECTIVES[name].trains for name in objectives_of(stages)), given)
 
 
-def tangent_roles(stages: Iterable[StageConfig]) -> tuple[str, ...]:
+def tangent_roles(stages: Iterable[StageConfig], given: Iterable[str]) -> tuple[str, ...]:
     """The roles that the stages' objectives take a tangent of."""
     objectives = [OBJECTIVES[name] for name in objectives_of(stages)]
-    return tuple(dict.fromkeys(objective.trains for objective in objectives if objective.takes_tangent))
+    return parts_of(dict.fromkeys(objective.trains for objective in objectives if objective.takes_tangent), given)

@@ -55,6 +55,10 @@ class TimeDistribution:
                 yield f"{path}.{name}={value} has no meaning when {path}.kind={self.kind}; remove it"
 
 
+SIDES = ("high", "low")
+"""Of `distillation.expert_boundary`: more noise, and less."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     """What the objectives of all stages share (symbols as in rCM, arXiv 2510.08431)."""
@@ -70,10 +74,22 @@ class DistillationConfig:
     fixed_rollout_times: tuple[float, ...] | None = None
     """TrigFlow times between rollout steps, e.g. [1.5, 1.4, 1.0]; null draws them from p_d."""
     expert_boundary: Annotated[float, Bounds(gt=0, lt=1)] | None = None
-    """RF time at which the network `teacher` takes over from `teacher_low_noise` (Wan2.2 A14B: 0.875 text-to-video, 0.9 image-to-video)."""
+    """RF time at which the network `teacher` takes over from `teacher_low_noise`, and every other role that is two from its second (Wan2.2
+    A14B: 0.875 text-to-video, 0.9 image-to-video)."""
     conditional_frames: tuple[NotNegative, ...] | None = None
     """Video2World and TI2V (model.conditional_frames): how many first latent frames of a sample the networks are given, one of these
     numbers, all equally likely. null: none."""
+
+    def rollout_choices(self, side: Literal["high", "low"] | None = None) -> tuple[int, ...]:
+        """The numbers of rollout steps whose last one can lie on ``side`` of `expert_boundary`; None: all."""
+        every = range(1, self.max_rollout_steps + 1)
+        if side is None:
+            return tuple(every)
+        if self.fixed_rollout_times is None:
+            return tuple(every) if side == "high" else tuple(every)[1:]
+        last = (math.pi / 2, *self.fixed_rollout_times)
+        boundary = math.atan2(self.expert_boundary, 1 - self.expert_boundary)
+        return tuple(steps for steps in every if (last[steps - 1] >= boundary) == (side == "high"))
 
     def check(self, path: str) -> Iterator[str]:
         """Times of a rollout's steps."""
@@ -283,9 +299,9 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig
     networks: Mapping[str, NetworkConfig]
-    """Role -> network: teacher, student, fake_score and whatever else the objectives ask for. `teacher_low_noise`: of a teacher that is two
-    networks (Wan2.2 A14B) the one of RF times below `distillation.expert_boundary`; `teacher` has the others. The student is one network,
-    of all times."""
+    """Role -> network: teacher, student, fake_score and whatever else the objectives ask for. ROLE_low_noise: of a role that is two
+    networks (Wan2.2 A14B) the one of RF times below `distillation.expert_boundary`; ROLE has the others. Of a trained role the two are
+    updated in turn, each on times of its side."""
     distillation: DistillationConfig
     objectives: Annotated[Mapping[str, Any], ByName(_settings)] = field(default_factory=dict)
     """Objective -> its settings; absent: its defaults."""
@@ -316,12 +332,19 @@ class RunConfig:
     @property
     def trained_roles(self) -> tuple[str, ...]:
         """Those of `roles` that a stage trains."""
-        return roles.trained_roles(self.stages)
+        return roles.trained_roles(self.stages, self.networks)
 
     @property
     def tangent_roles(self) -> tuple[str, ...]:
         """Those of `trained_roles` of which a stage takes a tangent."""
-        return roles.tangent_roles(self.stages)
+        return roles.tangent_roles(self.stages, self.networks)
+
+    @property
+    def sides(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Of the trained roles that are two networks: role -> side -> the numbers of rollout steps that its updates may take."""
+        pairs = [role for role in self.trained_roles if roles.low_noise_of(role) in self.trained_roles]
+        steps = self.distillation.rollout_choices
+        return {role: {side: steps(side if role == "student" else None) for side in SIDES} for role in pairs}
 
     def model_path(self, role: str) -> str:
         """Where the architecture of a network is described."""
@@ -339,9 +362,10 @@ class RunConfig:
         return replace(self.parallel, chunk_layers=own)
 
     def init_of(self, role: str) -> str | None:
-        """The checkpoint that a network starts from, its own or the teacher's; None: random weights from the run's seed."""
-        teacher = self.networks.get("teacher")
-        return self.networks[role].init or (None if teacher is None else teacher.init)
+        """The checkpoint that a network starts from, its own or the teacher's (of its side); None: random weights from the run's seed."""
+        teachers = [self.networks.get(name) for name in ("teacher_low_noise", "teacher")]
+        of_side = teachers if role.endswith("_low_noise") else teachers[1:]
+        return next((network.init for network in (self.networks[role], *of_side) if network and network.init), None)
 
     @property
     def token_multiple(self) -> int:

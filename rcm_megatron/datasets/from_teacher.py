@@ -30,8 +30,8 @@ from rcm_megatron.datasets.ranks import (
 from rcm_megatron.errors import InputError
 from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders
-from rcm_megatron.inference.networks import init_parallel, load_network
-from rcm_megatron.inference.sampler import Sampler
+from rcm_megatron.inference.networks import init_parallel, load_network, low_noise_expert
+from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.requests import TeacherRequest
 
@@ -50,13 +50,13 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
     )
     if left:
         encode_texts(run, build, left, lambda unit: [prompts[index] for index in unit.indices])
-        network = load_network(run, groups, weights="teacher")
+        network, low_noise = load_network(run, groups, weights="teacher"), low_noise_expert(run, groups, "teacher")
         mine = left[groups.dp_rank :: groups.dp_size]
         null_L1D = _negative(run, build) if mine else None  # a rank without work may come after the end
 
         def make(unit: Unit) -> Made:
             text_len, embed_BLD = run.model.text_len, build.text(unit)
-            latents_BCTHW = _draw(request, network, unit, _padded(embed_BLD, text_len), null_L1D)
+            latents_BCTHW = _draw(request, network, low_noise, unit, _padded(embed_BLD, text_len), null_L1D)
             return [
                 built_sample(request, index, latent_CTHW, embed_LD, prompts[index], text_len=text_len)
                 for index, latent_CTHW, embed_LD in zip(unit.indices, latents_BCTHW, embed_BLD, strict=True)
@@ -67,11 +67,18 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
 
 
 @torch.no_grad()
-def _draw(request: TeacherRequest, network: list, unit: Unit, text_BLD: Tensor, null_L1D: Tensor) -> Tensor:
-    device = this_device()
+def _draw(
+    request: TeacherRequest,
+    network: list,
+    low_noise: LowNoiseExpert | None,
+    unit: Unit,
+    text_BLD: Tensor,
+    null_L1D: Tensor,
+) -> Tensor:
+    device, layout = this_device(), network[0].layout
     null_LBD = null_L1D.to(device).expand(-1, len(unit.indices), -1)
     text_LBD = text_BLD.transpose(0, 1).to(device)
-    sampler = Sampler(network, network[0].layout, text_LBD, null_LBD, request.seed, list(unit.indices))
+    sampler = Sampler(network, layout, text_LBD, null_LBD, request.seed, list(unit.indices), low_noise=low_noise)
     return sampler.teacher(steps=request.steps, guidance=request.guidance, shift=request.shift, method="euler")
 
 

@@ -11,6 +11,8 @@ use it: p_G is not clamped, and rollouts in training start from pure noise at t 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,14 +31,52 @@ def shift_rf(s: Tensor, *, shift: float) -> Tensor:
     return (shift * s / (1 + (shift - 1) * s)).clamp(0.0, 1.0)
 
 
-def lognormal_time(z: Tensor, *, mean: float, std: float) -> Tensor:
+@dataclass(frozen=True)
+class Within:
+    """The TrigFlow times from ``low`` to ``high`` of [0, pi/2]: where one of two networks is the one that is asked.
+
+    Distributions are cut to it by their inverse CDF, so that a sample's draw moves its time monotonically, on whichever side.
+    """
+
+    low: float
+    high: float
+
+    def cut(self, u: Tensor, cdf: Callable[[float], float]) -> Tensor:
+        """u ~ U[0, 1) moved to the part of the distribution with ``cdf`` (of TrigFlow time) that lies within."""
+        low, high = cdf(self.low), cdf(self.high)
+        return low + u * (high - low)
+
+    def clamp(self, t: Tensor) -> Tensor:
+        """Against rounding at the ends."""
+        return t.clamp(self.low, self.high)
+
+
+def lognormal_time(z: Tensor, *, mean: float, std: float, within: Within | None = None) -> Tensor:
     """p_G: t = atan(exp(std z + mean)) of standard normal z, any shape."""
-    return torch.atan(torch.exp(std * z.double() + mean))
+    z = z.double()
+    if within is None:
+        return torch.atan(torch.exp(std * z + mean))
+
+    def cdf(t: float) -> float:
+        tan = math.tan(t) if t < math.pi / 2 else math.inf
+        return 0.0 if tan == 0 else float(torch.special.ndtr(torch.tensor((math.log(tan) - mean) / std).double()))
+
+    z = torch.special.ndtri(within.cut(torch.special.ndtr(z), cdf))
+    return within.clamp(torch.atan(torch.exp(std * z + mean)))
 
 
-def uniform_shift_time(u: Tensor, *, shift: float = 5.0) -> Tensor:
+def uniform_shift_time(u: Tensor, *, shift: float = 5.0, within: Within | None = None) -> Tensor:
     """p_D: rectified-flow time u ~ U[0, 1) shifted towards noise, as a TrigFlow time; any shape."""
-    return to_trigflow(shift_rf(u.double(), shift=shift))
+    u = u.double()
+    if within is None:
+        return to_trigflow(shift_rf(u, shift=shift))
+    return within.clamp(to_trigflow(shift_rf(within.cut(u, partial(_unshifted, shift=shift)), shift=shift)))
+
+
+def _unshifted(t: float, *, shift: float) -> float:
+    """The rectified-flow time that `shift_rf` moves to that of TrigFlow time ``t``."""
+    s = math.sin(t) / (math.sin(t) + math.cos(t))
+    return s / (shift - (shift - 1) * s)
 
 
 def start_time(sigma_max: float | None = None) -> float:
@@ -87,15 +127,19 @@ def sampler_times(*, steps: int, mid_times: Sequence[float] = STUDENT_MID_TIMES,
     return (start_time(sigma_max), *_mid_times(steps, mid_times))
 
 
-def dcm_times(u: Tensor, *, skip: int, total_steps: int, shift: float = 5.0) -> Tensor:
+def dcm_times(u: Tensor, *, skip: int, total_steps: int, shift: float = 5.0, within: Within | None = None) -> Tensor:
     """Times of discrete consistency distillation, `[skip + 1, *u.shape]`, falling along the first dimension.
 
     1 - u (1 - skip/total) - j/total for j = 0 ... skip and u ~ U[0, 1), shifted, as TrigFlow times. Computed in fp32
-    (as the official code does), returned in fp64.
+    (as the official code does), returned in fp64. ``within``: where the first of them lies, as far as the grid has such.
     """
     if not 1 <= skip <= total_steps:
         raise ValueError(f"got skip={skip}, total_steps={total_steps}; need 1 <= skip <= total_steps")
-    first = 1 - u.float() * (1 - skip / total_steps)
+    span = 1 - skip / total_steps
+    if within is not None and span > 0:
+        # 1 - u is cut, because the first time falls in u.
+        u = 1 - within.cut(1 - u, lambda t: min(max(0.0, 1 - (1 - _unshifted(t, shift=shift)) / span), 1.0))
+    first = 1 - u.float() * span
     s = torch.stack([first - j / total_steps for j in range(skip + 1)])
     return to_trigflow(shift_rf(s, shift=shift)).double()
 

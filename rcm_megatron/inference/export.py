@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,13 @@ from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.families import family_of
-from rcm_megatron.inference.networks import init_parallel, load_network, resolve_checkpoint, stored_in
+from rcm_megatron.inference.networks import (
+    init_parallel,
+    load_network,
+    low_noise_weights,
+    resolve_checkpoint,
+    stored_in,
+)
 from rcm_megatron.inference.pipelines import student_companions
 from rcm_megatron.inference.verify import (
     network_forward,
@@ -26,6 +33,7 @@ from rcm_megatron.inference.verify import (
     require_bound,
 )
 from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.requests import ExportRequest
 
@@ -33,11 +41,28 @@ _FORMAT = "diffusers"
 
 
 def export(run: RunConfig, request: ExportRequest) -> None:
-    """Write the diffusers folder with a README; call on all ranks of any layout. Weights come from fp32 values."""
-    check_target(request.output, force=request.force)
+    """Write the diffusers folder with a README; call on all ranks of any layout. Weights come from fp32 values.
+
+    A role of two networks becomes the two folders of diffusers' pipelines, OUTPUT/transformer and OUTPUT/transformer_2.
+    """
+    second = low_noise_weights(run, request.weights)
+    requests = [request]
+    if second is not None:
+        names = {request.weights: "transformer", second: "transformer_2"}
+        requests = [replace(request, weights=w, output=request.output / name) for w, name in names.items()]
+    for part in requests:
+        check_target(part.output, force=part.force)
+        stored_in(run, part.weights)
+    groups = init_parallel(run)
+    for part in requests:
+        _export(run, part, groups, folder=request.output)
+    dist.destroy_process_group()
+
+
+def _export(run: RunConfig, request: ExportRequest, groups: ParallelGroups, *, folder: Path) -> None:
+    """One network. ``folder``: what the command was asked to write."""
     role, kind = stored_in(run, request.weights)
     model = run.model_of(role)
-    groups = init_parallel(run)
     checkpoint = None if kind is None else resolve_checkpoint(run, request.checkpoint)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint, dtype=torch.float32)
     dtype = DTYPES[request.dtype]
@@ -45,7 +70,7 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     comparison = _Comparison(run, model, network, dtype) if request.verify else None
     if groups.cp_rank == 0 and groups.dp_rank == 0:
         about = {"title": f"{run.name}: {request.weights}", "facts": facts, "target_format": _FORMAT}
-        texts = folder_texts(model, **about, path=str(request.output), run=run, companions=student_companions)
+        texts = folder_texts(model, **about, path=str(folder), run=run, companions=student_companions)
         options = WriteOptions(dtype=dtype, force=request.force, metadata=facts, texts=texts, check=comparison)
         whole = gather_full(network, tp_group=groups.tp, pp_group=groups.pp)
         write_checkpoint(whole, model, request.output, options, format=_FORMAT, is_writer=dist.get_rank() == 0)
@@ -54,7 +79,6 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     if dist.get_rank() == 0:
         print(f"{request.weights} of {facts['source']} written to {request.output} ({request.dtype}, {_FORMAT} format)")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 class _Comparison:

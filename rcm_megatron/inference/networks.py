@@ -17,6 +17,7 @@ from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
+from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
@@ -120,6 +121,8 @@ class SampleBatches:
     batch_size: int
     given: Conditioning = Conditioning()
     """What the network is given of a video or image, for all samples."""
+    low_noise: LowNoiseExpert | None = None
+    """The second network, of a role that is two."""
 
     def __call__(
         self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
@@ -134,7 +137,8 @@ class SampleBatches:
             if null_LBD is not None:
                 null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
             condition = self.given.condition(network[0].model, layout, len(indices), device)
-            yield indices, draw(Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition))
+            sampler = Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition, self.low_noise)
+            yield indices, draw(sampler)
 
     def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
         """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""
@@ -147,9 +151,7 @@ class SampleBatches:
         return torch.cat([latents for _, latents in pairs])[order.argsort()]
 
 
-def teacher_draw(
-    run: RunConfig, *, steps: int, guidance: float | None = None, low_noise: LowNoiseExpert | None = None
-) -> Callable[[Sampler], Tensor]:
+def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -> Callable[[Sampler], Tensor]:
     """Sampling of the teacher as ``run.sampling`` says."""
     settings = run.sampling
     guidance = settings.guidance if guidance is None else guidance
@@ -158,15 +160,24 @@ def teacher_draw(
         guidance=guidance,
         shift=settings.teacher_shift,
         method=settings.teacher_sampler,
-        low_noise=low_noise,
     )
 
 
-def low_noise_expert(run: RunConfig, groups: ParallelGroups, weights: str) -> LowNoiseExpert | None:
-    """The second network of the teacher, where it is two and ``weights`` names it."""
-    if weights != "teacher" or run.distillation.expert_boundary is None:
+def low_noise_weights(run: RunConfig, weights: str) -> str | None:
+    """What `stored_in` calls the second network of a role that is two, its average with the role's average; None: it is one."""
+    role, _, average = ("student.ema" if weights == "ema" else weights).partition(".")
+    second = low_noise_of(role)
+    return ".".join(filter(None, (second, average))) if second in run.networks else None
+
+
+def low_noise_expert(
+    run: RunConfig, groups: ParallelGroups, weights: str, *, checkpoint: Path | None = None
+) -> LowNoiseExpert | None:
+    """The second network of what ``weights`` names, where it is two."""
+    second = low_noise_weights(run, weights)
+    if second is None:
         return None
-    chunks = load_network(run, groups, weights="teacher_low_noise")
+    chunks = load_network(run, groups, weights=second, checkpoint=checkpoint)
     return LowNoiseExpert(chunks, run.distillation.expert_boundary)
 
 

@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 
 from rcm_megatron.config import RunConfig
+from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.families import family_of
 
 SCHEDULER_FILE = "rcm_scheduler.py"
@@ -20,8 +21,8 @@ folder = {folder!r}
 sys.path.append(folder)
 from rcm_scheduler import RCMScheduler  # its file needs torch and diffusers alone
 
-transformer = {transformer}.from_pretrained(folder, torch_dtype=torch.bfloat16)
-pipeline = {pipeline}.from_pretrained({base!r}, transformer=transformer, torch_dtype=torch.bfloat16)
+{networks}
+pipeline = {pipeline}.from_pretrained({base!r}, {given}, torch_dtype=torch.bfloat16)
 pipeline.scheduler = scheduler = RCMScheduler.from_pretrained(folder)
 scheduler.generator = noise = torch.Generator().manual_seed(0)
 {prepare}
@@ -48,6 +49,11 @@ def student_companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]
     return usage, scheduler_files(run)
 
 
+def has_two_students(run: RunConfig) -> bool:
+    """Whether the student is two networks, each for its side of `distillation.expert_boundary`."""
+    return low_noise_of("student") in run.networks
+
+
 def scheduler_files(run: RunConfig) -> dict[str, str]:
     """Files that belong beside the student's weights: the scheduler's class, and its configuration for this run."""
     sampling, space = run.sampling, family_of(run.model).scheduler_space
@@ -70,10 +76,16 @@ def pipeline_usage(run: RunConfig, folder: str) -> str:
     if how.takes_image:
         prepare.append('image = diffusers.utils.load_image("first_frame.png")')
         call.insert(0, "image=image")
+    networks, given = {"transformer": "folder"}, {"transformer": "transformer"}
+    if has_two_students(run):
+        folder, networks["transformer_2"] = f"{folder}/transformer", 'f"{folder}_2"'
+        given |= {"transformer_2": "transformer_2", "boundary_ratio": f"{run.distillation.expert_boundary:g}"}
+    load = f"{family.diffusers_class}.from_pretrained({{}}, torch_dtype=torch.bfloat16)"
     return _LISTING.format(
         names=f"{how.pipeline}, {family.diffusers_class}",
         pipeline=how.pipeline,
-        transformer=family.diffusers_class,
+        networks="\n".join(f"{name} = {load.format(where)}" for name, where in networks.items()),
+        given=", ".join(f"{name}={value}" for name, value in given.items()),
         folder=folder,
         base=how.base,
         prepare="\n".join(prepare),

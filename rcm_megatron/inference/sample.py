@@ -52,11 +52,10 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     names, text_LBD, null_text_L1D = _conditions(run, request)
     given = load_conditioning(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
-    if teacher:
-        draw = teacher_draw(run, steps=request.steps, low_noise=low_noise_expert(run, groups, request.weights))
-    else:
-        draw = student_draw(run, steps=request.steps)
-    batches = SampleBatches(text_LBD, null_text_L1D, run.sampling.seed, run.trainer.micro_batch_size, given)
+    second = low_noise_expert(run, groups, request.weights, checkpoint=checkpoint)
+    draw = (teacher_draw if teacher else student_draw)(run, steps=request.steps)
+    seed, batch_size = run.sampling.seed, run.trainer.micro_batch_size
+    batches = SampleBatches(text_LBD, null_text_L1D, seed, batch_size, given, second)
     request.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     writes = groups.token_shard == 0 and groups.pp_rank == 0

@@ -19,7 +19,7 @@ from rcm_megatron.parallel.pipeline import evaluate
 
 @dataclass(frozen=True, eq=False)
 class LowNoiseExpert:
-    """The second network of a teacher that is two: it takes the steps at RF times below ``boundary``."""
+    """The second network of a role that is two: it takes the steps at RF times below ``boundary``."""
 
     chunks: Sequence[nn.Module]
     boundary: float
@@ -41,6 +41,8 @@ class Sampler:
     sample_indices: Sequence[int]
     condition: Condition | None = None
     """What the network is given of the videos: first latent frames, which samples then begin with, or an image."""
+    low_noise: LowNoiseExpert | None = None
+    """Where ``chunks`` is one of two networks: the other."""
 
     def student(self, *, steps: int, mid_times: Sequence[float], sigma_max: float | None) -> Tensor:
         """Latents [B, C, T, H, W] in ``steps`` network evaluations."""
@@ -54,21 +56,11 @@ class Sampler:
         )
         return self.layout.gather(x_SBP).float()
 
-    def teacher(
-        self,
-        *,
-        steps: int,
-        guidance: float,
-        shift: float,
-        method: Literal["euler", "unipc"],
-        low_noise: LowNoiseExpert | None = None,
-    ) -> Tensor:
+    def teacher(self, *, steps: int, guidance: float, shift: float, method: Literal["euler", "unipc"]) -> Tensor:
         """Latents [B, C, T, H, W]; with guidance above 1 every step takes two network evaluations."""
 
         def velocity(x_SBP: Tensor, s: float) -> Tensor:
-            has_low_noise = low_noise is not None and s < low_noise.boundary
-            network = replace(self, chunks=low_noise.chunks) if has_low_noise else self
-            return network._guided_velocity(x_SBP, s, guidance=guidance)
+            return self._at(s)._guided_velocity(x_SBP, s, guidance=guidance)
 
         solve = {"euler": samplers.euler_sample, "unipc": samplers.unipc_sample}[method]
         return self.layout.gather(solve(velocity, self._noise("sample_noise"), steps=steps, shift=shift)).float()
@@ -77,9 +69,14 @@ class Sampler:
         draws = SeededDraws(self.seed, 0, self.sample_indices)
         return self.layout.shard(draws.normal(purpose, self.layout.latent_shape)).to(self.text_LBD.device)
 
+    def _at(self, s: float) -> "Sampler":
+        """The sampler of the network that takes a step at RF time ``s``."""
+        has_low_noise = self.low_noise is not None and s < self.low_noise.boundary
+        return replace(self, chunks=self.low_noise.chunks, low_noise=None) if has_low_noise else self
+
     def _denoise(self, xt_SBP: Tensor, t: Tensor) -> Tensor:
-        t_1B1 = t.expand(1, xt_SBP.shape[1], 1)
-        v = self._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD, self.condition))
+        t_1B1, network = t.expand(1, xt_SBP.shape[1], 1), self._at(float(trigflow.to_rf(t)))
+        v = network._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD, self.condition))
         return trigflow.denoised(xt_SBP, v, t_1B1)
 
     def _guided_velocity(self, x_SBP: Tensor, s: float, *, guidance: float) -> Tensor:

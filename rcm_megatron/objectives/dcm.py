@@ -51,7 +51,11 @@ class Dcm(Objective):
     def run(self, work: Work[DcmSettings]) -> ObjectiveResult:
         grid = work.settings
         drawn = timesteps.dcm_times(
-            work.uniform("dcm_u"), skip=grid.skip, total_steps=grid.total_steps, shift=grid.shift
+            work.uniform("dcm_u"),
+            skip=grid.skip,
+            total_steps=grid.total_steps,
+            shift=grid.shift,
+            within=work.within(work.step.side),
         )
         first, *later = (work.as_tokens(t_B) for t_B in drawn)
         xt = trigflow.add_noise(work.samples.x0_SBP, work.noise("noise"), first)

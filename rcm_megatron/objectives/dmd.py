@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rcm_megatron.diffusion import losses, trigflow
@@ -18,7 +19,7 @@ from rcm_megatron.objectives.base import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rcm_megatron.config import DistillationConfig
+    from rcm_megatron.config import DistillationConfig, RunConfig, StageConfig
     from rcm_megatron.objectives.base import NoSettings
     from rcm_megatron.objectives.plan import Step
     from rcm_megatron.objectives.work import ObjectiveResult, Work
@@ -47,8 +48,22 @@ class Dmd(Objective):
         student = Pass(role="student", forward=step.rollout_steps, backward=1)
         return student, Pass(role="fake_score", forward=1), teacher_passes(distillation)
 
+    def check(self, run: RunConfig, settings: NoSettings, stage: StageConfig, path: str) -> Iterator[str]:
+        distillation, where = run.distillation, f"{path}.losses.dmd trains the student where a rollout ends, which"
+        for side, choices in run.sides.get("student", {}).items() if distillation.expert_boundary is not None else ():
+            if choices:
+                continue
+            if distillation.fixed_rollout_times is None:
+                yield f"{where} with distillation.max_rollout_steps=1 is never on the {side}-noise side, need at least 2; set it to 4"
+            else:
+                times = list(distillation.fixed_rollout_times)
+                yield (
+                    f"{where} with distillation.fixed_rollout_times={times} in {distillation.max_rollout_steps} steps is never on the "
+                    f"{side}-noise side of expert_boundary={distillation.expert_boundary}; set it to null, or other times"
+                )
+
     def run(self, work: Work[NoSettings]) -> ObjectiveResult:
-        simulated = work.rollout()
+        simulated = work.rollout(side=work.step.side)
         G = simulated.G_SBP
         xt, t = work.noise_again(G)
         fake = trigflow.denoised(xt, work.evaluate("fake_score", xt, t, phase="fake_score"), t)

@@ -30,7 +30,7 @@ class FakeScore(Objective):
 
     def run(self, work: Work[NoSettings]) -> ObjectiveResult:
         G = work.rollout().G_SBP
-        xt, t = work.noise_again(G)
+        xt, t = work.noise_again(G, side=work.step.side)
 
         def loss(v: Tensor, *, xt: Tensor, t: Tensor, G: Tensor) -> Loss:
             x0_fake = trigflow.denoised(xt, v, t)

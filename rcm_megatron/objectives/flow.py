@@ -52,7 +52,7 @@ class Flow(Objective):
 
     def run(self, work: Work[FlowSettings]) -> ObjectiveResult:
         samples, x0 = work.samples, work.samples.x0_SBP
-        t, noise = work.times("flow_time", work.settings.times), work.noise("flow_noise")
+        t, noise = work.times("flow_time", work.settings.times, side=work.step.side), work.noise("flow_noise")
         xt = trigflow.add_noise(x0, noise, t)
         keeps_caption_B = (work.uniform("flow_caption") >= work.settings.caption_dropout).to(samples.device)
         text_LBD = samples.text_LBD.where(keeps_caption_B[None, :, None], samples.null_text_LBD)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rcm_megatron.config import StageConfig
+from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.diffusion import timesteps
 from rcm_megatron.objectives import OBJECTIVES
 
@@ -23,6 +25,8 @@ class Step:
     """Student steps of a backward simulation."""
     warmup_ratio: float
     """r of the tangent warm-up."""
+    side: Literal["high", "low"] | None = None
+    """Of `distillation.expert_boundary`, on which the trained network is the one of its role; None: a role of one network."""
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -55,11 +59,18 @@ def optimizer_resets(stages: Sequence[StageConfig], index: int) -> tuple[str, ..
     return tuple(role for role, names in trainers_of(stage).items() if before.get(role, names) != names)
 
 
-def plan_step(stage: StageConfig, iteration: int, *, max_rollout_steps: int) -> Step:
+def plan_step(
+    stage: StageConfig,
+    iteration: int,
+    *,
+    max_rollout_steps: int,
+    sides: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+) -> Step:
     """Alternation and counts of iteration ``iteration`` (0-based within its stage); rCM (arXiv 2510.08431) Algorithm 1.
 
     The objectives of ``stage.losses`` train their network in the warm-up and then in one iteration of ``student_update_freq``; in the
-    others their companions train theirs, several networks taking turns.
+    others their companions train theirs, several networks taking turns. A role of two networks (``sides``: `RunConfig.sides`) updates
+    them in turn, and each counts its own updates.
     """
     names = in_order(stage.losses)
     companions, warmup = companions_of(names), stage.tangent_warmup
@@ -71,10 +82,16 @@ def plan_step(stage: StageConfig, iteration: int, *, max_rollout_steps: int) -> 
     else:
         before, turn = divmod(timesteps.companion_updates_before(iteration, **counting), len(companions))
         trained, chosen = list(companions.items())[turn]
+    side, rollouts = None, range(1, max_rollout_steps + 1)
+    if sides and trained in sides:
+        before, which = divmod(before, len(sides[trained]))
+        side = tuple(sides[trained])[which]
+        trained, rollouts = low_noise_of(trained) if side == "low" else trained, sides[trained][side]
     return Step(
         trained=trained,
         objectives=chosen,
         iteration=iteration,
-        rollout_steps=timesteps.rollout_steps(before, max_steps=max_rollout_steps),
+        rollout_steps=rollouts[before % len(rollouts)] if rollouts else 1,
         warmup_ratio=timesteps.tangent_warmup_ratio(iteration, warmup=warmup),
+        side=side,
     )

@@ -62,7 +62,7 @@ class Scm(Objective):
             )
 
     def run(self, work: Work[ScmSettings]) -> ObjectiveResult:
-        t = work.times("time", work.distillation.p_g)
+        t = work.times("time", work.distillation.p_g, side=work.step.side)
         xt = trigflow.add_noise(work.samples.x0_SBP, work.noise("noise"), t)
         F_teacher = trigflow.velocity(xt, work.teacher(xt, t), t)
         given, before = self._points(work, xt, t, F_teacher)

@@ -8,6 +8,7 @@ micro-batches. t_1B1 are TrigFlow times [1, B, 1] in fp64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from rcm_megatron.config import DistillationConfig, TimeDistribution
+from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.diffusion import samplers, timesteps, trigflow
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import NetworkInput, Rows, take
@@ -31,6 +33,8 @@ from rcm_megatron.parallel.pipeline import accumulate_gradients, evaluate, share
 S = TypeVar("S")
 LossOf = Callable[..., Loss]
 """(Output of the trained network, targets by keyword) -> loss, of one micro-batch."""
+VelocityOf = Callable[[Sequence[nn.Module], Tensor, Tensor, Rows], Tensor]
+"""(A network's chunks, xt, t, which of the samples they are) -> v."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +84,17 @@ class Work(Generic[S]):
         """One draw from U[0, 1) a sample, ``[B]``."""
         return self.samples.draws.uniform(purpose)
 
-    def times(self, purpose: str, distribution: TimeDistribution) -> Tensor:
-        """TrigFlow times ``[1, B, 1]`` from a configured distribution."""
-        return self.as_tokens(self._times(purpose, distribution))
+    def times(self, purpose: str, distribution: TimeDistribution, *, side: str | None = None) -> Tensor:
+        """TrigFlow times ``[1, B, 1]`` from a configured distribution, or from its part on one side of `expert_boundary`."""
+        return self.as_tokens(self._times(purpose, distribution, side=side))
+
+    def within(self, side: str | None) -> timesteps.Within | None:
+        """The times on one side of `expert_boundary`; None: all."""
+        if side is None:
+            return None
+        boundary = float(trigflow.to_trigflow(torch.tensor(self.distillation.expert_boundary, dtype=torch.float64)))
+        low = boundary, timesteps.PURE_NOISE_TIME
+        return timesteps.Within(*(low if side == "high" else (0.0, math.nextafter(boundary, 0.0))))
 
     def noise(self, purpose: str) -> Tensor:
         """Noise tokens of this rank: drawn whole from each sample's own generator, then sharded."""
@@ -93,34 +105,44 @@ class Work(Generic[S]):
         """Times ``[B]`` in the shape that broadcasts against tokens, ``[1, B, 1]``, in fp64."""
         return t_B.to(self.samples.device, torch.float64)[None, :, None]
 
-    def _times(self, purpose: str, distribution: TimeDistribution) -> Tensor:
-        draws = self.samples.draws
+    def _times(self, purpose: str, distribution: TimeDistribution, *, side: str | None = None) -> Tensor:
+        draws, within = self.samples.draws, self.within(side)
         if distribution.kind == "lognormal":
-            return timesteps.lognormal_time(draws.normal_scalar(purpose), mean=distribution.mean, std=distribution.std)
-        return timesteps.uniform_shift_time(draws.uniform(purpose), shift=distribution.shift)
+            z, about = draws.normal_scalar(purpose), {"mean": distribution.mean, "std": distribution.std}
+            return timesteps.lognormal_time(z, **about, within=within)
+        return timesteps.uniform_shift_time(draws.uniform(purpose), shift=distribution.shift, within=within)
 
     # ---- passes without gradient
 
     def evaluate(self, role: str, xt_SBP: Tensor, t_1B1: Tensor, *, phase: str) -> Tensor:
         """The output v of a network at (xt, t), with the samples' own text."""
-        given = self.network_input(xt_SBP, t_1B1)
-        return evaluate(self.networks[role], given, micro_batch_size=self.samples.at_a_time, phase=phase)
+
+        def plain(chunks: Sequence[nn.Module], xt_SBP: Tensor, t_1B1: Tensor, rows: Rows) -> Tensor:
+            condition = None if self.samples.condition is None else self.samples.condition.rows(rows)
+            given = network_input(xt_SBP, t_1B1, take(self.samples.text_LBD, rows), condition)
+            return evaluate(chunks, given, micro_batch_size=self.samples.at_a_time, phase=phase)
+
+        return self._by_time(role, plain, xt_SBP, t_1B1)
 
     def teacher(self, xt_SBP: Tensor, t_1B1: Tensor) -> Tensor:
-        """The teacher's v with classifier-free guidance; where it is two networks (Wan2.2 A14B), each sample's from the one of its time.
+        """The teacher's v with classifier-free guidance."""
+        return self._by_time("teacher", self._guided, xt_SBP, t_1B1)
+
+    def _by_time(self, role: str, v_of: VelocityOf, xt_SBP: Tensor, t_1B1: Tensor) -> Tensor:
+        """v of a role; where it is two networks (Wan2.2 A14B), each sample's from the one of its time.
 
         A network sees its own samples; with sharded weights, which ranks of other samples gather too, all of them.
         """
-        low_noise = self.networks.get("teacher_low_noise")
+        low_noise = self.networks.get(low_noise_of(role))
         if low_noise is None:
-            return self._guided(self.networks["teacher"], xt_SBP, t_1B1, slice(None))
+            return v_of(self.networks[role], xt_SBP, t_1B1, slice(None))
         is_high_B = (trigflow.to_rf(t_1B1) >= self.distillation.expert_boundary)[0, :, 0]
         found, places = [], []
-        for chunks, own_B in ((self.networks["teacher"], is_high_B), (low_noise, ~is_high_B)):
+        for chunks, own_B in ((self.networks[role], is_high_B), (low_noise, ~is_high_B)):
             seen_B = torch.ones_like(own_B) if isinstance(chunks[0], FSDPModule) else own_B
             rows = seen_B.nonzero()[:, 0]
             if len(rows):
-                v = self._guided(chunks, take(xt_SBP, rows), take(t_1B1, rows), rows)
+                v = v_of(chunks, take(xt_SBP, rows), take(t_1B1, rows), rows)
                 found.append(take(v, own_B[rows]))
                 places.append(rows[own_B[rows]])
         return take(torch.cat(found, dim=1), torch.cat(places).argsort())
@@ -142,8 +164,15 @@ class Work(Generic[S]):
         v = evaluate(chunks, given, micro_batch_size=2 * samples.at_a_time, phase="teacher")
         return trigflow.guided(*v.double().chunk(2, dim=1), scale=guidance)
 
-    def rollout(self) -> Rollout:
-        """Backward simulation: `step.rollout_steps` student steps from pure noise, re-noised in between."""
+    def rollout(self, *, side: str | None = None) -> Rollout:
+        """Backward simulation: `step.rollout_steps` student steps from pure noise, re-noised in between.
+
+        ``side``: where the last of them lies, of a student that is two networks; those before the last of the low-noise side lie anywhere.
+        """
+        last = f"rollout_time/{self.step.rollout_steps - 2}"
+
+        def draw(purpose: str) -> Tensor:
+            return self._times(purpose, self.distillation.p_d, side=side if side == "high" or purpose == last else None)
 
         def denoise(xt: Tensor, t: Tensor) -> Tensor:
             return trigflow.denoised(xt, self.evaluate("student", xt, t, phase="rollout"), t)
@@ -151,7 +180,7 @@ class Work(Generic[S]):
         times = timesteps.rollout_times(
             batch_size=self.samples.count,
             steps=self.step.rollout_steps,
-            draw=lambda purpose: self._times(purpose, self.distillation.p_d),
+            draw=draw,
             mid_times=self.distillation.fixed_rollout_times,
         )
         xt, t = samplers.rollout(
@@ -162,9 +191,9 @@ class Work(Generic[S]):
         )
         return Rollout(xt, t, denoise(xt, t))
 
-    def noise_again(self, x0_SBP: Tensor) -> tuple[Tensor, Tensor]:
-        """(xt, t) of samples at times from p_D, where teacher and fake score are asked."""
-        t = self.times("score_time", self.distillation.p_d)
+    def noise_again(self, x0_SBP: Tensor, *, side: str | None = None) -> tuple[Tensor, Tensor]:
+        """(xt, t) of samples at times from p_D (on one side), where teacher and fake score are asked."""
+        t = self.times("score_time", self.distillation.p_d, side=side)
         return trigflow.add_noise(x0_SBP, self.noise("score_noise"), t), t
 
     def generated_elements(self) -> Tensor:
@@ -205,7 +234,7 @@ class Work(Generic[S]):
             mean = self.weight * found.elements_SBP.sum() / found.elements_SBP.shape[1]
             return mean, self._reported(found)
 
-        chunks = self.networks[self.objective.trains]
+        chunks = self.networks[self.step.trained]
         reported = accumulate_gradients(
             chunks,
             given,
@@ -230,7 +259,7 @@ class Work(Generic[S]):
         for row, name in zip(values, names, strict=True):
             if reported:
                 row.copy_(reported.pop(name)[0, :, 0])
-        with timed(self.networks[self.objective.trains], "stages"):
+        with timed(self.networks[self.step.trained], "stages"):
             share_from_last_stage(values, group=self.layout.groups.pp)
         by_name = dict(zip(names, values, strict=True))
         loss_B, nan_B = by_name.pop("loss"), by_name.pop("nan").bool()

@@ -1,7 +1,7 @@
 """Samples written while a run trains: the student's, and its EMA's, for captions of the current batch."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,25 +14,25 @@ from rcm_megatron.files import save_safetensors
 from rcm_megatron.finite import NonFiniteError, require_finite
 from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.encoding import video_encoder
-from rcm_megatron.inference.sampler import Sampler, student_videos
+from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler, student_videos
 from rcm_megatron.models.encoders import VideoEncoder
 from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.runtime.stopping import StopRequest
-from rcm_megatron.training.ema import PowerEMA
 from rcm_megatron.training.trained import TrainedNetwork
 
 
 def write_previews(
     run: RunConfig,
-    student: TrainedNetwork,
+    students: Sequence[TrainedNetwork],
     batch: Batch,
     null_text_L1D: Tensor,
     *,
     iteration: int,
     stop: StopRequest,
 ) -> dict[str, tuple[Path, str]]:
-    """Sample on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets {name: (MP4 file, caption)}, others {}.
+    """Sample the student (one network, or two) on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets
+    {name: (MP4 file, caption)}, others {}.
 
     Captions, images and given frames (as many as the first of ``distillation.conditional_frames``) are those of the first samples of the
     micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``, the same at every iteration. Without a video
@@ -42,16 +42,21 @@ def write_previews(
     count = min(run.sampling.num_samples, len(batch.prompts))
     text_LBD = batch.text_LBD[:, :count].to(this_device())
     null_LBD = null_text_L1D.expand(-1, count, -1)
-    network = unwrapped(student.chunks[0])
+    network, low_noise = unwrapped(students[0].chunks[0]), None
     layout = network.layout
+    if len(students) > 1:
+        low_noise = LowNoiseExpert(students[1].chunks, run.distillation.expert_boundary)
     condition = _given(run, batch, count).condition(network.model, layout, count, this_device())
     seed = run.sampling.seed
-    sampler = Sampler(student.chunks, layout, text_LBD, null_LBD, seed, range(count), condition)
+    sampler = Sampler(students[0].chunks, layout, text_LBD, null_LBD, seed, range(count), condition, low_noise)
     latents = {}
-    for weights, context in _weights(student.ema):
+    averages = [student.ema for student in students if student.ema is not None]
+    for weights, swapped_in in ({"student": []} | ({"ema": averages} if averages else {})).items():
         if stop.agreed():
             return {}
-        with context:
+        with ExitStack() as stack:
+            for ema in swapped_in:
+                stack.enter_context(ema.swapped_in())
             for steps, latents_BCTHW in student_videos(sampler, run.sampling).items():
                 latents[f"{weights}_{steps}_steps"] = latents_BCTHW.cpu()
     _require_finite_everywhere(latents, iteration)
@@ -92,12 +97,6 @@ def _require_finite_everywhere(latents: Mapping[str, Tensor], iteration: int) ->
     dist.all_gather_object(everywhere, found)
     if message := next(filter(None, everywhere), None):
         raise NonFiniteError(message)
-
-
-def _weights(ema: PowerEMA | None) -> Iterator[tuple]:
-    yield "student", nullcontext()
-    if ema is not None:
-        yield "ema", ema.swapped_in()
 
 
 def _write(

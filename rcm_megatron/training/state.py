@@ -13,6 +13,7 @@ from torch import nn
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
 from rcm_megatron.checkpoint.resuming import saved_averages
 from rcm_megatron.config import RunConfig, StageConfig
+from rcm_megatron.config.roles import parts_of
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec
 from rcm_megatron.networks.build import build_network, frozen
@@ -87,7 +88,7 @@ class TrainState:
 
     def begin_stage(self, index: int) -> tuple[str, ...]:
         """Before the first update of stage ``index``, on all ranks: the roles whose optimizer begins anew with it."""
-        roles = optimizer_resets(self.run.stages, index)
+        roles = parts_of(optimizer_resets(self.run.stages, index), self.trained)
         for role in roles:
             with self.residency.state(role):
                 self.trained[role].reset_optimizer()

@@ -28,6 +28,7 @@ from rcm_megatron.checkpoint.resuming import (
 )
 from rcm_megatron.checkpoint.saver import CheckpointSaver
 from rcm_megatron.config import RunConfig, StageConfig, to_yaml
+from rcm_megatron.config.roles import parts_of
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
 from rcm_megatron.inference.conditioning import image_shapes
@@ -199,7 +200,8 @@ class Trainer:
         stage = self.run.stages[index]
         if within == 0:
             self._begin_stage(index)
-        step = plan_step(stage, within, max_rollout_steps=self.run.distillation.max_rollout_steps)
+        rollouts, sides = self.run.distillation.max_rollout_steps, self.run.sides
+        step = plan_step(stage, within, max_rollout_steps=rollouts, sides=sides)
         with self.timers.phase("data"):
             loaded = [next(self.loader) for _ in range(self.loader.num_micro_batches)]
             if self.run.data.on_error == "skip":
@@ -231,10 +233,12 @@ class Trainer:
     def _preview(self, iteration: int, batch: Batch) -> None:
         every = self.run.trainer.sample_every
         if every and (iteration + 1) % every == 0:
-            with self.timers.phase("preview"), self.state.residency.state("student"):
+            students = [self.state.trained[role] for role in parts_of(("student",), self.state.trained)]
+            held = self.state.residency.state(*(student.role for student in students))
+            with self.timers.phase("preview"), held:
                 videos = write_previews(
                     self.run,
-                    self.state.trained["student"],
+                    students,
                     batch,
                     self.null_text_L1D,
                     iteration=iteration + 1,

@@ -126,7 +126,7 @@ def sampled():
         "expected": networks.layout.gather(expected).float(),
         "high": high.teacher(**options),
         "low": low.teacher(**options),
-        **{at: high.teacher(**options, low_noise=found) for at, found in expert.items()},
+        **{at: replace(high, low_noise=found).teacher(**options) for at, found in expert.items()},
     }
 
 

@@ -95,9 +95,52 @@ def test_the_scaling_benchmark_times_both_teachers():
     run = load_config(CONFIGS / "wan2.2_t2v_a14b_480p.yaml")
     (point,) = make_points(run, {"strong": ["dp=2,tp=4"]}, steps=["student"], rollout_steps=1)
     random = with_random_weights(point.run)
-    assert random.roles == ("teacher", "teacher_low_noise", "student", "fake_score")
+    both = [(role, f"{role}_low_noise") for role in ("teacher", "student", "fake_score")]
+    assert random.roles == tuple(part for pair in both for part in pair)
     assert random.distillation.expert_boundary == 0.875
     assert {random.init_of(role) for role in random.roles} == {None}
+
+
+TWO_STUDENTS = (
+    "distillation.expert_boundary=0.875",
+    "networks.teacher_low_noise={init: low}",
+    "networks.student_low_noise={init: null, optimizer: {lr: 1e-6}, ema: {}}",
+    "networks.fake_score_low_noise={init: null, optimizer: {lr: 1e-6}}",
+)
+
+
+def test_the_second_networks_of_trained_roles_are_trained_and_start_as_their_teacher():
+    run = load_config(SMALL, TWO_STUDENTS, world_size=8)
+    assert run.trained_roles == ("student", "student_low_noise", "fake_score", "fake_score_low_noise")
+    assert run.init_of("student_low_noise") == run.init_of("fake_score_low_noise") == "low"
+    assert run.init_of("student") == run.init_of("teacher") != "low"
+    assert run.sides == {
+        "student": {"high": (1, 2, 3, 4), "low": (2, 3, 4)},
+        "fake_score": {"high": (1, 2, 3, 4), "low": (1, 2, 3, 4)},
+    }
+    fixed = load_config(SMALL, [*TWO_STUDENTS, "distillation.fixed_rollout_times=[1.5, 1.4, 1.0]"], world_size=8)
+    assert fixed.sides["student"] == {"high": (1, 2), "low": (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["distillation.expert_boundary=null"], "distillation.expert_boundary=null, but networks.teacher_low_noise"),
+        (
+            ["networks.student_low_noise.optimizer=null"],
+            "networks.student_low_noise.optimizer=null, but a stage trains it",
+        ),
+        (
+            ["networks.student_low_noise.ema=null"],
+            "networks.student_low_noise.ema and networks.student.ema: got one, need both",
+        ),
+        (["distillation.max_rollout_steps=1"], "max_rollout_steps=1 is never on the low-noise side, need at least 2"),
+        (["distillation.fixed_rollout_times=[1.5, 1.49, 1.48]"], "in 4 steps is never on the low-noise side of"),
+        (["networks.studnt_low_noise={}"], "did you mean networks.student_low_noise?"),
+    ],
+)
+def test_two_students_that_cannot_be_trained_are_refused(overrides, part):
+    assert part in error_of(*TWO_STUDENTS, *overrides, path=SMALL, world_size=8)
 
 
 def test_a_network_that_no_stage_needs_is_not_built():

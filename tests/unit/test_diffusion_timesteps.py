@@ -116,3 +116,38 @@ def test_alternation_against_a_list(warmup, freq):
 
 def test_rollout_steps_with_another_maximum():
     assert [timesteps.rollout_steps(k, max_steps=2) for k in range(5)] == [1, 2, 1, 2, 1]
+
+
+SIDES = {"high": (1.2, math.pi / 2), "low": (0.0, 1.2)}
+DISTRIBUTIONS = {
+    "lognormal": lambda z, u, **cut: timesteps.lognormal_time(z, mean=0.3, std=1.6, **cut),
+    "shifted": lambda z, u, **cut: timesteps.uniform_shift_time(u, shift=5.0, **cut),
+    "grid": lambda z, u, **cut: timesteps.dcm_times(u, skip=2, total_steps=400, shift=5.0, **cut)[0],
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_times_of_one_side_are_those_of_the_whole_that_lie_there(name, side):
+    """Against rejection: the same quantiles, inside, and rising with the draw as the whole distribution does."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(40_000, generator=generator, dtype=torch.float64).sort().values
+    u = torch.rand(40_000, generator=generator, dtype=torch.float64).sort().values
+    low, high = SIDES[side]
+    whole = DISTRIBUTIONS[name](z, u)
+    kept = whole[(whole >= low) & (whole < high)].sort().values
+    times = DISTRIBUTIONS[name](z, u, within=timesteps.Within(low, high))
+    assert len(kept) > 2000 and float(times.min()) >= low - 1e-6 and float(times.max()) <= high + 1e-6
+    order = -1 if name == "grid" else 1
+    assert bool((order * times.diff() >= -1e-6).all())
+    at = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+    assert float((times.quantile(at) - kept.quantile(at)).abs().max()) < 0.02 * (high - low)
+
+
+def test_times_of_one_side_are_finite_at_extreme_draws():
+    z, u = torch.tensor([-40.0, -9.0, 9.0, 40.0]), torch.tensor([0.0, 1e-12, 1 - 1e-12, 1.0])
+    for low, high in SIDES.values():
+        for name, draw in DISTRIBUTIONS.items():
+            times = draw(z.double(), u.double(), within=timesteps.Within(low, high))
+            assert bool(torch.isfinite(times).all()) and float(times.min()) >= low - 1e-6, (name, times)
+            assert float(times.max()) <= high + 1e-6, (name, times)

@@ -112,3 +112,18 @@ def test_an_optimizer_begins_anew_where_its_objectives_change(losses, wish, anew
     stages[-1] = replace(stages[-1], reset_optimizer=wish)
     assert optimizer_resets(stages, len(stages) - 1) == anew
     assert optimizer_resets(stages, 0) == ()
+
+
+def test_two_networks_of_a_role_take_turns_and_count_their_own_updates():
+    """fixed times 1.5 | 1.4, 1.0 around the boundary 0.875 (t = 1.429): rollouts of 1 and 2 steps end above it, of 3 and 4 below."""
+    sides = {"student": {"high": (1, 2), "low": (3, 4)}, "fake_score": dict.fromkeys(("high", "low"), (1, 2, 3, 4))}
+    stage = stage_of(losses={"scm": 1.0, "dmd": 1.0}, student_update_freq=3)
+    steps = [plan_step(stage, i, max_rollout_steps=4, sides=sides) for i in range(24)]
+    students = [step for step in steps if step.trained.startswith("student")]
+    scores = [step for step in steps if step.trained.startswith("fake_score")]
+    assert [step.trained for step in students] == ["student", "student_low_noise"] * 4
+    assert [step.side for step in students] == ["high", "low"] * 4
+    assert [step.rollout_steps for step in students] == [1, 3, 2, 4, 1, 3, 2, 4]
+    assert [step.trained for step in scores] == ["fake_score", "fake_score_low_noise"] * 8
+    assert [step.rollout_steps for step in scores[::2]] == [1, 2, 3, 4] * 2
+    assert {step.objectives for step in students} == {("scm", "dmd")}

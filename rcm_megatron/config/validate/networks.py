@@ -151,13 +151,24 @@ def _starts(config: RunConfig) -> Iterator[Problem]:
 
 
 def _experts(config: RunConfig) -> Iterator[str]:
-    low_noise, boundary = "teacher_low_noise" in config.networks, config.distillation.expert_boundary
-    if low_noise != (boundary is not None):
+    """What is two networks has a boundary between them, and every one of them something to do."""
+    second, boundary = (
+        [role for role in config.networks if role.endswith("_low_noise")],
+        config.distillation.expert_boundary,
+    )
+    if second and boundary is None:
+        yield f"distillation.expert_boundary=null, but networks.{second[0]} is given; give both for a role of two networks, or none"
+    if boundary is not None and not second:
         yield (
-            f"distillation.expert_boundary={boundary or 'null'}, but networks.teacher_low_noise is {'given' if low_noise else 'not'}; "
-            "give both for a teacher of two networks, or none"
+            f"distillation.expert_boundary={boundary}, but networks.teacher_low_noise is not given; give both for a teacher of two "
+            "networks, or none"
         )
-    if low_noise and config.networks["teacher_low_noise"].init is None:
+    for role in second:
+        if (first := role.removesuffix("_low_noise")) not in config.networks:
+            yield f"networks.{role}: got it without networks.{first}, need both; add the network of high noise"
+        elif (config.networks[first].ema is None) != (config.networks[role].ema is None):
+            yield f"networks.{role}.ema and networks.{first}.ema: got one, need both or none; they are sampled together"
+    if "teacher_low_noise" in config.networks and config.networks["teacher_low_noise"].init is None:
         yield "networks.teacher_low_noise.init=null; name the network of low noise, as networks.teacher.init names that of high noise"
 
 

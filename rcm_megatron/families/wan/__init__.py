@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rcm_megatron.config.declare import Problem
+from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.families.family import SHARED_FLOP_ROWS, Family, PipelineCall
 from rcm_megatron.families.wan.settings import MASK_CHANNELS, WanModelConfig
 from rcm_megatron.registry import Lazy
@@ -65,6 +66,8 @@ class Wan(Family):
     def pipeline(self, run: RunConfig) -> PipelineCall:
         kind = "ti2v" if run.model.conditional_frames else "i2v" if run.model.image.channels else "t2v"
         pipeline, base = _BASES[kind]
+        if low_noise_of("student") in run.networks:
+            base = f"Wan-AI/Wan2.2-{kind.upper()}-A14B-Diffusers"
         channels, frames, height, width = run.latent.shape_CTHW
         factor = 16 if channels == _WIDE_VAE_CHANNELS else 8
         size = (f"height={factor * height}", f"width={factor * width}", f"num_frames={4 * (frames - 1) + 1}")
