@@ -133,7 +133,7 @@ def against_one_network():
         beside = {
             role: sum(float(chunk.buffers[0].grad_data.abs().sum()) for chunk in chunks)
             for role, chunks in networks.items()
-            if hasattr(chunks[0], "buffers") and not callable(chunks[0].buffers) and role != step.trained
+            if not role.startswith("teacher") and chunks is not networks[step.trained]
         }
         role, (own,) = step.trained.removesuffix("_low_noise"), {networks[step.trained][0]}
         plain = networks.replace(**{role: [own]})
@@ -159,7 +159,7 @@ def test_an_update_is_that_of_one_network_at_times_of_its_side(compared, name):
     for key, expected in one.items():
         assert_close(f"{name}: {key}", expected, two[key], rel=1e-5)
     assert float(sum(v.abs().sum() for k, v in two.items() if k.startswith("gradient"))) > 0
-    assert len(beside) == 3 and not any(beside.values()), beside
+    assert len(beside) >= 2 and not any(beside.values()), beside
     trained_at = {"scm": "time", "flow": "flow_time", "fake_score": "score_time", "dmd": "rollout_time"}
     at = [t for purpose, t in times.items() if purpose.startswith(trained_at[name.split()[0]])]
     if name == "dmd high":
