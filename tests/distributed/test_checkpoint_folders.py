@@ -39,6 +39,20 @@ def test_latest_is_followed_and_unfinished_folders_are_named_in_the_log(tmp_path
     assert find_latest(tmp_path) == second
 
 
+def test_what_a_mac_and_a_tidied_disk_leave_beside_checkpoints_is_passed_over(tmp_path):
+    """AppleDouble files and a link into a folder that is gone, named as the newest would be; links that hold are followed."""
+    newest = complete_folder(tmp_path, "iter_0000200")
+    old = complete_folder(tmp_path, "iter_0000100")
+    for name in (".DS_Store", "._iter_0000200", "._latest", "iter_0000200/._common.pt"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    (tmp_path / "iter_0000300").symlink_to(tmp_path / "gone")
+    assert find_latest(tmp_path, set_aside=True) == newest
+    (tmp_path / "latest").write_text("iter_0000200\n")
+    assert find_latest(tmp_path, set_aside=True) == newest
+    remove_old(tmp_path, keep=1, keep_every=0)
+    assert newest.is_dir() and not old.exists() and (tmp_path / ".DS_Store").exists()
+
+
 def test_old_checkpoints_go_but_never_the_latest_nor_every_nth(tmp_path):
     for iteration in (100, 200, 300, 400, 500):
         complete_folder(tmp_path, f"iter_{iteration:07d}")

@@ -66,6 +66,9 @@ def test_another_architecture_is_refused_in_one_line_before_networks_are_built(c
     assert trained(config, out, SCM)[0] == 0
     status, said, _ = trained(config, out, LONGER, "model.ffn_hidden_size=64")
     assert status == 2 and "ffn_hidden_size=64, need 72" in said and "Traceback" not in said, said
+    preflight = ["preflight", str(config), "--nodes", "a", f"output_dir={out}", LONGER, "model.ffn_hidden_size=64"]
+    ((status, said),) = run_ranks(saying, 1, preflight)
+    assert status == 2 and "ffn_hidden_size=64, need 72" in said and "Traceback" not in said, said
 
 
 def test_begun_anew_once_the_run_goes_on_from_its_own_checkpoints(config, tmp_path):

@@ -151,3 +151,13 @@ def test_times_of_one_side_are_finite_at_extreme_draws():
             times = draw(z.double(), u.double(), within=timesteps.Within(low, high))
             assert bool(torch.isfinite(times).all()) and float(times.min()) >= low - 1e-6, (name, times)
             assert float(times.max()) <= high + 1e-6, (name, times)
+
+
+@pytest.mark.parametrize(("boundary", "shares"), [(0.875, (0.61, 0.58)), (0.9, (0.67, 0.64))])
+def test_most_training_times_lie_below_the_boundary_of_wan_2_2(boundary, shares):
+    """Of p_G (lognormal 1.5, 1.6) and p_D (shift 5), text- and image-to-video: what one student begins as the wrong expert for."""
+    draws = SeededDraws(0, 0, range(20_000))
+    p_g = timesteps.lognormal_time(draws.normal_scalar("z"), mean=1.5, std=1.6)
+    p_d = timesteps.uniform_shift_time(draws.uniform("u"), shift=5.0)
+    for times, share in zip((p_g, p_d), shares, strict=True):
+        assert float((to_rf(times) < boundary).double().mean()) == pytest.approx(share, abs=0.012)
