@@ -16,6 +16,11 @@ def low_noise_of(role: str) -> str:
     return f"{role}_low_noise"
 
 
+def first_of(role: str) -> str:
+    """The role of which ``role`` is the network, the first or the second."""
+    return role.removesuffix("_low_noise")
+
+
 def parts_of(roles: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
     """``roles``, each with its second network if that is among those that the run describes."""
     given = tuple(given)

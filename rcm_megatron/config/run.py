@@ -124,7 +124,8 @@ class StageConfig:
     student_update_freq: Positive = 1
     """After the warm-up one iteration in this many is of the losses, the others of their companions, in turn. 1: there are none."""
     lr: Mapping[str, NotNegativeFloat] = field(default_factory=dict)
-    """Role of a network -> its learning rate in this stage; absent: its optimizer's."""
+    """Role -> the learning rate of its network in this stage, of both where it is two and ROLE_low_noise has none of its own; absent: the
+    optimizer's."""
     reset_optimizer: bool | None = None
     """Begin the stage with zero moments, Adam's step count at 0 and lr warmed up anew. null: of the networks whose objectives are not those
     of the stage that trained them before, whose second moments would be of other gradients (dCM's are sqrt(N) times sCM's)."""

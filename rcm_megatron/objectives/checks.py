@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rcm_megatron.config.roles import first_of
 from rcm_megatron.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -55,5 +56,5 @@ def _learning_rates(stage: StageConfig, path: str) -> Iterator[str]:
     companions = {companion for name in stage.losses for companion in OBJECTIVES[name].companions}
     trained = sorted({OBJECTIVES[name].trains for name in (*stage.losses, *companions)})
     for role in stage.lr:
-        if role not in trained:
+        if first_of(role) not in trained:
             yield f"{path}.lr.{role}: the stage trains no such network; need one of {', '.join(trained)}"

@@ -13,7 +13,7 @@ from torch import nn
 from rcm_megatron.checkpoint.dist import NetworkState, load_checkpoint
 from rcm_megatron.checkpoint.resuming import saved_averages
 from rcm_megatron.config import RunConfig, StageConfig
-from rcm_megatron.config.roles import parts_of
+from rcm_megatron.config.roles import first_of, parts_of
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec
 from rcm_megatron.networks.build import build_network, frozen
@@ -76,8 +76,9 @@ class TrainState:
         settings = {"distillation": self.run.distillation, "objectives": self.run.objectives}
         results = accumulate_step(step, self.networks, samples, stage=stage, **settings)
         reduce_gradients(network.chunks)
+        peak_lr = stage.lr.get(step.trained, stage.lr.get(first_of(step.trained)))
         with self.timers.phase("optimizer"), self.residency.state(step.trained):
-            outcome = network.update(self.groups, peak_lr=stage.lr.get(step.trained))
+            outcome = network.update(self.groups, peak_lr=peak_lr)
         return Updated(
             objectives=results,
             metrics=reduce_objectives(results, self.groups),

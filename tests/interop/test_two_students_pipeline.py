@@ -88,6 +88,14 @@ def test_the_same_run_on_every_layout(home, trained, ranks, layout):
     assert_same_curves(trained[2], lines, rel=1e-3)
 
 
+def test_a_stages_learning_rate_is_of_both_unless_the_second_has_its_own(home):
+    """Past the warm-up of four updates there is none of here: lr grows by quarters."""
+    _, lines = start(home, "lr", 1, "stages.0.lr={student: 0.004, student_low_noise: 0.008}", "trainer.stop_after=4")
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.001, 0.002, 0.002, 0.004])
+    _, lines = start(home, "lr_of_both", 1, "stages.0.lr={student: 0.004}", "trainer.stop_after=4")
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.001, 0.001, 0.002, 0.002])
+
+
 def test_a_run_resumes_with_both(home, trained):
     start(home, "parts", 2, "parallel.tp=2", "trainer.stop_after=6")
     (counters, *_), lines = start(home, "parts", 1)

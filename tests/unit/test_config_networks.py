@@ -137,6 +137,7 @@ def test_the_second_networks_of_trained_roles_are_trained_and_start_as_their_tea
         (["distillation.max_rollout_steps=1"], "max_rollout_steps=1 is never on the low-noise side, need at least 2"),
         (["distillation.fixed_rollout_times=[1.5, 1.49, 1.48]"], "in 4 steps is never on the low-noise side of"),
         (["networks.studnt_low_noise={}"], "did you mean networks.student_low_noise?"),
+        (["stages.0.lr={teacher_low_noise: 1e-5}"], "lr.teacher_low_noise: the stage trains no such network"),
     ],
 )
 def test_two_students_that_cannot_be_trained_are_refused(overrides, part):

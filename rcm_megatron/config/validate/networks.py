@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from rcm_megatron.config.advice import multiples_near
 from rcm_megatron.config.declare import Change, Problem
 from rcm_megatron.config.model import AXES, ModelConfig
-from rcm_megatron.config.roles import known_roles
+from rcm_megatron.config.roles import first_of, known_roles
 from rcm_megatron.config.run import RunConfig
 from rcm_megatron.families import family_of
 from rcm_megatron.objectives import OBJECTIVES, settings_of
@@ -163,8 +163,12 @@ def _experts(config: RunConfig) -> Iterator[str]:
             f"distillation.expert_boundary={boundary}, but networks.teacher_low_noise is not given; give both for a teacher of two "
             "networks, or none"
         )
+    for index, stage in enumerate(config.stages):
+        for role in stage.lr:
+            if first_of(role) != role and role not in config.networks:
+                yield f"stages.{index} ({stage.name}).lr.{role}: the run has no networks.{role}; take it out"
     for role in second:
-        if (first := role.removesuffix("_low_noise")) not in config.networks:
+        if (first := first_of(role)) not in config.networks:
             yield f"networks.{role}: got it without networks.{first}, need both; add the network of high noise"
         elif (config.networks[first].ema is None) != (config.networks[role].ema is None):
             yield f"networks.{role}.ema and networks.{first}.ema: got one, need both or none; they are sampled together"
