@@ -98,18 +98,17 @@ class NanBatch:
         """Nothing to do before the trainer is there."""
 
     def watch(self, trainer):
-        micro_batch = trainer._micro_batch
+        update = trainer.state.update
 
-        def poisoned(batch):
-            made = micro_batch(batch)
+        def poisoned(step, samples, **settings):
             if (
                 trainer.progress.iteration == self.iteration
                 and trainer.groups.token_shard == trainer.groups.dp_rank == 0
             ):
-                made.x0_SBP[0, 0, 0] = float("nan")
-            return made
+                samples.x0_SBP[0, 0, 0] = float("nan")
+            return update(step, samples, **settings)
 
-        trainer._micro_batch = poisoned
+        trainer.state.update = poisoned
 
 
 @dataclass(frozen=True, kw_only=True)
