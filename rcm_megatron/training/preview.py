@@ -39,17 +39,7 @@ def write_previews(
     encoder the latents are written, and no MP4. Ends early when the run is told to stop: videos of a large model take longer than the two
     minutes before a time limit.
     """
-    count = min(run.sampling.num_samples, len(batch.prompts))
-    text_LBD = batch.text_LBD[:, :count].to(this_device())
-    null_LBD = null_text_L1D.expand(-1, count, -1)
-    network, low_noise = unwrapped(students[0].chunks[0]), None
-    layout = network.layout
-    if len(students) > 1:
-        low_noise = LowNoiseExpert(students[1].chunks, run.distillation.expert_boundary)
-    condition = _given(run, batch, count).condition(network.model, layout, count, this_device())
-    seed = run.sampling.seed
-    sampler = Sampler(students[0].chunks, layout, text_LBD, null_LBD, seed, range(count), condition, low_noise)
-    latents = {}
+    sampler, latents = _sampler(run, students, batch, null_text_L1D), {}
     averages = [student.ema for student in students if student.ema is not None]
     for weights, swapped_in in ({"student": []} | ({"ema": averages} if averages else {})).items():
         if stop.agreed():
@@ -71,6 +61,20 @@ def write_previews(
                 encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps, stop
             ).items()
         }
+
+
+def _sampler(run: RunConfig, students: Sequence[TrainedNetwork], batch: Batch, null_text_L1D: Tensor) -> Sampler:
+    """Of the first samples of the batch, by the student's one network or two."""
+    count = min(run.sampling.num_samples, len(batch.prompts))
+    text_LBD = batch.text_LBD[:, :count].to(this_device())
+    null_LBD = null_text_L1D.expand(-1, count, -1)
+    network, low_noise = unwrapped(students[0].chunks[0]), None
+    layout = network.layout
+    if len(students) > 1:
+        low_noise = LowNoiseExpert(students[1].chunks, run.distillation.expert_boundary)
+    condition = _given(run, batch, count).condition(network.model, layout, count, this_device())
+    seed = run.sampling.seed
+    return Sampler(students[0].chunks, layout, text_LBD, null_LBD, seed, range(count), condition, low_noise)
 
 
 def _given(run: RunConfig, batch: Batch, count: int) -> Conditioning:
