@@ -365,7 +365,7 @@ class RunConfig:
     def init_of(self, role: str) -> str | None:
         """The checkpoint that a network starts from, its own or the teacher's (of its side); None: random weights from the run's seed."""
         teachers = [self.networks.get(name) for name in ("teacher_low_noise", "teacher")]
-        of_side = teachers if role.endswith("_low_noise") else teachers[1:]
+        of_side = teachers[1:] if roles.first_of(role) == role else teachers
         return next((network.init for network in (self.networks[role], *of_side) if network and network.init), None)
 
     @property

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rcm_megatron.diffusion.trigflow import to_trigflow
+from rcm_megatron.diffusion.trigflow import to_rf, to_trigflow
 
 PURE_NOISE_TIME = float(torch.tensor(math.pi / 2, dtype=torch.float32))
 """pi/2 rounded to fp32, the first time of a rollout; 4e-8 above pi/2 in fp64."""
@@ -75,7 +75,7 @@ def uniform_shift_time(u: Tensor, *, shift: float = 5.0, within: Within | None =
 
 def _unshifted(t: float, *, shift: float) -> float:
     """The rectified-flow time that `shift_rf` moves to that of TrigFlow time ``t``."""
-    s = math.sin(t) / (math.sin(t) + math.cos(t))
+    s = float(to_rf(torch.tensor(t, dtype=torch.float64)))
     return s / (shift - (shift - 1) * s)
 
 

@@ -95,7 +95,7 @@ def stored_in(run: RunConfig, weights: str) -> tuple[str, str | None]:
     The kind is that of the run's checkpoints, in fp32; None for a network that the run does not train, whose checkpoint is its ``init``.
     Raises CheckpointError for a network that the run has not.
     """
-    role, _, part = ("student.ema" if weights == "ema" else weights).partition(".")
+    role, part = _parts(weights)
     networks, averaged = run.networks, part == "ema"
     if role not in networks or part not in ("", "ema") or (averaged and networks[role].ema is None):
         known = [*networks, *(f"{name}.ema" for name, settings in networks.items() if settings.ema is not None)]
@@ -103,6 +103,12 @@ def stored_in(run: RunConfig, weights: str) -> tuple[str, str | None]:
     if role in run.trained_roles:
         return role, "ema" if averaged else "main"
     return role, None
+
+
+def _parts(weights: str) -> tuple[str, str]:
+    """(role, "ema" or "") as ``weights`` names them."""
+    role, _, part = ("student.ema" if weights == "ema" else weights).partition(".")
+    return role, part
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +171,9 @@ def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -
 
 def low_noise_weights(run: RunConfig, weights: str) -> str | None:
     """What `stored_in` calls the second network of a role that is two, its average with the role's average; None: it is one."""
-    role, _, average = ("student.ema" if weights == "ema" else weights).partition(".")
+    role, part = _parts(weights)
     second = low_noise_of(role)
-    return ".".join(filter(None, (second, average))) if second in run.networks else None
+    return ".".join(filter(None, (second, part))) if second in run.networks else None
 
 
 def low_noise_expert(

@@ -49,11 +49,6 @@ def student_companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]
     return usage, scheduler_files(run)
 
 
-def has_two_students(run: RunConfig) -> bool:
-    """Whether the student is two networks, each for its side of `distillation.expert_boundary`."""
-    return low_noise_of("student") in run.networks
-
-
 def scheduler_files(run: RunConfig) -> dict[str, str]:
     """Files that belong beside the student's weights: the scheduler's class, and its configuration for this run."""
     sampling, space = run.sampling, family_of(run.model).scheduler_space
@@ -77,7 +72,7 @@ def pipeline_usage(run: RunConfig, folder: str) -> str:
         prepare.append('image = diffusers.utils.load_image("first_frame.png")')
         call.insert(0, "image=image")
     networks, given = {"transformer": "folder"}, {"transformer": "transformer"}
-    if has_two_students(run):
+    if low_noise_of("student") in run.networks:
         folder, networks["transformer_2"] = f"{folder}/transformer", 'f"{folder}_2"'
         given |= {"transformer_2": "transformer_2", "boundary_ratio": f"{run.distillation.expert_boundary:g}"}
     load = f"{family.diffusers_class}.from_pretrained({{}}, torch_dtype=torch.bfloat16)"

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKLWan  # noqa: F401  here, because ranks are forked with what this module imports
 from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
 
 from rcm_megatron.cli.main import main

@@ -40,20 +40,24 @@ def nan_from_fake_score(trainer):
     return _nan_once(trainer, trainer.state.networks["fake_score"][0].module, RCM_ITERATION)
 
 
+def poison_latents(trainer, iteration):
+    """A NaN in the first latent of each micro-batch of ``iteration``, on the rank that holds its first token."""
+    update = trainer.state.update
+
+    def poisoned(step, samples, **settings):
+        if trainer.progress.iteration == iteration and trainer.groups.token_shard == trainer.groups.dp_rank == 0:
+            samples.x0_SBP[0, :: samples.at_a_time, 0] = float("nan")
+        return update(step, samples, **settings)
+
+    trainer.state.update = poisoned
+
+
 def nan_in_student(trainer):
     """NaN latents that got past the loader: the student's output and gradient are NaN. Notes weights and moments around the step."""
     from tests.distributed.tiny_run import whole_weights
 
-    noted, update, iterate = {}, trainer.state.update, trainer._iterate
-
-    def poisoned(step, samples, **settings):
-        if (
-            trainer.progress.iteration == RCM_ITERATION
-            and trainer.groups.token_shard == 0
-            and trainer.groups.dp_rank == 0
-        ):
-            samples.x0_SBP[0, :: samples.at_a_time, 0] = float("nan")
-        return update(step, samples, **settings)
+    noted, iterate = {}, trainer._iterate
+    poison_latents(trainer, RCM_ITERATION)
 
     def watched():
         iteration = trainer.progress.iteration
@@ -77,7 +81,7 @@ def nan_in_student(trainer):
             "ema": [s.clone() for s in trainer.state.trained["student"].ema.shards],
         }
 
-    trainer.state.update, trainer._iterate = poisoned, watched
+    trainer._iterate = watched
     return noted
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
 
 from rcm_megatron.data.manifest import load_manifest
 from rcm_megatron.data.samples import SampleSource

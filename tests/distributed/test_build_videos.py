@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKLWan  # here, and ranks are forked with it
-from transformers import CLIPVisionModel, UMT5EncoderModel  # noqa: F401
+from diffusers import AutoencoderKLWan
 
 from rcm_megatron.data.manifest import load_manifest
 from rcm_megatron.data.samples import SampleSource

@@ -113,8 +113,8 @@ def build(parallel, dtype, *, num_layers):
     return build_of(dict.fromkeys(SEEDS, (replace(MODEL, num_layers=num_layers), parallel)), dtype)
 
 
-def build_of(networks, dtype):
-    """The networks of {role: (architecture, how it is cut over ranks)}."""
+def build_of(networks, dtype, seeds=None):
+    """The networks of {role: (architecture, how it is cut over ranks)}, with weights of ``seeds`` (SEEDS)."""
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
@@ -127,8 +127,8 @@ def build_of(networks, dtype):
     groups, built = initialize_parallel(networks["student"][1]), {}
     for role, (model, parallel) in networks.items():
         chunks = build_chunks(model, LATENT, parallel, groups=groups, params_dtype=dtype)
-        load_weights(chunks, weights_of(model, SEEDS[role]))
-        built[role] = frozen(chunks) if role == "teacher" else wrap_ddp(chunks, chunks[0].config)
+        load_weights(chunks, weights_of(model, (seeds or SEEDS)[role]))
+        built[role] = frozen(chunks) if role.startswith("teacher") else wrap_ddp(chunks, chunks[0].config)
     return Networks(layout=built["student"][0].module.layout, **built)
 
 

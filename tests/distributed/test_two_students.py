@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rcm_megatron.config import ParallelConfig
+from rcm_megatron.config.roles import first_of
 from tests.distributed import test_parity
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import MICRO_BATCH, assert_equal_quantities
@@ -41,23 +42,8 @@ def distillation_of():
 
 def build(parallel, seeds=SEEDS):
     """Networks of ``seeds`` on this rank."""
-    from rcm_megatron.platform.megatron import prepare_megatron
-
-    prepare_megatron()
-    from rcm_megatron.networks.build import build_chunks, frozen
-    from rcm_megatron.networks.roles import Networks
-    from rcm_megatron.networks.weights import load_weights
-    from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.optimizer import wrap_ddp
-
-    parallel, built = ParallelConfig(**parallel), {}
-    groups = initialize_parallel(parallel)
-    for role, seed in seeds.items():
-        model = test_parity.MODEL
-        chunks = build_chunks(model, test_parity.LATENT, parallel, groups=groups, params_dtype=torch.float32)
-        load_weights(chunks, test_parity.weights_of(model, seed))
-        built[role] = frozen(chunks) if role.startswith("teacher") else wrap_ddp(chunks, chunks[0].config)
-    return Networks(layout=built["student"][0].module.layout, **built)
+    networks = dict.fromkeys(seeds, (test_parity.MODEL, ParallelConfig(**parallel)))
+    return test_parity.build_of(networks, torch.float32, seeds)
 
 
 def step_of(name):
@@ -69,7 +55,7 @@ def step_of(name):
         "student": {side: choices(side) for side in ("high", "low")},
         "fake_score": dict.fromkeys(("high", "low"), choices()),
     }
-    stage = replace(test_parity.stage_of(losses))
+    stage = test_parity.stage_of(losses)
     return stage, plan_step(stage, iteration, max_rollout_steps=3, sides=sides)
 
 
@@ -117,6 +103,7 @@ def test_layout(one_rank, ranks, parallel):
 
 def against_one_network():
     """{step: (its times by purpose, its quantities, those of one network at the same times, gradients of the networks beside it)}."""
+    from rcm_megatron.networks.roles import Networks
     from rcm_megatron.objectives.work import Work
 
     built, found, times_of = build({}, SEEDS | SAME), {}, Work._times
@@ -135,10 +122,9 @@ def against_one_network():
             for role, chunks in networks.items()
             if not role.startswith("teacher") and chunks is not networks[step.trained]
         }
-        role, (own,) = step.trained.removesuffix("_low_noise"), {networks[step.trained][0]}
-        plain = networks.replace(**{role: [own]})
-        for other in ("teacher", "student", "fake_score"):
-            plain._roles.pop(f"{other}_low_noise")
+        role = first_of(step.trained)
+        first = {name: chunks for name, chunks in networks.items() if first_of(name) == name}
+        plain = Networks(layout=networks.layout, **first | {role: networks[step.trained]})
         Work._times = lambda work, purpose, distribution, *, side=None, times=times: times[purpose]
         one = quantities_of(plain, name, step=replace(step, trained=role, side=None)) if "dcm" not in name else None
         Work._times = times_of

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from tests.distributed.faults import poison_latents
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.tiny_run import records
 
@@ -98,17 +99,7 @@ class NanBatch:
         """Nothing to do before the trainer is there."""
 
     def watch(self, trainer):
-        update = trainer.state.update
-
-        def poisoned(step, samples, **settings):
-            if (
-                trainer.progress.iteration == self.iteration
-                and trainer.groups.token_shard == trainer.groups.dp_rank == 0
-            ):
-                samples.x0_SBP[0, 0, 0] = float("nan")
-            return update(step, samples, **settings)
-
-        trainer.state.update = poisoned
+        poison_latents(trainer, self.iteration)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,10 +152,8 @@ def _starts(config: RunConfig) -> Iterator[Problem]:
 
 def _experts(config: RunConfig) -> Iterator[str]:
     """What is two networks has a boundary between them, and every one of them something to do."""
-    second, boundary = (
-        [role for role in config.networks if role.endswith("_low_noise")],
-        config.distillation.expert_boundary,
-    )
+    second = [role for role in config.networks if first_of(role) != role]
+    boundary = config.distillation.expert_boundary
     if second and boundary is None:
         yield f"distillation.expert_boundary=null, but networks.{second[0]} is given; give both for a role of two networks, or none"
     if boundary is not None and not second:
