@@ -88,6 +88,17 @@ def test_the_same_run_on_every_layout(home, trained, ranks, layout):
     assert_same_curves(trained[2], lines, rel=1e-3)
 
 
+@pytest.mark.parametrize("role", ["student", "student_low_noise"])
+def test_the_optimizers_of_both_begin_anew_with_another_objective(trained, role):
+    """The first update of the second stage has the first step of the warm-up of four."""
+    rates = {
+        stage: [line["learning_rate"] for line in trained[2] if (line["stage"], line["trained"]) == (stage, role)]
+        for stage in ("scm", "rcm")
+    }
+    assert rates["scm"] == pytest.approx([ADAM["lr"] / 4, ADAM["lr"] / 2])
+    assert rates["rcm"] == pytest.approx([ADAM["lr"] / 4, ADAM["lr"] / 2])
+
+
 def test_a_stages_learning_rate_is_of_both_unless_the_second_has_its_own(home):
     """Past the warm-up of four updates there is none of here: lr grows by quarters."""
     _, lines = start(home, "lr", 1, "stages.0.lr={student: 0.004, student_low_noise: 0.008}", "trainer.stop_after=4")
