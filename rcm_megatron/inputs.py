@@ -5,7 +5,7 @@ Shapes: x_SBP patch tokens of this rank, text_LBD text embeddings; B is 2B insid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -39,6 +39,15 @@ class Condition:
         """For these samples of the batch."""
         return Condition(**{name: take(value, rows, dim=dim) for name, value, dim in self._present()})
 
+    def without(self, dropped_1B1: Tensor) -> Condition:
+        """With zeros for the samples that are dropped."""
+        return Condition(**{name: zeroed(value, dropped_1B1) for name, value, _ in self._present()})
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The fields that are there."""
+        return [value for _, value, _ in self._present()]
+
     def _present(self) -> Iterator[tuple[str, Tensor, int]]:
         """Name, value and batch dimension of the fields that are there."""
         for field in fields(self):
@@ -68,6 +77,39 @@ class NetworkInput:
             rows = torch.arange(rows.start, rows.stop, device=self.text_LBD.device).clamp(max=self.batch - 1)
         parts = (take(value, rows) for value in (self.x_SBP, self.timestep_1B, self.text_LBD))
         return NetworkInput(*parts, None if self.condition is None else self.condition.rows(rows))
+
+    def without(self, dropped_1B1: Tensor) -> NetworkInput:
+        """With zeros for the samples that are dropped: a NaN that a network sees is in the gradient of every weight, whatever its loss."""
+        parts = (zeroed(value, dropped_1B1) for value in (self.x_SBP, self.timestep_1B, self.text_LBD))
+        return NetworkInput(*parts, None if self.condition is None else self.condition.without(dropped_1B1))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of; of a Dual both halves."""
+        halves = [
+            half
+            for value in (self.x_SBP, self.timestep_1B)
+            for half in ((value.primal, value.tangent) if isinstance(value, Dual) else (value,))
+        ]
+        return [*halves, self.text_LBD, *(self.condition.tensors if self.condition else ())]
+
+
+def nonfinite_samples(tensors: Iterable[Tensor]) -> Tensor:
+    """``[1, B, 1]``: 1.0 for each sample that holds a NaN or an infinity in one of ``tensors`` ``[…, B, …]``, of this rank; else 0.0."""
+    floats = [value for value in tensors if value.is_floating_point()]
+    found = [(~torch.isfinite(value)).transpose(0, BATCH_DIM).flatten(1).any(dim=1) for value in floats]
+    return torch.stack(found).any(dim=0).double()[None, :, None]
+
+
+def zeroed(value: Tensor | Dual, dropped_1B1: Tensor) -> Tensor | Dual:
+    """``value`` ``[…, B, …]`` with zeros for the samples that are dropped; whole numbers (counts of frames or elements) as they are."""
+    if isinstance(value, Dual):
+        return Dual.pack(zeroed(value.primal, dropped_1B1), zeroed(value.tangent, dropped_1B1))
+    if not value.is_floating_point():
+        return value
+    shape = [1] * value.ndim
+    shape[BATCH_DIM] = -1
+    return torch.where(dropped_1B1.reshape(shape), torch.zeros((), dtype=value.dtype, device=value.device), value)
 
 
 def take(value: Tensor | Dual, rows: Rows, *, dim: int = BATCH_DIM) -> Tensor | Dual:

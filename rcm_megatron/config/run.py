@@ -215,7 +215,7 @@ class TrainerConfig:
     output_dir/before_N, and then the run continues from its own checkpoints after crashes, requeues and signals as always."""
     max_refused_updates: Positive | None = 10
     """The run ends with status 88, its newest good checkpoint kept, when so many updates in a row, of one network or of all, were refused
-    for gradients that are not finite. null: never."""
+    for gradients that are not finite, or because no sample was left. null: never."""
     stop_after: Positive | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
     hang_timeout: Annotated[float, Bounds(gt=0)] | None = 1800.0

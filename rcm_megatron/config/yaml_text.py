@@ -101,14 +101,27 @@ def parse(text: str) -> Any:
 
 
 def parse_override(text: str) -> Any:
-    """Plain data of the value of an override, all of it: what YAML would drop as a comment is refused."""
+    """Plain data of the value of an override, all of it, for a shell has taken comments out: text with a `` #`` in it is text.
+
+    ConfigError where YAML would drop something behind a value that is not plain text.
+    """
     value = _parse(text, _ShellLoader)
     node = yaml.compose(text, Loader=_ShellLoader)
-    rest = text if node is None else text[node.end_mark.index :]
-    if rest.strip():
-        fix = "quote the value twice, e.g. 'encoders.negative_prompt=\"logo #1\"', or take it out"
-        raise ConfigError(f"got {rest.strip()!r}, which YAML reads as a comment; need a value; fix: {fix}")
-    return value
+    rest = text if node is None else text[_end_of(node) :]
+    if not rest.strip():
+        return value
+    if isinstance(value, str) and node.style is None:
+        return text.strip()
+    fix = "take it out, or quote all of it twice if it is text, e.g. 'name=\"7 #1\"'"
+    raise ConfigError(f"got {rest.strip()!r}, which YAML reads as a comment; need a value; fix: {fix}")
+
+
+def _end_of(node: yaml.Node) -> int:
+    """Where its last character is; a mapping or a list without brackets ends, for YAML, behind the comments after it."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style:
+        last = node.value[-1]
+        return _end_of(last[1] if isinstance(last, tuple) else last)
+    return node.end_mark.index
 
 
 def _parse(text: str, loader: type[_Loader]) -> Any:

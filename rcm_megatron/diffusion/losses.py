@@ -123,7 +123,7 @@ def scm_loss(F: Tensor, F_detached: Tensor, g: Tensor, *, nan_mask: Tensor | Non
     """(F - sg(F) - g)^2 element by element, local; sCM Eq. 8. Masked samples count 0.
 
     The mask keeps the loss finite, but cannot protect the weights from a NaN in F itself (0 * NaN in the network's
-    backward): the caller skips a step with non-finite gradients.
+    backward): the caller drops samples that are not finite before the network sees them, and refuses non-finite gradients.
     """
     residual = F.double() - F_detached.detach().double() - g.double()
     return _masked(residual, nan_mask) ** 2

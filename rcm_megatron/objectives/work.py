@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from rcm_megatron.config import DistillationConfig, TimeDistribution
 from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.diffusion import samplers, timesteps, trigflow
 from rcm_megatron.dual import Dual
-from rcm_megatron.inputs import NetworkInput, Rows, take
+from rcm_megatron.inputs import NetworkInput, Rows, nonfinite_samples, take, zeroed
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.networks.inputs import dual_network_input, network_input
 from rcm_megatron.networks.roles import Networks
@@ -227,19 +227,23 @@ class Work(Generic[S]):
         """Forward and backward of the objective's network: ``loss(v, **targets)`` on each micro-batch's part of the targets ``[…, B, …]``.
 
         A loss function returns (sum over this rank's tokens) / micro-batch (rcm_megatron.parallel.pipeline has the convention).
+        Samples that come with a NaN or an infinity, in what they are or in what other networks made of them, are dropped alone: the network
+        sees zeros, their loss counts 0.
         """
+        dropped_1B1 = self.layout.sum_per_sample(nonfinite_samples([*given.tensors, *targets.values()])) > 0
+        targets = {name: zeroed(value, dropped_1B1) for name, value in targets.items()}
 
-        def of_micro_batch(v: Tensor | Dual, **part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            found = loss(v, **part)
+        def of_micro_batch(v: Tensor | Dual, *, dropped: Tensor, **part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            found = _masked(loss(v, **part), dropped)
             mean = self.weight * found.elements_SBP.sum() / found.elements_SBP.shape[1]
             return mean, self._reported(found)
 
         chunks = self.networks[self.step.trained]
         reported = accumulate_gradients(
             chunks,
-            given,
+            given.without(dropped_1B1),
             of_micro_batch,
-            targets,
+            targets | {"dropped": dropped_1B1},
             micro_batch_size=self.samples.at_a_time,
             is_last=self.is_last,
             phase=phase,
@@ -249,7 +253,7 @@ class Work(Generic[S]):
     def _reported(self, found: Loss) -> dict[str, Tensor]:
         """New tensors, because schedules scale losses in place. Numbers of a sample are over all ranks."""
         loss_1B1 = self.layout.sum_per_sample(found.elements_SBP)
-        nan_1B1 = torch.zeros_like(loss_1B1) if found.nan_1B1 is None else found.nan_1B1.to(loss_1B1.dtype)
+        nan_1B1 = found.nan_1B1.to(loss_1B1.dtype)
         return {"loss": loss_1B1, "nan": nan_1B1, **found.quantities, **found.outputs}
 
     def _result(self, reported: dict[str, Tensor], outputs: dict[str, Tensor]) -> ObjectiveResult:
@@ -264,3 +268,9 @@ class Work(Generic[S]):
         by_name = dict(zip(names, values, strict=True))
         loss_B, nan_B = by_name.pop("loss"), by_name.pop("nan").bool()
         return ObjectiveResult(loss_B, nan_B, by_name, outputs | reported)
+
+
+def _masked(found: Loss, dropped_1B1: Tensor) -> Loss:
+    """The loss without the samples that were dropped before the network saw them."""
+    nan_1B1 = dropped_1B1 if found.nan_1B1 is None else found.nan_1B1 | dropped_1B1
+    return replace(found, elements_SBP=found.elements_SBP.where(~dropped_1B1, 0.0), nan_1B1=nan_1B1)

@@ -1,4 +1,4 @@
-"""Updates that were refused because gradients were not finite: how many in a row, and which checkpoints are from before.
+"""Updates that were refused because gradients or losses were not finite: how many in a row, and which checkpoints are from before.
 
 Weights that have blown up are finite numbers; that they are bad shows in the gradients after them. A checkpoint is known to be good when
 every network has made an update since, so none is written while updates are refused, and those that hold the last update before the row
@@ -63,7 +63,7 @@ class Refusals:
         roles = " and ".join(role for role, count in self.of_role.items() if count)
         left = f"the newest checkpoint from before is {newest}" if newest else "no checkpoint is from before"
         return (
-            f"DIVERGED: the last {self.most} updates up to iteration {iteration - 1} ({roles}) were refused: their gradients are NaN or "
-            f"infinite; {left}; fix: lower the learning rate (networks.ROLE.optimizer.lr, or lr of the stage) or clip "
+            f"DIVERGED: the last {self.most} updates up to iteration {iteration - 1} ({roles}) were refused: their gradients or losses "
+            f"are NaN or infinite; {left}; fix: lower the learning rate (networks.ROLE.optimizer.lr, or lr of the stage) or clip "
             "(networks.ROLE.optimizer.clip_grad), and start again; trainer.max_refused_updates=null goes on for ever"
         )

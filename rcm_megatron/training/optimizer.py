@@ -137,7 +137,7 @@ def build_optimizer(ddp_chunks: list[DistributedDataParallel], config: Optimizer
 
 @dataclass(frozen=True)
 class StepResult:
-    """What `optimizer_step` did: `updated` is False when it refused non-finite gradients."""
+    """What `optimizer_step` did: `updated` is False when it refused the gradients."""
 
     updated: bool
     gradient_norm: float
@@ -160,12 +160,14 @@ def zero_gradients(optimizer: MegatronOptimizer) -> None:
         chunk.zero_grad_buffer()
 
 
-def optimizer_step(optimizer: MegatronOptimizer, groups: ParallelGroups, *, clip_grad: float = 0.0) -> StepResult:
+def optimizer_step(
+    optimizer: MegatronOptimizer, groups: ParallelGroups, *, clip_grad: float = 0.0, refused: bool = False
+) -> StepResult:
     """Update the parameters from finalized gradients, on all ranks or, for a non-finite gradient anywhere, on none.
 
-    `clip_grad` > 0 scales the gradients down to that global norm. A refused update changes no state at all."""
+    `clip_grad` > 0 scales the gradients down to that global norm. A refused update changes no state at all; `refused` makes it one."""
     norm = global_gradient_norm(optimizer, groups)
-    if not math.isfinite(norm):
+    if refused or not math.isfinite(norm):
         return StepResult(updated=False, gradient_norm=norm)
     if 0.0 < clip_grad < norm:
         for chunk in optimizer.model_chunks:

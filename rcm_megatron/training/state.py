@@ -1,5 +1,6 @@
 """The networks of a run, and one update of one of them: what the trainer, the benchmarks and the tests have in common."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -45,7 +46,7 @@ class Updated:
     metrics: dict[str, float]
     """Over the global batch, the same on every rank."""
     updated: bool
-    """False: non-finite gradients were refused."""
+    """False: it was refused, for non-finite gradients, or because a loss is none (all samples were dropped)."""
     gradient_norm: float
     learning_rate: float
 
@@ -77,11 +78,13 @@ class TrainState:
         results = accumulate_step(step, self.networks, samples, stage=stage, **settings)
         reduce_gradients(network.chunks)
         peak_lr = stage.lr.get(step.trained, stage.lr.get(first_of(step.trained)))
+        metrics = reduce_objectives(results, self.groups)
+        counts = all(math.isfinite(metrics[f"{name}/loss"]) for name in results)
         with self.timers.phase("optimizer"), self.residency.state(step.trained):
-            outcome = network.update(self.groups, peak_lr=peak_lr)
+            outcome = network.update(self.groups, peak_lr=peak_lr, refused=not counts)
         return Updated(
             objectives=results,
-            metrics=reduce_objectives(results, self.groups),
+            metrics=metrics,
             updated=outcome.updated,
             gradient_norm=outcome.gradient_norm,
             learning_rate=network.learning_rate,

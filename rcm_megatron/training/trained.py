@@ -27,7 +27,7 @@ class UpdateCounters:
     updates_since_reset: int = 0
     """Since the optimizer last began anew: what the warm-up of lr counts."""
     refused_updates: int = 0
-    """Steps whose gradients were not finite."""
+    """Steps whose gradients were not finite, or of which no sample was left."""
 
 
 class TrainedNetwork:
@@ -53,15 +53,16 @@ class TrainedNetwork:
             group["step"] = 0
         self.counters.updates_since_reset = 0
 
-    def update(self, groups: ParallelGroups, *, peak_lr: float | None = None) -> StepResult:
+    def update(self, groups: ParallelGroups, *, peak_lr: float | None = None, refused: bool = False) -> StepResult:
         """Optimizer and EMA, from reduced gradients. Non-finite gradients leave every weight as it was, and are counted.
 
-        ``peak_lr``: the learning rate after the warm-up, by default the optimizer's own."""
+        ``peak_lr``: the learning rate after the warm-up, by default the optimizer's own. ``refused``: the gradients are of no use though
+        they are finite."""
         adam = self.settings.optimizer
         peak, warmup = adam.lr if peak_lr is None else peak_lr, adam.lr_warmup_steps
         self.learning_rate = warmup_learning_rate(self.counters.updates_since_reset, peak=peak, warmup_updates=warmup)
         set_learning_rate(self.optimizer, self.learning_rate)
-        result = optimizer_step(self.optimizer, groups, clip_grad=adam.clip_grad)
+        result = optimizer_step(self.optimizer, groups, clip_grad=adam.clip_grad, refused=refused)
         if not result.updated:
             self.counters.refused_updates += 1
             return result

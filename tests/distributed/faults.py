@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron.checkpoint.integrity import ChecksummedFiles
+from rcm_megatron.dual import primal_of
 
 SCM_ITERATION, RCM_ITERATION = 2, 9
 """A student step of the first stage, and one of the second (sCM and DMD)."""
@@ -40,31 +41,61 @@ def nan_from_fake_score(trainer):
     return _nan_once(trainer, trainer.state.networks["fake_score"][0].module, RCM_ITERATION)
 
 
-def poison_latents(trainer, iteration):
-    """A NaN in the first latent of each micro-batch of ``iteration``, on the rank that holds its first token."""
+def _poison_latents(trainer, iteration, samples_of_a_rank):
+    """NaN latents that got past the loader in ``iteration``, on the ranks that hold their first tokens."""
     update = trainer.state.update
 
     def poisoned(step, samples, **settings):
-        if trainer.progress.iteration == iteration and trainer.groups.token_shard == trainer.groups.dp_rank == 0:
-            samples.x0_SBP[0, :: samples.at_a_time, 0] = float("nan")
+        if trainer.progress.iteration == iteration and trainer.groups.token_shard == 0:
+            samples.x0_SBP[0, samples_of_a_rank, 0] = float("nan")
         return update(step, samples, **settings)
 
     trainer.state.update = poisoned
 
 
-def nan_in_student(trainer):
-    """NaN latents that got past the loader: the student's output and gradient are NaN. Notes weights and moments around the step."""
+def one_nan_latent(trainer):
+    """The first sample of each data-parallel rank."""
+    _poison_latents(trainer, SCM_ITERATION, 0)
+    return {}
+
+
+def only_nan_latents(trainer):
+    _poison_latents(trainer, SCM_ITERATION, slice(None))
+    return _state_around(trainer, SCM_ITERATION)
+
+
+def nan_gradient(trainer, iteration):
+    """The student's backward of ``iteration`` begins with a NaN, on one rank alone."""
+    module = trainer.state.networks["student"][-1].module
+    forward, groups = module.forward, trainer.groups
+
+    def poisoned(*args):
+        v = forward(*args)
+        first = groups.token_shard == groups.dp_rank == 0 and groups.pp.rank() == groups.pp.size() - 1
+        if trainer.progress.iteration == iteration and first and primal_of(v).requires_grad:
+            primal_of(v).register_hook(lambda gradient: gradient * float("nan"))
+        return v
+
+    module.forward = poisoned
+
+
+def nan_in_backward(trainer):
+    nan_gradient(trainer, RCM_ITERATION)
+    return _state_around(trainer, RCM_ITERATION)
+
+
+def _state_around(trainer, watched_iteration):
+    """Notes the student's weights and moments before and after an iteration."""
     from tests.distributed.tiny_run import whole_weights
 
     noted, iterate = {}, trainer._iterate
-    poison_latents(trainer, RCM_ITERATION)
 
     def watched():
         iteration = trainer.progress.iteration
-        if iteration == RCM_ITERATION:
+        if iteration == watched_iteration:
             noted["before"] = state(trainer)
         iterate()
-        if iteration == RCM_ITERATION:
+        if iteration == watched_iteration:
             noted["after"] = state(trainer)
 
     def state(trainer):

@@ -12,7 +12,7 @@ import torch
 from tests.distributed.faults import RCM_ITERATION, SCM_ITERATION
 from tests.distributed.harness import RankError
 from tests.distributed.run_checks import LOSS_BOUND, Runs, assert_same_change, assert_same_curves
-from tests.distributed.tiny_run import STEPS, initial_weights, records
+from tests.distributed.tiny_run import GLOBAL_BATCH, STEPS, initial_weights, records
 
 LAYOUTS = {
     "one": (1, []),
@@ -185,15 +185,27 @@ def test_a_nan_sample_is_masked_and_counted_in_every_layout(runs, fault, objecti
         assert_same_change(runs.initial, expected, got, networks=["student"])
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "dp2", "pp2"])
-def test_a_step_with_non_finite_gradients_is_refused_and_counted(runs, layout):
-    """Weights, moments and EMA stay as they were, to the bit, on every rank; the run goes on."""
-    results, lines = runs.start(layout, f"refused_{layout}", "trainer.stop_after=12", fault="nan_in_student")
-    hit = lines[RCM_ITERATION]
-    assert not hit["updated"] and hit["refused_updates"] == 1 and not math.isfinite(hit["gradient_norm"])
-    assert hit["updates/student"] == lines[RCM_ITERATION - 1]["updates/student"]
+def test_a_nan_latent_costs_its_sample_and_no_update(runs):
+    _, lines = runs.start("one", "one_nan_latent", f"trainer.stop_after={SCM_ITERATION + 2}", fault="one_nan_latent")
+    hit = lines[SCM_ITERATION]
+    assert hit["scm/nan_samples"] == 1 and hit["updated"] and math.isfinite(hit["gradient_norm"])
+    assert lines[-1]["nan_samples"] == 1 and lines[-1]["refused_updates"] == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault", "iteration"),
+    [(layout, "nan_in_backward", RCM_ITERATION) for layout in ("one", "tp2", "dp2", "pp2")]
+    + [("dp2", "only_nan_latents", SCM_ITERATION)],
+)
+def test_a_step_without_a_gradient_of_use_is_refused_and_counted(runs, layout, fault, iteration):
+    """One that is not finite, or one of no sample: weights, moments and EMA stay as they were, to the bit, on every rank."""
+    results, lines = runs.start(layout, f"{fault}_{layout}", f"trainer.stop_after={iteration + 3}", fault=fault)
+    hit, dropped = lines[iteration], 0 if fault == "nan_in_backward" else GLOBAL_BATCH
+    assert not hit["updated"] and hit["refused_updates"] == 1
+    assert math.isfinite(hit["gradient_norm"]) == math.isnan(hit["scm/loss"]) == (dropped > 0)
+    assert hit["updates/student"] == lines[iteration - 1]["updates/student"]
     for rank, (counters, weights, noted) in enumerate(results):
-        assert counters["refused_updates"] == 1 and counters["nan_samples"] >= 1
+        assert counters["refused_updates"] == 1 and counters["nan_samples"] == dropped
         before, after = noted["before"], noted["after"]
         for name, tensor in before["weights"].items():
             assert tensor is None or torch.equal(tensor, after["weights"][name]), f"rank {rank}: {name} changed"
@@ -204,4 +216,4 @@ def test_a_step_with_non_finite_gradients_is_refused_and_counted(runs, layout):
             )
         finite = [bool(torch.isfinite(w).all()) for w in weights["student"].values() if w is not None]
         assert all(finite)
-    assert all(line["updated"] for line in lines if line["iteration"] != RCM_ITERATION)
+    assert all(line["updated"] for line in lines if line["iteration"] != iteration)

@@ -17,6 +17,7 @@ from rcm_megatron.config import build, load_config
 from rcm_megatron.families.wan.settings import WanModelConfig
 
 STEPS = 20
+GLOBAL_BATCH = 4
 MODEL = {
     "family": "wan",
     "num_layers": 2,
@@ -82,7 +83,7 @@ def tiny_config(folder, **changes):
         ],
         "encoders": {"video": "pixels", "text": "words"},
         "data": {"folder": str(folder / "data"), "num_threads": 1},
-        "trainer": {"global_batch_size": 4, "micro_batch_size": 2, "checkpoint_every": 10},
+        "trainer": {"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2, "checkpoint_every": 10},
         "logging": {"wandb_mode": "disabled", "progress_bar": False},
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.distributed.faults import poison_latents
+from tests.distributed.faults import nan_gradient
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.tiny_run import records
 
@@ -90,8 +90,8 @@ class FullDisk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NanBatch:
-    """A NaN in the latents of one iteration, on the rank that holds their first token: it has got past the loader."""
+class NanGradient:
+    """A NaN in the student's backward of one iteration, on one rank."""
 
     iteration: int
 
@@ -99,7 +99,7 @@ class NanBatch:
         """Nothing to do before the trainer is there."""
 
     def watch(self, trainer):
-        poison_latents(trainer, self.iteration)
+        nan_gradient(trainer, self.iteration)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from random import Random
 import torch
 
 from tests.distributed.tiny_run import write_tiny_run
-from tests.faults.attempts import EVERY, LAYOUTS, STEPS, FullDisk, Kill, NanBatch, Run
+from tests.faults.attempts import EVERY, LAYOUTS, STEPS, FullDisk, Kill, NanGradient, Run
 
 _MOST_ATTEMPTS = 12
 """Of one run; one that needs more has not survived."""
@@ -301,9 +301,9 @@ def _unsound_data(lab, layout, data, kind, name, *, repair, skip):
 
 
 def nan_gradients(lab):
-    """A NaN gets past the loader: its update is refused, and the run, killed afterwards, goes on as if it had not been killed."""
+    """A NaN in a backward: its update is refused, and the run, killed afterwards, goes on as if it had not been killed."""
     for layout, background in zip(cycle(["dp2", "tp2"]), cycle([True, True, False])):
-        faults = (NanBatch(iteration=7),)
+        faults = (NanGradient(iteration=7),)
         reference, run = lab.undisturbed(layout, faults=faults), lab.new_run(layout, background=background)
         rank = lab.rng.randrange(2)
         run.start(*faults, Kill(rank=rank, disk_event=lab.rng.randint(1, reference[1].ranks[rank][1])))

@@ -60,11 +60,17 @@ def test_what_is_plain_in_either_way_is_taken():
 
 
 @pytest.mark.parametrize(
-    "value", ["watermark #2, text", "5 # five", "# all of it", "#", "[1, 2] #", "null # none", "'a' # b"]
+    "value", ["scm: 1 # one", "a: {b: 2} # x", "5 # five", "# all of it", "#", "[1, 2] #", "null # none", "'a' # b"]
 )
 def test_a_comment_in_an_override_is_refused(value):
     with pytest.raises(ConfigError, match="which YAML reads as a comment"):
         apply_overrides({}, [f"a={value}"])
+
+
+@pytest.mark.parametrize("value", ["watermark #2, text", "blurry,  logo # 1", "a #"])
+def test_text_with_a_hash_sign_is_text(value):
+    """The shell has taken comments out already."""
+    assert parse_override(value) == value
 
 
 @pytest.mark.parametrize("value", ["a#b", "'x # y'", '"# z"', "[a, 'b # c']", "", "{a: 1}"])
