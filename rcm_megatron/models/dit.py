@@ -199,12 +199,11 @@ class DiffusionTransformer(MegatronModule):
         sharded = {}
         for name, parameter in self.named_parameters():
             replicas = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp, "prepend_offsets": sharded_offsets}
+            piece = self.stage.index if getattr(parameter, "pipeline_parallel", False) else 0
             if getattr(parameter, "tensor_model_parallel", False):
-                sharded[prefix + name] = make_tp_sharded_tensor_for_checkpoint(
-                    parameter, prefix + name, tp_axis=parameter.partition_dim, **replicas
-                )
+                replicas |= {"tp_axis": parameter.partition_dim, "replica_id": (piece, 0, groups.dp_cp.rank())}
+                sharded[prefix + name] = make_tp_sharded_tensor_for_checkpoint(parameter, prefix + name, **replicas)
             else:
-                piece = self.stage.index if getattr(parameter, "pipeline_parallel", False) else 0
                 sharded[prefix + name] = make_sharded_tensor_for_checkpoint(
                     parameter, prefix + name, replica_id=(piece, groups.tp.rank(), groups.dp_cp.rank()), **replicas
                 )

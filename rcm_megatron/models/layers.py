@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -105,6 +106,28 @@ class ReplicatedLinear(nn.Linear):
         if isinstance(x, Dual):
             return add_bias(x.linear(lambda value: nn.functional.linear(value, self.weight)), self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+class GatheredLinear(nn.Linear):
+    """A linear of what modulates tokens, whose output features are split over tensor-parallel ranks and gathered.
+
+    Its output meets the tokens that sequence parallelism shards: the output's gradient is partial on each rank, and is summed on its way to
+    the rank that holds the features. The input's stays partial, over features here: what comes before is ``on_token_shards``, so that
+    Megatron sums it.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: torch.dtype, tp_group: ProcessGroup, bias: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features // tp_group.size(), bias=bias, dtype=dtype)
+        self.gather = partial(all_gather_last_dim_from_tensor_parallel_region, group=tp_group)
+        self.is_split = tp_group.size() > 1
+        for parameter in self.parameters():
+            mark_tensor_parallel(parameter, dim=0)
+
+    def forward(self, x: Tensor | Dual) -> Tensor | Dual:
+        own = add_bias(map_linear(lambda value: nn.functional.linear(value, self.weight), x), self.bias)
+        return map_linear(self.gather, own) if self.is_split else own
 
 
 class AffineLayerNorm(nn.Module):

@@ -62,6 +62,39 @@ def test_the_bytes_are_those_of_the_tensors(layout):
             assert need - padding - len(group) < total(0, said) <= need, (said, total(0, said), need)
 
 
+def held_whole(family):
+    """Matrices that a rank of tp=2 holds whole, without the number of their block."""
+    import re
+
+    import torch
+
+    from rcm_megatron.config import LatentConfig
+    from rcm_megatron.networks.build import build_chunks
+    from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.platform.megatron import prepare_megatron
+    from tests import networks
+
+    prepare_megatron()
+    parallel, latent = ParallelConfig(tp=2), LatentConfig(channels=3, frames=3, height=6, width=10)
+    options = {"groups": initialize_parallel(parallel), "params_dtype": torch.float32}
+    (chunk,) = build_chunks(getattr(networks, family)(), latent, parallel, **options)
+    matrices = ((name, p) for name, p in chunk.named_parameters() if name.endswith("weight") and p.ndim == 2)
+    whole = {name for name, p in matrices if not getattr(p, "tensor_model_parallel", False)}
+    return {re.sub(r"blocks\.\d+\.", "", name).removesuffix(".weight") for name in whole}
+
+
+@pytest.mark.parametrize("family", ["wan", "cosmos"])
+def test_tensor_parallel_ranks_hold_whole_what_is_small_alone(family):
+    linears = {"linear_1", "linear_2"}
+    small = {"patch_embedding", "head.linear", "time_embedding.linear_1"}
+    if family == "wan":
+        small |= {"time_embedding.linear_2"} | {f"text_embedding.{linear}" for linear in linears}
+    else:
+        of = ("self_attn_modulation", "cross_attn_modulation", "mlp_modulation", "head.modulation")
+        small |= {f"{modulation}.linear_1" for modulation in of}
+    assert run_ranks(held_whole, 2, family) == [small, small]
+
+
 def test_policies_leave_out_what_they_free():
     import torch
 

@@ -10,6 +10,7 @@ embedding and shared_FB3 its three shared adaLN vectors, F = 1, or latent frames
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from rcm_megatron.dual import Dual, map_linear, primal_of, recomputed
 from rcm_megatron.families.cosmos import ROPE_FPS
@@ -31,6 +32,7 @@ from rcm_megatron.models.layers import (
     MLP,
     AttentionStyle,
     CrossAttention,
+    GatheredLinear,
     ReplicatedLinear,
     RMSNormPerHead,
     SelfAttention,
@@ -56,12 +58,12 @@ def cosmos_style(model: CosmosModelConfig) -> AttentionStyle:
 class TimeEmbedding(nn.Module):
     """What blocks take of the time: the sinusoid, normed, and its projection to a shift, scale and gate that all sublayers share."""
 
-    def __init__(self, model: CosmosModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: CosmosModelConfig, *, dtype: torch.dtype, tp_group: ProcessGroup) -> None:
         super().__init__()
         self.width, self.dtype, self.eps = model.hidden_size, dtype, model.eps
-        options = {"dtype": dtype, "on_token_shards": True, "bias": False}
-        self.linear_1 = ReplicatedLinear(self.width, self.width, **options)
-        self.linear_2 = ReplicatedLinear(self.width, 3 * self.width, **options)
+        options = {"dtype": dtype, "bias": False}
+        self.linear_1 = ReplicatedLinear(self.width, self.width, on_token_shards=True, **options)
+        self.linear_2 = GatheredLinear(self.width, 3 * self.width, tp_group=tp_group, **options)
         self.norm_weight = nn.Parameter(torch.ones(self.width, dtype=dtype))
         self.norm_weight.sequence_parallel = True
 
@@ -81,17 +83,17 @@ class TimeEmbedding(nn.Module):
 class Modulation(nn.Module):
     """adaLN-LoRA: ``vectors`` (shift, scale and perhaps gate) of low rank in the time embedding, plus the shared ones."""
 
-    def __init__(self, model: CosmosModelConfig, *, vectors: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: CosmosModelConfig, *, vectors: int, dtype: torch.dtype, tp_group: ProcessGroup) -> None:
         super().__init__()
         self.vectors, hidden, rank = vectors, model.hidden_size, model.adaln_lora_dim
-        options = {"dtype": dtype, "on_token_shards": True, "bias": False}
-        self.linear_1 = ReplicatedLinear(hidden, rank, **options)
-        self.linear_2 = ReplicatedLinear(rank, vectors * hidden, **options)
+        options = {"dtype": dtype, "bias": False}
+        self.linear_1 = ReplicatedLinear(hidden, rank, on_token_shards=True, **options)
+        self.linear_2 = GatheredLinear(rank, vectors * hidden, tp_group=tp_group, **options)
 
     def forward(self, e_FBD: Tensor | Dual, shared_FB3: Tensor | Dual, frame_S: Tensor) -> tuple[Tensor | Dual, ...]:
         """Vectors ``[1, B, D]``, or ``[S, B, D]`` of every token where frames differ in time."""
-        shared = map_linear(lambda value: value[..., : self.linear_2.out_features], shared_FB3)
-        both = add(self.linear_2(self.linear_1(silu(e_FBD))), shared)
+        own = self.linear_2(self.linear_1(silu(e_FBD)))
+        both = add(own, map_linear(lambda value: value[..., : primal_of(own).shape[-1]], shared_FB3))
         if isinstance(both, Dual):
             return tuple(Dual(of_tokens(part, frame_S)) for part in both.stacked.chunk(self.vectors, dim=-1))
         return tuple(of_tokens(part, frame_S) for part in both.chunk(self.vectors, dim=-1))
@@ -125,13 +127,13 @@ class CosmosBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.dtype = model.eps, config.params_dtype
-        wide, style = wide_dtype(config.params_dtype), cosmos_style(model)
-        options = {"config": config, "spec": spec, "tp_group": tp_group, "style": style}
-        self.self_attn_modulation = Modulation(model, vectors=3, dtype=wide)
+        options = {"config": config, "spec": spec, "tp_group": tp_group, "style": cosmos_style(model)}
+        vectors = {"vectors": 3, "dtype": wide_dtype(config.params_dtype), "tp_group": tp_group}
+        self.self_attn_modulation = Modulation(model, **vectors)
         self.self_attn = SelfAttention(model, context=context, **options)
-        self.cross_attn_modulation = Modulation(model, vectors=3, dtype=wide)
+        self.cross_attn_modulation = Modulation(model, **vectors)
         self.cross_attn = CrossAttention(model, **options)
-        self.mlp_modulation = Modulation(model, vectors=3, dtype=wide)
+        self.mlp_modulation = Modulation(model, **vectors)
         self.mlp = MLP(model, **options)
 
     def forward(
@@ -165,7 +167,7 @@ class CosmosHead(nn.Module):
     def __init__(self, model: CosmosModelConfig, layout: TokenLayout, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps, self.patch, self.dtype = model.eps, model.patch_size, dtype
-        self.modulation = Modulation(model, vectors=2, dtype=wide_dtype(dtype))
+        self.modulation = Modulation(model, vectors=2, dtype=wide_dtype(dtype), tp_group=layout.groups.tp)
         features = model.out_channels * model.patch_volume
         self.linear = ReplicatedLinear(model.hidden_size, features, dtype=dtype, on_token_shards=True, bias=False)
         self.register_buffer("frame_S", layout.grid_indices()[0], persistent=False)
@@ -208,7 +210,7 @@ class CosmosModel(DiffusionTransformer):
             self.patch_embedding = ReplicatedLinear(
                 features, model.hidden_size, dtype=dtype, on_token_shards=True, bias=False
             )
-        self.time_embedding = TimeEmbedding(model, dtype=wide)
+        self.time_embedding = TimeEmbedding(model, dtype=wide, tp_group=layout.groups.tp)
         self.positions = LearnedPositions(model, layout, dtype=wide) if model.learnable_positions else None
         self.blocks = self._build_blocks(CosmosBlock, context=context)
         if self.stage.is_last:

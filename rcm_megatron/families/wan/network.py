@@ -23,6 +23,7 @@ from rcm_megatron.models.layers import (
     AffineLayerNorm,
     AttentionStyle,
     CrossAttention,
+    GatheredLinear,
     ReplicatedLinear,
     RMSNormAcrossHeads,
     SelfAttention,
@@ -187,7 +188,7 @@ class WanModel(DiffusionTransformer):
         self.text_embedding = TextEmbedding(model, dtype=dtype)
         self.image_embedding = None if model.image_dim is None else ImageEmbedding(model, dtype=dtype)
         self.time_embedding = TimestepEmbedding(model, dtype=wide)
-        self.time_projection = ReplicatedLinear(hidden, 6 * hidden, dtype=wide, on_token_shards=True)
+        self.time_projection = GatheredLinear(hidden, 6 * hidden, dtype=wide, tp_group=layout.groups.tp)
         self.blocks = self._build_blocks(WanBlock, context=context)
         if self.stage.is_last:
             self.head = WanHead(model, layout, dtype=dtype)
