@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rcm_megatron.checkpoint.formats import FORMATS
+from rcm_megatron.registries import FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.families import FAMILIES
 from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.families.wan.settings import WanModelConfig
+from rcm_megatron.registries import FAMILIES, FORMATS
 
 SIZES = {
     "num_layers": 2,

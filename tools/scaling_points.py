@@ -17,7 +17,7 @@ from rcm_megatron.config import (
     build,
     validate,
 )
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.registries import OBJECTIVES
 
 if TYPE_CHECKING:
     from rcm_megatron.objectives.plan import Step

@@ -16,8 +16,6 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from rcm_megatron import __version__
-from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.formats.base import Format, WriteOptions
 from rcm_megatron.checkpoint.model_card import Companions, folder_texts
 from rcm_megatron.checkpoint.recognise import differences
@@ -36,7 +34,9 @@ from rcm_megatron.checkpoint.values import say_once
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.dtypes import DTYPES
+from rcm_megatron.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.families.key_map import Entry
+from rcm_megatron.registries import FORMATS
 
 Verify = Callable[[CheckpointSource, ModelConfig, torch.dtype | None], Callable[[Path], None]]
 """(source, its network, dtype of the target or None) -> a function that raises CheckpointError for a target that differs."""

@@ -24,8 +24,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.torch_dist import read_metadata
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
 
 FORMAT = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.values import say_once
+from rcm_megatron.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".pt", ".pth")
 _TRANSFORMERS = ("transformer", "transformer_2", "high_noise_model", "low_noise_model")

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.integrity import damaged_files, read_manifest
 from rcm_megatron.config import RunConfig
+from rcm_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.config import ModelConfig, RunConfig, to_yaml
-from rcm_megatron.families import family_of
+from rcm_megatron.registries import FORMATS, family_of
 
 FEW_STEP_WEIGHTS = ("student", "ema")
 """The networks of a run that sample in a few steps."""

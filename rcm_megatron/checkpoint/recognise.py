@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from rcm_megatron.checkpoint.errors import CheckpointError, nearest
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.formats.base import Format
 from rcm_megatron.config import ConfigError, ModelConfig, build
-from rcm_megatron.families import FAMILIES, family_of
+from rcm_megatron.errors import CheckpointError, nearest
 from rcm_megatron.families.family import Family, Fields, Naming, Shapes
+from rcm_megatron.registries import FAMILIES, FORMATS, family_of
 
 FREE_FIELDS = ("text_len", "rope_max_seq_len")
 """Of every family, beside `Family.free_fields`: not visible in any tensor and without effect on a conversion, a run may have others."""

@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rcm_megatron.checkpoint import folders
 from rcm_megatron.checkpoint.dist import NetworkState, state_to_save
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.integrity import ChecksummedFiles, Entry, entry_of, write_manifest
 from rcm_megatron.checkpoint.torch_dist import save_with_torch
+from rcm_megatron.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError, name_keys
 from rcm_megatron.checkpoint.files import (
     PICKLE_SUFFIXES,
     is_index,
@@ -30,13 +29,14 @@ from rcm_megatron.checkpoint.files import (
     weights_file,
 )
 from rcm_megatron.checkpoint.folders import find_latest
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.recognise import describing, is_no_weight, parameter_names, read_model, recognise
 from rcm_megatron.checkpoint.torch_dist import METADATA_FILE, TorchDistFolder, is_plain, is_torch_dist
 from rcm_megatron.checkpoint.values import DTYPES_IN_HEADERS, dequantised
 from rcm_megatron.checkpoint.wrappers import choose_root, without_inner_wrappers
 from rcm_megatron.config import ConfigError, ModelConfig, RunConfig, load_config
+from rcm_megatron.errors import CheckpointError, name_keys
 from rcm_megatron.finite import find_nonfinite
+from rcm_megatron.registries import FORMATS
 
 _SETTINGS = (bool, int, float, str, bytes, type(None))
 """What a trainer saves beside tensors, such as its step."""

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rcm_megatron.checkpoint.errors import CheckpointError, nearest
 from rcm_megatron.checkpoint.folders import sync_to_disk
 from rcm_megatron.checkpoint.values import rounded
+from rcm_megatron.errors import CheckpointError, nearest
 
 METADATA_FILE, CONFIG_FILE, COMMON_FILE = ".metadata", "metadata.json", "common.pt"
 _KINDS = ("model", "main")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError, name_keys, nearest
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.recognise import check_same_network
 from rcm_megatron.checkpoint.sources import CheckpointSource, source_from_tensors
+from rcm_megatron.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.families.family import Naming
 from rcm_megatron.families.fields import check_heads
 from rcm_megatron.families.key_map import Entry
+from rcm_megatron.registries import FORMATS
 
 if TYPE_CHECKING:
     from rcm_megatron.config import ModelConfig

@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint: dtypes that go together, rounding that stays finite, and float8 weights that come with scales."""
+"""The numbers of a checkpoint: rounding that stays finite, and float8 weights that come with scales."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.finite import find_nonfinite
 
 if TYPE_CHECKING:
@@ -33,18 +33,6 @@ _SCALES = (".scale_weight", ".weight_scale")
 _SCALE_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant")
 """Ends of keys beside them that are about activations, or say `{"format": "float8_e4m3fn"}`."""
 _SCALED_MARK = "scaled_fp8"
-
-
-def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds all values of both. Every float8 value is one of bfloat16 and of float16."""
-    if a == b:
-        return a
-    narrow = [dtype.itemsize == 1 for dtype in (a, b)]
-    if all(narrow):
-        return torch.bfloat16
-    if any(narrow):
-        return b if narrow[0] else a
-    return torch.promote_types(a, b)
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from rcm_megatron.checkpoint.errors import CheckpointError, name_keys
 from rcm_megatron.checkpoint.values import say_once
+from rcm_megatron.errors import CheckpointError, name_keys
 
 T = TypeVar("T")
 

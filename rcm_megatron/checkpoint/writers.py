@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import sync_to_disk
 from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.torch_dist import save_with_torch, write_torch_dist
 from rcm_megatron.checkpoint.values import rounded
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.files import save_safetensors
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth")

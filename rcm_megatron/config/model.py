@@ -10,7 +10,7 @@ from typing import Literal
 
 from rcm_megatron.config.advice import multiples_near
 from rcm_megatron.config.declare import AttributeOf, Change, Positive, PositiveFloat, Problem, Variants, until_refused
-from rcm_megatron.families import FAMILIES
+from rcm_megatron.registries import FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class ModelConfig:
     """What all families of diffusion transformers have. A family's settings (`Family.settings`) are a subclass that adds its own."""
 
     family: str
-    """A key of `rcm_megatron.families.FAMILIES`; it says which other settings there are."""
+    """A key of `rcm_megatron.registries.FAMILIES`; it says which other settings there are."""
     num_layers: Positive
     hidden_size: Positive
     num_heads: Positive

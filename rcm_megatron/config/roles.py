@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.registries import OBJECTIVES
 
 if TYPE_CHECKING:
     from rcm_megatron.config.run import StageConfig

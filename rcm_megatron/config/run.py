@@ -27,8 +27,8 @@ from rcm_megatron.config.model import (
     PrecisionConfig,
 )
 from rcm_megatron.config.networks import NetworkConfig
-from rcm_megatron.objectives import OBJECTIVES
-from rcm_megatron.objectives.checks import stage_problems
+from rcm_megatron.config.stages import stage_problems
+from rcm_megatron.registries import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)

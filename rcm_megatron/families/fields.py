@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rcm_megatron.checkpoint.errors import CheckpointError, nearest
+from rcm_megatron.errors import CheckpointError, nearest
 from rcm_megatron.families.family import Fields, Shapes
 
 Columns = Mapping[str, tuple[str, Any]]

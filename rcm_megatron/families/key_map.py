@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rcm_megatron.checkpoint.values import common_dtype
+from rcm_megatron.dtypes import common_dtype
 
 if TYPE_CHECKING:
     from rcm_megatron.config import ModelConfig

@@ -12,11 +12,11 @@ from torch import Tensor
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.data.samples import decode_tensor, fit_image_embedding, fit_latent
 from rcm_megatron.errors import InputError
-from rcm_megatron.families import family_of
 from rcm_megatron.inference.encoding import encode_image
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.encoders import load_image
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.registries import family_of
 from rcm_megatron.requests import ConditioningFiles
 
 

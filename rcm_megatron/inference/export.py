@@ -11,13 +11,11 @@ import torch.distributed as dist
 
 from rcm_megatron import __version__
 from rcm_megatron.checkpoint.convert import gather_full, write_checkpoint
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.model_card import folder_texts
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.dtypes import DTYPES
-from rcm_megatron.families import family_of
 from rcm_megatron.inference.networks import (
     init_parallel,
     load_network,
@@ -35,6 +33,7 @@ from rcm_megatron.inference.verify import (
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.platform.device import this_device
+from rcm_megatron.registries import FORMATS, family_of
 from rcm_megatron.requests import ExportRequest
 
 _FORMAT = "diffusers"

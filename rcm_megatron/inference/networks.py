@@ -13,12 +13,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import Tensor
 
 from rcm_megatron.checkpoint import dist as run_checkpoints
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
 from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.dtypes import DTYPES
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
 from rcm_megatron.models.dit import DiffusionTransformer

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from rcm_megatron.config import RunConfig
 from rcm_megatron.config.roles import low_noise_of
-from rcm_megatron.families import family_of
+from rcm_megatron.registries import family_of
 
 SCHEDULER_FILE = "rcm_scheduler.py"
 _LISTING = """\

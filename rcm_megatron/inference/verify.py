@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.sources import CheckpointSource, open_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig
 from rcm_megatron.diffusion.noise import SeededDraws
-from rcm_megatron.families import family_of
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inputs import Condition, NetworkInput, WholeInput
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.tokens import TokenLayout
@@ -27,6 +25,7 @@ from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import evaluate
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
+from rcm_megatron.registries import FORMATS, family_of
 
 BOUND = 1e-5
 """Largest relative error of one network's velocity against the other's, both fp32 on the values that were written."""

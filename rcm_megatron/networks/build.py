@@ -6,7 +6,6 @@ import torch
 
 from rcm_megatron.config import LatentConfig, ModelConfig, ParallelConfig, RunConfig
 from rcm_megatron.dtypes import DTYPES
-from rcm_megatron.families import family_of
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import LayerSpec, local_layer_spec
 from rcm_megatron.models.tokens import TokenLayout
@@ -15,6 +14,7 @@ from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline_stages import stages_of_rank
 from rcm_megatron.parallel.transformer_config import transformer_config
 from rcm_megatron.platform.device import this_device
+from rcm_megatron.registries import family_of
 
 
 def build_chunks(

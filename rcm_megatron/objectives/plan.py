@@ -9,7 +9,7 @@ from typing import Literal
 from rcm_megatron.config import StageConfig
 from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.diffusion import timesteps
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.registries import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from rcm_megatron.errors import InputError
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.registries import OBJECTIVES
 from rcm_megatron.reports.colours import phase_colours
 from rcm_megatron.requests import PlotRequest
 

@@ -14,9 +14,8 @@ import torch
 
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import DistillationConfig, LatentConfig, ModelConfig, RunConfig
-from rcm_megatron.families import family_of
-from rcm_megatron.objectives import OBJECTIVES, settings_of
 from rcm_megatron.objectives.plan import Step
+from rcm_megatron.registries import OBJECTIVES, family_of, settings_of
 
 log = logging.getLogger(__name__)
 

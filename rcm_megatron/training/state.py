@@ -22,12 +22,12 @@ from rcm_megatron.networks.kernels import choose_kernels
 from rcm_megatron.networks.roles import Networks
 from rcm_megatron.networks.sharding import shard_weights
 from rcm_megatron.networks.weights import initial_weights, load_weights
-from rcm_megatron.objectives import OBJECTIVES
 from rcm_megatron.objectives.plan import Step, optimizer_resets
 from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.objectives.work import ObjectiveResult
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped
+from rcm_megatron.registries import OBJECTIVES
 from rcm_megatron.runtime.timers import Timers, attach
 from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.memory import Residency, check_memory

@@ -5,10 +5,10 @@ from typing import Any
 
 from rcm_megatron.config import DistillationConfig, StageConfig
 from rcm_megatron.networks.roles import Networks
-from rcm_megatron.objectives import OBJECTIVES, settings_of
 from rcm_megatron.objectives.plan import Step
 from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.objectives.work import ObjectiveResult, Work
+from rcm_megatron.registries import OBJECTIVES, settings_of
 
 
 def accumulate_step(

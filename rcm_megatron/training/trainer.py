@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest, remove_old, set_aside_after
 from rcm_megatron.checkpoint.resuming import (
     Resumable,
@@ -31,6 +30,7 @@ from rcm_megatron.config import RunConfig, StageConfig, to_yaml
 from rcm_megatron.config.roles import parts_of
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders, load_null_text
 from rcm_megatron.objectives.plan import Step, plan_step

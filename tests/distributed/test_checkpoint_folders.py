@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.folders import find_latest, publish, remove_old
 from rcm_megatron.checkpoint.integrity import entry_of, write_manifest
+from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
 
 

@@ -212,9 +212,9 @@ def quantities_of(networks, name, micro_batch_size):
 
 def work_of(name, networks, samples, *, iteration=0, distillation=None):
     """What objective ``name`` works with."""
-    from rcm_megatron.objectives import OBJECTIVES as REGISTRY
     from rcm_megatron.objectives.plan import plan_step
     from rcm_megatron.objectives.work import Work
+    from rcm_megatron.registries import OBJECTIVES as REGISTRY
 
     distillation = distillation or distillation_of()
     return Work(

@@ -16,9 +16,9 @@ import yaml
 from rcm_megatron.config import ConfigError, load_config
 from rcm_megatron.config.declare import PositiveFloat
 from rcm_megatron.diffusion import losses, trigflow
-from rcm_megatron.objectives import OBJECTIVES, settings_of
 from rcm_megatron.objectives.base import Loss, Objective, Pass
 from rcm_megatron.objectives.plan import plan_step
+from rcm_megatron.registries import OBJECTIVES, settings_of
 from rcm_megatron.reports.plot import panels, plot, read_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.run_checks import LOSS_BOUND, assert_same_change, assert_same_curves

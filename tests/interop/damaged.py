@@ -6,8 +6,8 @@ import shutil
 import torch
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.errors import CheckpointError
 
 
 def copy(source, target):

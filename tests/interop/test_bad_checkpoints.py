@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.checkpoint.convert import convert, write_checkpoint
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.sources import open_checkpoint, source_from_tensors
 from rcm_megatron.checkpoint.translate import from_internal, internal_shapes, to_internal
-from rcm_megatron.errors import UserError
+from rcm_megatron.errors import CheckpointError, UserError
 from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from rcm_megatron.__main__ import main
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.checkpoint.values import common_dtype, rounded
+from rcm_megatron.checkpoint.values import rounded
+from rcm_megatron.dtypes import common_dtype
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.finite import find_nonfinite
 from tests.interop.wan_networks import assert_same_tensors
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.errors import CheckpointError
 from tests.interop.wan_networks import assert_same_tensors
 
 SCALES = {"net.": 1, "net_ema.": 2, "net_fake_score.": 3}

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for
 from rcm_megatron.cli.main import main
 from rcm_megatron.config import load_config
+from rcm_megatron.errors import CheckpointError
 from tests.interop.test_cosmos_checkpoints import CONFIG, save_tiny
 from tests.interop.wan_networks import assert_same_tensors
 

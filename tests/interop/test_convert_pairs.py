@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.sources import open_checkpoint
-from rcm_megatron.families import family_of
+from rcm_megatron.registries import FORMATS, family_of
 from tests.interop.test_cosmos_checkpoints import CONFIG as COSMOS
 from tests.interop.test_cosmos_checkpoints import save_tiny as save_cosmos
 from tests.interop.test_wan_image_checkpoints import KINDS as IMAGE_KINDS

@@ -10,10 +10,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from rcm_megatron.checkpoint import folders
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes, to_internal
 from rcm_megatron.config import load_config, to_yaml
+from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import command, train, write_tiny_run
 from tests.interop.wan_networks import CONFIG, assert_same_tensors

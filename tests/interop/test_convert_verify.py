@@ -8,11 +8,11 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_cosmos
 
 from rcm_megatron.checkpoint import convert as conversion
-from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.cli.main import main
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inference import verify
+from rcm_megatron.registries import FORMATS
 from rcm_megatron.requests import ExportRequest
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import write_tiny_run

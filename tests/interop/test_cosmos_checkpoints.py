@@ -10,10 +10,10 @@ from diffusers import CosmosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, write_checkpoint
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, from_internal, to_internal
 from rcm_megatron.config import LatentConfig, ParallelConfig, load_config
+from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import assert_same_tensors
 from tests.networks import config_of, cosmos, model_of

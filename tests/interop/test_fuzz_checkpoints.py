@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.errors import CheckpointError
 from tests.interop.damaged import copy, digest, outcome
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

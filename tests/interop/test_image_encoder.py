@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.config import ConfigError, EncodersConfig
-from rcm_megatron.families import FAMILIES
 from rcm_megatron.models.encoders import (
     CLIPImageEncoder,
     EncoderError,
@@ -24,6 +23,7 @@ from rcm_megatron.models.encoders import (
     images,
     load_image,
 )
+from rcm_megatron.registries import FAMILIES
 from tests.helpers import assert_close
 from tests.networks import wan
 from tests.wan_encoders import write_encoders, write_image_encoder

@@ -5,10 +5,10 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, local_parameters, write_checkpoint
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import to_internal
+from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import CONFIG, RankModel, assert_same_tensors, split_dim
 

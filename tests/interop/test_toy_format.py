@@ -9,15 +9,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
-from rcm_megatron.checkpoint.formats import FORMATS
 from rcm_megatron.checkpoint.formats.base import Format
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.writers import SafetensorsFolder
 from rcm_megatron.cli.main import main
 from rcm_megatron.config import as_dict
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.families.family import Naming
 from rcm_megatron.families.key_map import KeyMap, Row
+from rcm_megatron.registries import FORMATS
 from tests.interop.test_convert_pairs import save
 from tests.interop.wan_networks import assert_same_tensors
 

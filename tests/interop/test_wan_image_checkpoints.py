@@ -10,12 +10,12 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, write_checkpoint
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.recognise import check_same_network
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, internal_shapes
 from rcm_megatron.config import LatentConfig, ParallelConfig, load_config
-from rcm_megatron.families import FAMILIES
+from rcm_megatron.errors import CheckpointError
+from rcm_megatron.registries import FAMILIES
 from tests.distributed.harness import run_ranks
 from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
 from tests.networks import config_of, model_of

@@ -9,8 +9,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.errors import CheckpointError
 from tests.interop.test_convert_nvidia import SCALE
 from tests.interop.test_convert_nvidia import tiny as cosmos  # noqa: F401 (a fixture)
 from tests.interop.wan_networks import TINY, assert_same_tensors, save_tiny

@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 
 from rcm_megatron.__main__ import main
 from rcm_megatron.checkpoint.convert import convert
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.recognise import parameter_names
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.wrappers import find_roots
+from rcm_megatron.errors import CheckpointError
 from tests.interop.test_cosmos_checkpoints import save_tiny as save_cosmos
 from tests.interop.wan_networks import assert_same_tensors
 

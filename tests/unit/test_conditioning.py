@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from rcm_megatron.config import ConfigError, load_config
 from rcm_megatron.errors import InputError
-from rcm_megatron.families import FAMILIES
 from rcm_megatron.inference.conditioning import (
     Conditioning,
     check_conditioning,
@@ -18,6 +17,7 @@ from rcm_megatron.inference.conditioning import (
 )
 from rcm_megatron.models.encoders import EncoderError
 from rcm_megatron.models.tokens import TokenLayout
+from rcm_megatron.registries import FAMILIES
 from rcm_megatron.requests import ConditioningFiles
 from tests.networks import wan
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rcm_megatron.config import ConfigError, RunConfig, as_dict, build, load_config, to_yaml, validate
-from rcm_megatron.families import FAMILIES
+from rcm_megatron.registries import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "model_configs"

@@ -23,18 +23,17 @@ from rcm_megatron.config import (
 )
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.dual import Dual
-from rcm_megatron.families import FAMILIES
 from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.inputs import Condition
 from rcm_megatron.networks.build import build_chunks
 from rcm_megatron.networks.weights import load_weights, seeded_weights
-from rcm_megatron.objectives import OBJECTIVES, settings_of
 from rcm_megatron.objectives.plan import plan_step
 from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.parallel.groups import initialize_parallel
 from rcm_megatron.parallel.pipeline import unwrapped
 from rcm_megatron.platform.device import init_distributed
 from rcm_megatron.platform.megatron import prepare_megatron
+from rcm_megatron.registries import FAMILIES, OBJECTIVES, settings_of
 from rcm_megatron.training.flops import NetworkFlops, Throughput, network_flops, peak_tflops, step_flops
 from rcm_megatron.training.state import build_networks
 from rcm_megatron.training.step import accumulate_step

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from rcm_megatron.config import StageConfig
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.config.stages import stage_problems
 from rcm_megatron.objectives.base import Objective
-from rcm_megatron.objectives.checks import stage_problems
 from rcm_megatron.objectives.plan import companions_of, optimizer_resets, plan_step
+from rcm_megatron.registries import OBJECTIVES
 
 
 def stage_of(**fields):

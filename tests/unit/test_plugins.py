@@ -9,7 +9,7 @@ import yaml
 from tests.distributed.tiny_run import tiny_config
 
 PLUGIN = """
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.registries import OBJECTIVES
 from rcm_megatron.objectives.base import Objective
 
 class Echo(Objective):

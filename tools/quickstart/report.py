@@ -26,10 +26,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import media
-from rcm_megatron.errors import InputError
+from rcm_megatron.errors import CheckpointError, InputError
 from rcm_megatron.inference.encoding import encode_captions, load_null_text
 from rcm_megatron.inference.networks import (
     SampleBatches,

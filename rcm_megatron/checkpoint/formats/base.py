@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.families import FAMILIES, family_of
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.families.family import Family, Naming
 from rcm_megatron.inputs import WholeInput
+from rcm_megatron.registries import FAMILIES, family_of
 
 
 @dataclass(frozen=True, kw_only=True)

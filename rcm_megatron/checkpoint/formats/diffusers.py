@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from rcm_megatron.checkpoint.errors import CheckpointError
 from rcm_megatron.checkpoint.formats.base import Format
 from rcm_megatron.checkpoint.writers import SafetensorsFolder
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.families import family_of
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inputs import WholeInput
+from rcm_megatron.registries import family_of
 
 
 class Diffusers(Format):

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rcm_megatron.checkpoint.errors import CheckpointError, nearest
 from rcm_megatron.checkpoint.formats.base import Format
 from rcm_megatron.checkpoint.writers import SafetensorsFolder, TorchDistContainer
 from rcm_megatron.config import ModelConfig, as_dict
+from rcm_megatron.errors import CheckpointError, nearest
 from rcm_megatron.families.family import Family, Fields, Naming
 from rcm_megatron.families.fields import checked
 

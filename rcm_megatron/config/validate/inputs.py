@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rcm_megatron.config.run import RunConfig
-from rcm_megatron.objectives import OBJECTIVES, settings_of
+from rcm_megatron.registries import OBJECTIVES, settings_of
 
 
 def _image_encoder(config: RunConfig) -> Iterator[str]:

@@ -11,8 +11,7 @@ from rcm_megatron.config.declare import Change, Problem
 from rcm_megatron.config.model import AXES, ModelConfig
 from rcm_megatron.config.roles import first_of, known_roles
 from rcm_megatron.config.run import RunConfig
-from rcm_megatron.families import family_of
-from rcm_megatron.objectives import OBJECTIVES, settings_of
+from rcm_megatron.registries import OBJECTIVES, family_of, settings_of
 
 
 def present_roles(config: RunConfig) -> Iterator[str]:

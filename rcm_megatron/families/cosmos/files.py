@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.families.cosmos.key_rows import TABLE
 from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.families.family import Fields, Naming, Shapes

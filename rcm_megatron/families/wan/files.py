@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rcm_megatron.checkpoint.errors import CheckpointError
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.families.family import Fields, Naming, Shapes
 from rcm_megatron.families.fields import Columns, checked, require, require_class, shape_of, translated
 from rcm_megatron.families.key_map import KeyMap

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rcm_megatron.config.roles import first_of
-from rcm_megatron.objectives import OBJECTIVES
+from rcm_megatron.registries import OBJECTIVES
 
 if TYPE_CHECKING:
     from rcm_megatron.config import StageConfig
