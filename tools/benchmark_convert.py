@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.families.wan.settings import WanModelConfig
+from rcm_megatron.requests import ConvertRequest
 
 CHAIN = ("wan", "torch_dist", "diffusers")
 
@@ -93,12 +95,12 @@ class Peaks(threading.Thread):
 
 def measured(source: Path, target: Path, form: str, *, warm_up: Path, max_shard_bytes: int) -> dict[str, float]:
     """Convert in this process; what it took."""
-    options = {"target_format": form, "max_shard_bytes": max_shard_bytes, "progress": False}
-    convert(warm_up, target.with_name("warm_up"), **options)
+    request = ConvertRequest(source=str(source), target=str(target), to=form, max_shard_size=max_shard_bytes)
+    convert(replace(request, source=str(warm_up), target=str(target.with_name("warm_up"))), progress=False)
     shutil.rmtree(target.with_name("warm_up"))
     peaks, start = Peaks(), time.perf_counter()
     peaks.start()
-    convert(source, target, **options)
+    convert(request, progress=False)
     seconds = time.perf_counter() - start
     most = peaks.stop()
     size = sum(file.stat().st_size for file in source.iterdir())

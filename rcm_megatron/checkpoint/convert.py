@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,12 @@ from rcm_megatron.checkpoint.translate import (
 from rcm_megatron.checkpoint.values import say_once
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig
+from rcm_megatron.config.roles import low_noise_weights
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import CheckpointError, name_keys, nearest
 from rcm_megatron.families.key_map import Entry
 from rcm_megatron.registries import FORMATS
+from rcm_megatron.requests import ConvertRequest
 
 Verify = Callable[[CheckpointSource, ModelConfig, torch.dtype | None], Callable[[Path], None]]
 """(source, its network, dtype of the target or None) -> a function that raises CheckpointError for a target that differs."""
@@ -157,69 +161,127 @@ def write_named(
 
 
 def convert(
-    source_path: str | Path,
-    target_path: str | Path,
+    request: ConvertRequest,
     *,
-    target_format: str,
-    weights: str | None = None,
-    subfolder: str | None = None,
-    prefix: str | None = None,
-    run_config: str | Path | None = None,
-    dtype: str | torch.dtype | None = None,
-    force: bool = False,
-    model_fields: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = WriteOptions.max_shard_bytes,
-    verify: Verify | None = None,
+    verifier: Verify | None = None,
     companions: Companions | None = None,
     progress: bool = True,
 ) -> ModelConfig:
     """Convert any checkpoint to one of `FORMATS`.
 
+    Of a run's role that is two networks, a format whose pipelines take two gets both, TARGET/transformer and TARGET/transformer_2; in every
+    other the first is written, and a line names the second.
+
     Args:
-        weights, subfolder, prefix, run_config: which network of the source, and of which run: see `open_checkpoint`.
-        dtype: `fp32`, `bf16`, `fp16`, or None to keep every tensor's own.
-        model_fields: settings of the network that the source does not store (`text_len`; without config.json `num_heads`).
-        verify: called before anything is written; what it returns checks the target before it appears under its name.
+        verifier: how `request.verify` is done: called before anything is written; what it returns checks the target before it appears.
         companions: called for a run's student in a format that takes them.
 
     Returns:
-        The configuration of the converted network.
+        The configuration of the converted network, of two the first's.
+
+    Raises:
+        CheckpointError: for a source that is not what the request says, and for a target that exists, cannot be written or is not verified.
+        UserError: for a format that is not registered.
     """
-    target_path, form, dtype = Path(target_path), FORMATS[target_format], _as_dtype(dtype)
-    form.container.check_path(target_path, format=form.name)
-    check_target(target_path, force=force)
-    if Path(source_path).resolve().is_relative_to(target_path.resolve()):
-        raise CheckpointError(f"{target_path} is the source or holds it; choose another target")
-    source = open_checkpoint(source_path, weights=weights, subfolder=subfolder, prefix=prefix, run_config=run_config)
-    model_config = source.model_config(overrides=model_fields)
-    targets = form.naming_of(model_config).key_map.entries(model_config)
+    form, target = FORMATS[request.to], Path(request.target)
+    _check_paths(request, form, target)
+    source = _opened(request)
+    second = _second_network(source)
+    convert_to = partial(_convert, request, verifier=verifier, companions=companions, progress=progress)
+    if second is not None and form.takes_companions:
+        model_config = convert_to(source, target / "transformer")
+        same_step = replace(request, source=str(source.folder), weights=second)
+        convert_to(_opened(same_step), target / "transformer_2")
+        return model_config
+    model_config = convert_to(source, target)
+    if second is not None:
+        say_once(f"{target}: the network of the high noise alone; the other one is --weights {second}")
+    return model_config
+
+
+def _check_paths(request: ConvertRequest, form: Format, target: Path) -> None:
+    form.container.check_path(target, format=form.name)
+    if not request.force:  # now, for opening a run reads all of it; with force each network's own folder is looked at
+        check_target(target, force=False)
+    if Path(request.source).resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"{target} is the source or holds it; choose another target")
+
+
+def _opened(request: ConvertRequest) -> CheckpointSource:
+    return open_checkpoint(
+        request.source,
+        weights=request.weights,
+        subfolder=request.subfolder,
+        prefix=request.prefix,
+        run_config=request.config,
+    )
+
+
+def _second_network(source: CheckpointSource) -> str | None:
+    """What --weights calls the second network of a run's role that is two; None: it is one."""
+    return None if source.run is None else low_noise_weights(source.facts["weights"], source.run.networks)
+
+
+def _convert(
+    request: ConvertRequest,
+    source: CheckpointSource,
+    target: Path,
+    *,
+    verifier: Verify | None,
+    companions: Companions | None,
+    progress: bool,
+) -> ModelConfig:
+    """One network. Nothing is written before source, target and memory are known to be good."""
+    check_target(target, force=request.force)
+    form, dtype = FORMATS[request.to], _as_dtype(request.dtype)
+    model_config = source.model_config(overrides=_stated_fields(request))
+    form.naming_of(model_config)
     checked_entries(source, model_config)
-    check = verify(source, model_config, dtype) if verify is not None else None
-    joined = widened(source, model_config, target_format) if dtype is None else []
-    facts = _facts(source, source_path, dtype, joined)
-    about = {"title": target_path.name, "facts": facts, "target_format": target_format, "path": str(target_path)}
+    check = None
+    if request.verify:
+        assert verifier is not None, "a request to verify needs a verifier"
+        check = verifier(source, model_config, dtype)
+    joined = widened(source, model_config, form.name) if dtype is None else []
+    facts = _facts(source, request.source, dtype, joined)
+    about = {"title": target.name, "facts": facts, "target_format": form.name}
+    paths = {"path": str(target), "pipeline_folder": request.target}
     options = WriteOptions(
         dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        force=force,
+        max_shard_bytes=request.max_shard_size,
+        force=request.force,
         metadata=facts,
-        texts=folder_texts(model_config, **about, run=source.run, companions=companions),
+        texts=folder_texts(model_config, **about, **paths, run=source.run, companions=companions),
         check=check,
     )
-    title, total = f"{source.format} -> {target_format}", sum(len(entry.external) for entry in targets.values())
-    tensors = translate(source, model_config, target_format)
-    write_named(
-        tqdm(tensors, title, total=total, unit="tensor", disable=not progress),
-        model_config,
-        target_path,
-        options,
-        format=target_format,
-    )
+    _write_translated(source, model_config, target, options, form, progress=progress)
     if unsaid := _unsaid(form, model_config):
-        say_once(f"{target_path}: {target_format} does not say {unsaid}")
+        say_once(f"{target}: {form.name} does not say {unsaid}")
     if joined:
-        say_once(f"{target_path}: dtypes as they were{_widening(joined)}")
+        say_once(f"{target}: dtypes as they were{_widening(joined)}")
     return model_config
+
+
+def _stated_fields(request: ConvertRequest) -> dict[str, Any]:
+    """Settings of the network that the source does not store."""
+    given = {name: getattr(request, name) for name in (*_FLAGS, "text_len")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _write_translated(
+    source: CheckpointSource,
+    model_config: ModelConfig,
+    target: Path,
+    options: WriteOptions,
+    form: Format,
+    *,
+    progress: bool,
+) -> None:
+    """With a bar of the tensors that are written."""
+    entries = form.naming_of(model_config).key_map.entries(model_config).values()
+    title, total = f"{source.format} -> {form.name}", sum(len(entry.external) for entry in entries)
+    tensors = translate(source, model_config, form.name)
+    shown = tqdm(tensors, title, total=total, unit="tensor", disable=not progress)
+    write_named(shown, model_config, target, options, format=form.name)
 
 
 _FLAGS = {
@@ -279,10 +341,12 @@ def _widening(joined: list[str]) -> str:
     return f", but for {len(joined)} tensors that join parts of several, in one that holds them all: {joined[0]!r} and its like"
 
 
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(dtype, str) and dtype not in DTYPES:
+def _as_dtype(dtype: str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    if dtype not in DTYPES:
         raise CheckpointError(f"unknown dtype {dtype!r}{nearest(dtype, DTYPES)}; need one of {list(DTYPES)}")
-    return DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return DTYPES[dtype]
 
 
 def local_parameters(chunks: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Parameter]:

@@ -10,7 +10,7 @@ from rcm_megatron.registries import FORMATS, family_of
 FEW_STEP_WEIGHTS = ("student", "ema")
 """The networks of a run that sample in a few steps."""
 Companions = Callable[[RunConfig, str], tuple[str, Mapping[str, str]]]
-"""(run, folder of its student) -> how to sample it, for the model card, and the text files that this takes beside the weights."""
+"""(run, folder of its student, or of its two transformers) -> how to sample it, for the model card, and files that go beside weights."""
 
 
 def folder_texts(
@@ -20,14 +20,17 @@ def folder_texts(
     facts: Mapping[str, str],
     target_format: str,
     path: str,
+    pipeline_folder: str,
     run: RunConfig | None,
     companions: Companions | None,
 ) -> dict[str, str]:
-    """The model card, and what a run's student in diffusers' format needs beside its weights. Arguments as of `model_card`."""
+    """The model card, and what a run's student in diffusers' format needs beside its weights. Arguments as of `model_card`.
+
+    ``pipeline_folder``: what the command was asked to write, which is `path`, or holds it and the second network of a pipeline."""
     usage, texts = "", {}
     is_student = run is not None and facts["weights"] in FEW_STEP_WEIGHTS
     if companions is not None and is_student and FORMATS[target_format].takes_companions:
-        usage, texts = companions(run, path)
+        usage, texts = companions(run, pipeline_folder)
     about = {"title": title, "facts": facts, "target_format": target_format, "path": path}
     return {**texts, "README.md": model_card(model_config, **about, usage=usage, run=run)}
 

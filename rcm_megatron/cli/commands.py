@@ -118,30 +118,17 @@ def preflight(run: RunConfig, request: requests.PreflightRequest) -> None:
 def convert(request: requests.ConvertRequest) -> None:
     from rcm_megatron.checkpoint.convert import convert
 
+    def verifier(*source: Any) -> Callable:
+        from rcm_megatron.inference.verify import verify_conversion  # Megatron, for --verify only
+
+        return verify_conversion(*source)
+
     def companions(run: RunConfig, folder: str) -> tuple[str, dict[str, str]]:
         from rcm_megatron.inference.pipelines import student_companions  # Megatron, for a run's student only
 
         return student_companions(run, folder)
 
-    verify = None
-    if request.verify:
-        from rcm_megatron.inference.verify import verify_conversion as verify
-    given = {name: getattr(request, name) for name in ("num_heads", "text_len", "eps", "patch_size", "rope_scale")}
-    convert(
-        request.source,
-        request.target,
-        target_format=request.to,
-        weights=request.weights,
-        subfolder=request.subfolder,
-        prefix=request.prefix,
-        run_config=request.config,
-        dtype=request.dtype,
-        force=request.force,
-        model_fields={name: value for name, value in given.items() if value is not None},
-        max_shard_bytes=request.max_shard_size,
-        verify=verify,
-        companions=companions,
-    )
+    convert(request, verifier=verifier, companions=companions)
     dtype = "" if request.dtype is None else f", {request.dtype}"
     print(f"{request.source} written to {request.target} ({request.to}{dtype})")
 

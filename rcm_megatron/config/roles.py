@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from rcm_megatron.registries import OBJECTIVES
@@ -19,6 +19,21 @@ def low_noise_of(role: str) -> str:
 def first_of(role: str) -> str:
     """The role of which ``role`` is the network, the first or the second."""
     return role.removesuffix("_low_noise")
+
+
+def split_weights(weights: str) -> tuple[str, str]:
+    """(role, "ema" or "") of what --weights names: a role, the average of its weights as ROLE.ema, or ema for the student's."""
+    role, _, part = ("student.ema" if weights == "ema" else weights).partition(".")
+    return role, part
+
+
+def low_noise_weights(weights: str, given: Collection[str]) -> str | None:
+    """What --weights calls the second network of a role that is two, its average with the role's average; None: it is one.
+
+    ``given``: the roles that the run describes."""
+    role, part = split_weights(weights)
+    second = low_noise_of(role)
+    return ".".join(filter(None, (second, part))) if second in given else None
 
 
 def parts_of(roles: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:

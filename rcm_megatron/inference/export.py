@@ -15,11 +15,11 @@ from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.model_card import folder_texts
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig, RunConfig
+from rcm_megatron.config.roles import low_noise_weights
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.inference.networks import (
     init_parallel,
     load_network,
-    low_noise_weights,
     resolve_checkpoint,
     stored_in,
 )
@@ -44,7 +44,7 @@ def export(run: RunConfig, request: ExportRequest) -> None:
 
     A role of two networks becomes the two folders of diffusers' pipelines, OUTPUT/transformer and OUTPUT/transformer_2.
     """
-    second = low_noise_weights(run, request.weights)
+    second = low_noise_weights(request.weights, run.networks)
     requests = [request]
     if second is not None:
         names = {request.weights: "transformer", second: "transformer_2"}
@@ -69,7 +69,8 @@ def _export(run: RunConfig, request: ExportRequest, groups: ParallelGroups, *, f
     comparison = _Comparison(run, model, network, dtype) if request.verify else None
     if groups.cp_rank == 0 and groups.dp_rank == 0:
         about = {"title": f"{run.name}: {request.weights}", "facts": facts, "target_format": _FORMAT}
-        texts = folder_texts(model, **about, path=str(folder), run=run, companions=student_companions)
+        paths = {"path": str(request.output), "pipeline_folder": str(folder)}
+        texts = folder_texts(model, **about, **paths, run=run, companions=student_companions)
         options = WriteOptions(dtype=dtype, force=request.force, metadata=facts, texts=texts, check=comparison)
         whole = gather_full(network, tp_group=groups.tp, pp_group=groups.pp)
         write_checkpoint(whole, model, request.output, options, format=_FORMAT, is_writer=dist.get_rank() == 0)

@@ -16,7 +16,7 @@ from rcm_megatron.checkpoint import dist as run_checkpoints
 from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import RunConfig
-from rcm_megatron.config.roles import low_noise_of
+from rcm_megatron.config.roles import low_noise_weights, split_weights
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inference.conditioning import Conditioning
@@ -95,7 +95,7 @@ def stored_in(run: RunConfig, weights: str) -> tuple[str, str | None]:
     The kind is that of the run's checkpoints, in fp32; None for a network that the run does not train, whose checkpoint is its ``init``.
     Raises CheckpointError for a network that the run has not.
     """
-    role, part = _parts(weights)
+    role, part = split_weights(weights)
     networks, averaged = run.networks, part == "ema"
     if role not in networks or part not in ("", "ema") or (averaged and networks[role].ema is None):
         known = [*networks, *(f"{name}.ema" for name, settings in networks.items() if settings.ema is not None)]
@@ -103,12 +103,6 @@ def stored_in(run: RunConfig, weights: str) -> tuple[str, str | None]:
     if role in run.trained_roles:
         return role, "ema" if averaged else "main"
     return role, None
-
-
-def _parts(weights: str) -> tuple[str, str]:
-    """(role, "ema" or "") as ``weights`` names them."""
-    role, _, part = ("student.ema" if weights == "ema" else weights).partition(".")
-    return role, part
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,18 +163,11 @@ def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -
     )
 
 
-def low_noise_weights(run: RunConfig, weights: str) -> str | None:
-    """What `stored_in` calls the second network of a role that is two, its average with the role's average; None: it is one."""
-    role, part = _parts(weights)
-    second = low_noise_of(role)
-    return ".".join(filter(None, (second, part))) if second in run.networks else None
-
-
 def low_noise_expert(
     run: RunConfig, groups: ParallelGroups, weights: str, *, checkpoint: Path | None = None
 ) -> LowNoiseExpert | None:
     """The second network of what ``weights`` names, where it is two."""
-    second = low_noise_weights(run, weights)
+    second = low_noise_weights(weights, run.networks)
     if second is None:
         return None
     chunks = load_network(run, groups, weights=second, checkpoint=checkpoint)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from rcm_megatron.checkpoint.convert import convert
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import save_tiny
 
 
@@ -21,9 +21,8 @@ def sources(tiny, tmp_path_factory):
     """A network in one file, in shards, as .pt and .pth of both kinds, and as torch_dist."""
     home = tmp_path_factory.mktemp("fuzz")
     save_tiny(home / "shards", max_shard_size="30KB")
-    options = {"progress": False, "max_shard_bytes": 40_000}
-    convert(tiny[0], home / "rcm.pt", target_format="nvlabs", **options)
-    convert(tiny[0], home / "dist", target_format="torch_dist", **options)
+    convert(tiny[0], home / "rcm.pt", to="nvlabs", max_shard_size=40_000)
+    convert(tiny[0], home / "dist", to="torch_dist", max_shard_size=40_000)
     torch.save(torch.load(home / "rcm.pt"), home / "legacy.pth", _use_new_zipfile_serialization=False)
     shutil.copytree(tiny[0], home / "single")
     return home

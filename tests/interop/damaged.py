@@ -5,9 +5,9 @@ import shutil
 
 import torch
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.errors import CheckpointError
+from tests.interop.conversion import convert
 
 
 def copy(source, target):
@@ -23,8 +23,8 @@ def outcome(source, target):
     """The message of the CheckpointError, or None for a conversion; no trace is left of a failed one, and none on the source."""
     before = digest(source)
     try:
-        fields = {"num_heads": 4} if source.is_file() else None
-        convert(source, target, target_format="internal", model_fields=fields, progress=False)
+        fields = {"num_heads": 4} if source.is_file() else {}
+        convert(source, target, to="internal", **fields)
     except CheckpointError as error:
         message = str(error)
         assert source.name in message, message

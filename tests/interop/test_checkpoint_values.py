@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rcm_megatron.__main__ import main
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.values import rounded
 from rcm_megatron.dtypes import common_dtype
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.finite import find_nonfinite
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import assert_same_tensors
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -23,7 +23,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 @pytest.fixture
 def wan(tiny, tmp_path):
     """The network's tensors in bf16 in the naming of the Wan release, and a function that saves and converts changed ones."""
-    convert(tiny[0], tmp_path / "bf16", target_format="wan", dtype="bf16", progress=False)
+    convert(tiny[0], tmp_path / "bf16", to="wan", dtype="bf16")
     return dict(open_checkpoint(tmp_path / "bf16"))
 
 
@@ -33,13 +33,12 @@ def through(tensors, tmp_path, target="diffusers", **options):
     convert(
         tmp_path / "x.safetensors",
         tmp_path / "there",
-        target_format=target,
-        model_fields=HEADS,
+        to=target,
+        **HEADS,
         force=True,
-        progress=False,
         **options,
     )
-    convert(tmp_path / "there", tmp_path / "back", target_format="wan", force=True, progress=False)
+    convert(tmp_path / "there", tmp_path / "back", to="wan", force=True)
     return load_file(tmp_path / "back" / NAME)
 
 
@@ -78,7 +77,7 @@ def test_what_is_joined_holds_all_of_its_parts_and_is_said(wan, tmp_path, caplog
     own = open_checkpoint(tmp_path / "own")
     assert own["blocks.1.self_attn.linear_qkv.weight"].dtype == torch.bfloat16
     assert own["blocks.0.cross_attn.linear_kv.bias"].dtype == torch.float32
-    convert(tmp_path / "own", tmp_path / "back", target_format="wan", progress=False)
+    convert(tmp_path / "own", tmp_path / "back", to="wan")
     back = load_file(tmp_path / "back" / NAME)
     assert_same_tensors({k: v.float() for k, v in mixed.items()}, {k: v.float() for k, v in back.items()})
 
@@ -117,7 +116,7 @@ def test_scaled_float8(wan, style, scales, tmp_path, caplog):
         expected["blocks.0.self_attn.q.weight"][:, 3:9],
     )
     assert "6 float8 weights are multiplied by their scales" in caplog.text
-    convert(tmp_path / "x.safetensors", tmp_path / "out", target_format="wan", model_fields=HEADS, progress=False)
+    convert(tmp_path / "x.safetensors", tmp_path / "out", to="wan", **HEADS)
     assert_same_tensors(expected, load_file(tmp_path / "out" / NAME))
 
 
@@ -125,9 +124,7 @@ def test_other_quantisations_are_refused_by_name(wan, tmp_path):
     def refused(changes, match):
         save_file(wan | changes, tmp_path / "x.safetensors")
         with pytest.raises(CheckpointError, match=match):
-            convert(
-                tmp_path / "x.safetensors", tmp_path / "out", target_format="wan", model_fields=HEADS, progress=False
-            )
+            convert(tmp_path / "x.safetensors", tmp_path / "out", to="wan", **HEADS)
 
     name = "blocks.1.ffn.0.weight"
     int8 = wan[name].to(torch.int8)
@@ -173,7 +170,7 @@ def test_overflow_in_half_precision(wan, form, value, tmp_path):
     """65519 is the last that rounds to a number of fp16; the values stay whole in bf16."""
     name = "blocks.0.ffn.2.bias"
     target = tmp_path / ("out.pt" if form == "nvlabs" else "out")
-    options = {"target_format": form, "model_fields": HEADS, "progress": False}
+    options = {"to": form, **HEADS}
     save_file(change(wan, name, value), tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"holds values up to .*; float16 ends at 65504; take --dtype bf16"):
         convert(tmp_path / "x.safetensors", target, dtype="fp16", **options)
@@ -193,8 +190,8 @@ def test_overflow_names_the_key():
 def test_modes_follow_the_umask(tiny, umask, tmp_path):
     before = os.umask(umask)
     try:
-        convert(tiny[0], tmp_path / "x.safetensors", target_format="nvlabs", progress=False)
-        convert(tiny[0], tmp_path / "folder", target_format="internal", max_shard_bytes=20_000, progress=False)
+        convert(tiny[0], tmp_path / "x.safetensors", to="nvlabs")
+        convert(tiny[0], tmp_path / "folder", to="internal", max_shard_size=20_000)
     finally:
         os.umask(before)
     for file in [tmp_path / "x.safetensors", *(tmp_path / "folder").iterdir()]:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for
 from rcm_megatron.cli.main import main
 from rcm_megatron.config import load_config
 from rcm_megatron.errors import CheckpointError
+from tests.interop.conversion import convert
 from tests.interop.test_cosmos_checkpoints import CONFIG, save_tiny
 from tests.interop.wan_networks import assert_same_tensors
 
@@ -27,16 +27,12 @@ cross_attn.q_proj cross_attn.k_proj cross_attn.v_proj cross_attn.q_norm cross_at
 RELEASES = ("cosmos_predict2_2b_text2image", "cosmos_predict2_14b_text2image", "cosmos_predict2_2b_video2world")
 
 
-def run(source, target, form, **options):
-    return convert(source, target, target_format=form, progress=False, **options)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """(state dict of diffusers, NVIDIA's file)."""
     home = tmp_path_factory.mktemp("nvidia")
     state = save_tiny(home / "diffusers")
-    run(home / "diffusers", home / "model.pt", "nvidia")
+    convert(home / "diffusers", home / "model.pt", "nvidia")
     return state, home / "model.pt"
 
 
@@ -78,12 +74,12 @@ def test_what_is_no_weight_is_left_out(tiny, tmp_path):
     tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     save_file(tensors, tmp_path / "model.safetensors")
     for name in ("model.pt", "model.safetensors"):
-        run(tmp_path / name, tmp_path / "back", "diffusers", model_fields=SCALE, force=True)
+        convert(tmp_path / name, tmp_path / "back", "diffusers", **SCALE, force=True)
         assert_same_tensors(tiny[0], dict(open_checkpoint(tmp_path / "back")))
     weights["net.blocks.0.self_attn.q_norm.bias"] = torch.zeros(12)
     torch.save(weights, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"unknown \(1\): 'blocks.0.self_attn.q_norm.bias' \(nearest: 'blocks.0"):
-        run(tmp_path / "model.pt", tmp_path / "out", "diffusers", model_fields=SCALE)
+        convert(tmp_path / "model.pt", tmp_path / "out", "diffusers", **SCALE)
 
 
 def test_which_of_several_networks(tiny, tmp_path, capsys):

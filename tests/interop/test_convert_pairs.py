@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.registries import FORMATS, family_of
+from tests.interop.conversion import convert
 from tests.interop.test_cosmos_checkpoints import CONFIG as COSMOS
 from tests.interop.test_cosmos_checkpoints import save_tiny as save_cosmos
 from tests.interop.test_wan_image_checkpoints import KINDS as IMAGE_KINDS
@@ -50,7 +50,7 @@ def run(source, target, form, config):
     overrides = {}
     if source.suffix:
         overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.rope_scale}
-    got = convert(source, target, target_format=form, model_fields=overrides, progress=False)
+    got = convert(source, target, to=form, **overrides)
     if config.family == "cosmos":
         got = replace(got, qk_norm_eps=config.qk_norm_eps)
     assert got == config
@@ -86,5 +86,5 @@ def test_dtypes_that_are_asked_for(network, tmp_path, dtype):
         target = tmp_path / source
         overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.rope_scale}
         overrides = overrides if paths[source].suffix else {}
-        convert(paths[source], target, target_format="diffusers", dtype=dtype, model_fields=overrides, progress=False)
+        convert(paths[source], target, to="diffusers", dtype=dtype, **overrides)
         assert_same_tensors({name: value.to(dtype) for name, value in state.items()}, dict(open_checkpoint(target)))

@@ -6,23 +6,19 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, from_internal, internal_shapes, to_internal
 from tests.helpers import GOLDEN
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import CONFIG, TINY, assert_same_tensors, save_tiny
 from tests.networks import config_of, model_of
 
 
-def run(source, target, target_format, **options):
-    return convert(source, target, target_format=target_format, progress=False, **options)
-
-
 def test_diffusers_to_internal_and_back_is_bit_exact_and_runs(tiny, tmp_path):
     folder, state = tiny
-    config = run(folder, tmp_path / "internal", "internal")
+    config = convert(folder, tmp_path / "internal", "internal")
     assert config == CONFIG
-    run(tmp_path / "internal", tmp_path / "back", "diffusers")
+    convert(tmp_path / "internal", tmp_path / "back", "diffusers")
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))
     models = [WanTransformer3DModel.from_pretrained(path) for path in (folder, tmp_path / "back")]
     x, text = torch.randn(2, 3, 3, 4, 6), torch.randn(2, 5, 10)
@@ -45,8 +41,8 @@ def test_chain_through_all_formats_is_bit_exact(tiny, tmp_path):
     for source, target, form in zip(
         paths, paths[1:], ("wan", "nvlabs", "nvlabs", "internal", "diffusers"), strict=False
     ):
-        heads = {"num_heads": 4} if source.suffix else None
-        assert run(source, target, form, model_fields=heads) == CONFIG
+        heads = {"num_heads": 4} if source.suffix else {}
+        assert convert(source, target, form, **heads) == CONFIG
     assert_same_tensors(state, dict(open_checkpoint(paths[-1])))
     wan, nvlabs = open_checkpoint(paths[1]), open_checkpoint(paths[2])
     assert wan.shape("patch_embedding.weight") == (24, 3, 1, 2, 2)
@@ -67,7 +63,7 @@ scale_shift_table modulation, proj_out head.head"""
 def test_wan_keys_hold_what_diffusers_keys_do(tmp_path):
     """The norms of q and k of cross-attention can change places without a change of any velocity: only names tell them apart."""
     state = save_tiny(tmp_path / "hf", in_channels=7, image_dim=8, added_kv_proj_dim=24)
-    run(tmp_path / "hf", tmp_path / "wan", "wan")
+    convert(tmp_path / "hf", tmp_path / "wan", "wan")
     renamed = {}
     for key, value in state.items():
         name = key.removeprefix("condition_embedder.") if "image_embedder" not in key else ""
@@ -110,19 +106,19 @@ def test_patch_embedding_linear_equals_the_convolution(tiny):
 def test_without_cross_attention_norm(tmp_path):
     state = save_tiny(tmp_path / "hf", cross_attn_norm=False)
     assert not any("norm2" in name for name in state)
-    config = run(tmp_path / "hf", tmp_path / "int", "internal")
+    config = convert(tmp_path / "hf", tmp_path / "int", "internal")
     assert not config.cross_attn_norm
     assert not any("norm3" in name for name in internal_shapes(config))
-    run(tmp_path / "int", tmp_path / "rcm.pth", "nvlabs")
-    run(tmp_path / "rcm.pth", tmp_path / "back", "diffusers", model_fields={"num_heads": 4})
+    convert(tmp_path / "int", tmp_path / "rcm.pth", "nvlabs")
+    convert(tmp_path / "rcm.pth", tmp_path / "back", "diffusers", num_heads=4)
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))
 
 
 def test_sharded_source_and_target(tmp_path):
     state = save_tiny(tmp_path / "hf", max_shard_size="30KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
-    run(tmp_path / "hf", tmp_path / "int", "internal", max_shard_bytes=20_000)
-    run(tmp_path / "int", tmp_path / "back", "diffusers", max_shard_bytes=20_000)
+    convert(tmp_path / "hf", tmp_path / "int", "internal", max_shard_size=20_000)
+    convert(tmp_path / "int", tmp_path / "back", "diffusers", max_shard_size=20_000)
     index = json.loads((tmp_path / "back" / "diffusion_pytorch_model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in state.values())
     shards = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
@@ -133,8 +129,8 @@ def test_sharded_source_and_target(tmp_path):
 
 def test_dtype_is_kept_unless_asked_for(tiny, tmp_path):
     folder, state = tiny
-    run(folder, tmp_path / "bf16", "internal", dtype="bf16")
-    run(tmp_path / "bf16", tmp_path / "back", "diffusers")
+    convert(folder, tmp_path / "bf16", "internal", dtype="bf16")
+    convert(tmp_path / "bf16", tmp_path / "back", "diffusers")
     assert_same_tensors(
         {name: tensor.bfloat16() for name, tensor in state.items()}, dict(open_checkpoint(tmp_path / "back"))
     )

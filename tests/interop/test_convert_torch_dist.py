@@ -9,21 +9,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from rcm_megatron.checkpoint import folders
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes, to_internal
 from rcm_megatron.config import load_config, to_yaml
 from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
 from tests.distributed.tiny_run import command, train, write_tiny_run
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import CONFIG, assert_same_tensors
 
 LAYOUTS = {"tp2": ["parallel.tp=2"], "pp2": ["parallel.pp=2"]}
 WEIGHTS = ("student", "ema", "fake_score")
-
-
-def run(source, target, target_format, **options):
-    return convert(source, target, target_format=target_format, progress=False, **options)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -99,17 +95,17 @@ def test_which_checkpoint_and_which_weights(trained, tmp_path):
 
 @pytest.fixture
 def target(tiny, tmp_path):
-    run(tiny[0], tmp_path / "weights", "torch_dist", max_shard_bytes=40_000)
+    convert(tiny[0], tmp_path / "weights", "torch_dist", max_shard_size=40_000)
     return tmp_path / "weights"
 
 
 def test_there_and_back_is_bit_exact(tiny, target, tmp_path):
     assert len(list(target.glob("*.distcp"))) > 2
-    assert run(target, tmp_path / "back", "diffusers") == CONFIG
+    assert convert(target, tmp_path / "back", "diffusers") == CONFIG
     assert_same_tensors(tiny[1], dict(open_checkpoint(tmp_path / "back")))
-    run(tiny[0], tmp_path / "bf16", "torch_dist", dtype="bf16")
+    convert(tiny[0], tmp_path / "bf16", "torch_dist", dtype="bf16")
     assert {tensor.dtype for tensor in open_checkpoint(tmp_path / "bf16").values()} == {torch.bfloat16}
-    run(tiny[0], target, "torch_dist", force=True)
+    convert(tiny[0], target, "torch_dist", force=True)
     assert [path.name for path in target.glob("*.distcp")] == ["__0_0.distcp"]
 
 
@@ -132,7 +128,7 @@ def test_megatrons_own_reader_loads_it(tiny, target):
 def test_a_run_starts_from_it_on_any_layout(tmp_path, parallel):
     """The teacher in torch_dist trains as the teacher in diffusers' format does, to the bit."""
     config = write_tiny_run(tmp_path)
-    run(tmp_path / "teacher", tmp_path / "teacher_dist", "torch_dist", max_shard_bytes=30_000)
+    convert(tmp_path / "teacher", tmp_path / "teacher_dist", "torch_dist", max_shard_size=30_000)
     results = []
     for name in ("teacher", "teacher_dist"):
         overrides = [*parallel, "trainer.stop_after=2", f"networks.teacher.init={tmp_path / name}"]
@@ -149,10 +145,10 @@ def test_what_does_not_fit_is_named(target, tmp_path):
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, "ffn_hidden_size": 48}))
     with pytest.raises(CheckpointError, match=r"mlp.linear_fc1.bias': got shape \[40\], need \[48\]"):
-        run(target, tmp_path / "out", "diffusers")
+        convert(target, tmp_path / "out", "diffusers")
     (target / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
     with pytest.raises(CheckpointError, match=r"missing \(21\): 'blocks.2.cross_attn.k_norm.weight'"):
-        run(target, tmp_path / "out", "diffusers")
+        convert(target, tmp_path / "out", "diffusers")
     assert folders.find_latest(tmp_path) is None
     (tmp_path / "empty" / "iter_0000003").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"(?s)got 1 damaged checkpoints .*iter_0000003: files.json: missing"):

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from diffusers import CosmosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, write_checkpoint
+from rcm_megatron.checkpoint.convert import gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, from_internal, to_internal
 from rcm_megatron.config import LatentConfig, ParallelConfig, load_config
 from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import assert_same_tensors
 from tests.networks import config_of, cosmos, model_of
 
@@ -60,14 +61,10 @@ def tiny(tmp_path_factory):
     return folder, save_tiny(folder)
 
 
-def run(source, target, target_format, **options):
-    return convert(source, target, target_format=target_format, progress=False, **options)
-
-
 def test_there_and_back_is_bit_exact_and_from_pretrained_loads_it(tiny, tmp_path):
     folder, state = tiny
-    assert run(folder, tmp_path / "internal", "internal") == CONFIG
-    assert run(tmp_path / "internal", tmp_path / "back", "diffusers", max_shard_bytes=40_000) == CONFIG
+    assert convert(folder, tmp_path / "internal", "internal") == CONFIG
+    assert convert(tmp_path / "internal", tmp_path / "back", "diffusers", max_shard_size=40_000) == CONFIG
     back = open_checkpoint(tmp_path / "back")
     assert back.format == "diffusers"
     assert_same_tensors(state, dict(back))
@@ -105,7 +102,7 @@ def test_a_wrong_key_is_named(tiny, tmp_path, change):
     (tmp_path / "bad" / "config.json").write_text((folder / "config.json").read_text())
     target = "wan" if change == "wan" else "internal"
     with pytest.raises(CheckpointError, match=r"Cosmos-Predict2 network" if change == "wan" else r"norm2\.linear"):
-        run(tmp_path / "bad", tmp_path / "out", target)
+        convert(tmp_path / "bad", tmp_path / "out", target)
     assert not (tmp_path / "out").exists()
 
 

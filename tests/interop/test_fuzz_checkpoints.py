@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.errors import CheckpointError
+from tests.interop.conversion import convert
 from tests.interop.damaged import copy, digest, outcome
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -247,7 +247,7 @@ def refused(source, target, kind):
     before = digest(source)
     form = "nvlabs" if kind == "safetensors" else kind
     with pytest.raises(CheckpointError, match=rf"{target.name}: cannot be written .*nothing was left there") as caught:
-        convert(source, target, target_format=form, max_shard_bytes=40_000, progress=False)
+        convert(source, target, to=form, max_shard_size=40_000)
     assert digest(source) == before
     return str(caught.value)
 
@@ -287,9 +287,9 @@ def test_a_file_that_may_not_grow(sources, tmp_path, kind, num_bytes):
 
 def test_the_earlier_target_survives_a_full_disk(sources, tmp_path):
     target = tmp_path / "out"
-    convert(sources / "single", target, target_format="internal", progress=False)
+    convert(sources / "single", target, to="internal")
     before = digest(target)
     with largest_file(30_000), pytest.raises(CheckpointError, match="cannot be written"):
-        convert(sources / "single", target, target_format="internal", progress=False, force=True)
+        convert(sources / "single", target, to="internal", force=True)
     assert digest(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -4,20 +4,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, local_parameters, write_checkpoint
+from rcm_megatron.checkpoint.convert import gather_full, load_into, local_parameters, write_checkpoint
 from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import to_internal
 from rcm_megatron.errors import CheckpointError
 from tests.distributed.harness import run_ranks
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import CONFIG, RankModel, assert_same_tensors, split_dim
 
 
 @pytest.fixture(scope="module")
 def sources(tiny, tmp_path_factory):
     folder, path = tiny[0], tmp_path_factory.mktemp("sources")
-    convert(folder, path / "wan", target_format="wan", progress=False)
-    convert(folder, path / "internal", target_format="internal", progress=False)
+    convert(folder, path / "wan", to="wan")
+    convert(folder, path / "internal", to="internal")
     return {"diffusers": folder, "wan": path / "wan", "internal": path / "internal"}
 
 

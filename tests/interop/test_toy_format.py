@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.formats.base import Format
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.writers import SafetensorsFolder
@@ -18,6 +17,7 @@ from rcm_megatron.errors import CheckpointError
 from rcm_megatron.families.family import Naming
 from rcm_megatron.families.key_map import KeyMap, Row
 from rcm_megatron.registries import FORMATS
+from tests.interop.conversion import convert
 from tests.interop.test_convert_pairs import save
 from tests.interop.wan_networks import assert_same_tensors
 
@@ -56,14 +56,14 @@ def toy():
 @pytest.mark.parametrize("kind", ["wan2.1_t2v", "flf2v", "cosmos_v2w"])
 def test_it_converts_there_and_back_to_the_bit(kind, tmp_path):
     state, config = save(kind, tmp_path / "hf")
-    assert convert(tmp_path / "hf", tmp_path / "toy", target_format="toy", progress=False) == config
+    assert convert(tmp_path / "hf", tmp_path / "toy", to="toy") == config
     written = load_file(tmp_path / "toy" / "toy.safetensors")
     assert all(name.startswith("t.") for name in written) and len(written) == len(state)
     opened = open_checkpoint(tmp_path / "toy")
     assert (opened.format, opened.model_config()) == ("toy", config)
     for form in ("internal", "torch_dist", "diffusers"):
-        assert convert(tmp_path / "toy", tmp_path / form, target_format=form, progress=False) == config
-        assert convert(tmp_path / form, tmp_path / f"{form}_toy", target_format="toy", progress=False) == config
+        assert convert(tmp_path / "toy", tmp_path / form, to=form) == config
+        assert convert(tmp_path / form, tmp_path / f"{form}_toy", to="toy") == config
         assert_same_tensors(written, load_file(tmp_path / f"{form}_toy" / "toy.safetensors"))
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "diffusers")))
 
@@ -76,21 +76,21 @@ def test_the_command_line_knows_it_and_verifies_it(tmp_path, capsys):
 
 def test_what_a_file_lacks_is_named(tmp_path):
     save("cosmos_v2w", tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "toy", target_format="toy", progress=False)
+    convert(tmp_path / "hf", tmp_path / "toy", to="toy")
     (file,) = (tmp_path / "toy").glob("*.safetensors")
     tensors = load_file(file)
     tensors["t.toy_proj_uot.weight"] = tensors.pop("t.toy_proj_out.weight")
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"missing \(1\): 'toy_proj_out.weight' .nearest: 'toy_proj_uot.weight'"):
-        convert(tmp_path / "toy", tmp_path / "out", target_format="diffusers", progress=False)
+        convert(tmp_path / "toy", tmp_path / "out", to="diffusers")
     tensors["t.toy_proj_out.weight"] = tensors.pop("t.toy_proj_uot.weight")[:, :-1].contiguous()
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"'toy_proj_out.weight': got shape \[12, 47\], need \[12, 48\]"):
-        convert(tmp_path / "toy", tmp_path / "out", target_format="diffusers", progress=False)
+        convert(tmp_path / "toy", tmp_path / "out", to="diffusers")
 
 
 def test_one_that_is_not_registered_is_refused():
     from rcm_megatron.errors import UserError
 
     with pytest.raises(UserError, match=r"unknown checkpoint format 'tyo'; did you mean toy\?"):
-        convert("nowhere", "out", target_format="tyo", progress=False)
+        convert("nowhere", "out", to="tyo")

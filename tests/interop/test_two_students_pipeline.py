@@ -5,7 +5,8 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
 from rcm_megatron.checkpoint.convert import write_checkpoint
-from rcm_megatron.config import load_config
+from rcm_megatron.cli.main import main
+from rcm_megatron.config import load_config, to_yaml
 from rcm_megatron.networks.weights import seeded_weights
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.run_checks import assert_same_curves
@@ -13,6 +14,7 @@ from tests.distributed.tiny_run import ADAM, records, train
 from tests.distributed.wan_run import LATENT, TEXT_LEN, write_wan_run
 from tests.helpers import assert_close
 from tests.interop.pipelines import SamplersNoise, run_command, sample_files, scheduler_of_export, wan_pipeline
+from tests.interop.wan_networks import assert_same_tensors
 
 BOUNDARY = 0.875
 """Between the sampler's times 1.5 (RF 0.934) and 1.4 (0.853)."""
@@ -131,6 +133,46 @@ def test_export_writes_the_two_transformers(home, trained, exported):
     assert f"transformer_2=transformer_2, boundary_ratio={BOUNDARY}" in card and "Wan2.2-T2V-A14B-Diffusers" in card
     with pytest.raises(AssertionError, match="exists; choose another target"):
         run_command(["export", str(home / "run.yaml"), "--weights", "student", "--output", str(exported)], *two(home))
+
+
+@pytest.fixture(scope="module")
+def run_folder(home, trained):
+    """With its config.yaml, as the train command leaves it."""
+    run = load_config(home / "run.yaml", [*two(home), *STEPS, f"output_dir={home / 'out'}"])
+    (home / "out" / "config.yaml").write_text(to_yaml(run))
+    return home / "out"
+
+
+def convert(run_folder, target, form, weights):
+    assert main(["convert", str(run_folder), str(target), "--to", form, "--weights", weights]) == 0
+
+
+@pytest.mark.parametrize("weights", ["student", "ema"])
+def test_convert_to_diffusers_writes_the_two_transformers(home, run_folder, tmp_path, weights):
+    convert(run_folder, tmp_path / "both", "diffusers", weights)
+    argv = ["export", str(home / "run.yaml"), "--weights", weights, "--output", str(tmp_path / "exported")]
+    run_command(argv, *two(home))
+    cards = []
+    for name in ("transformer", "transformer_2"):
+        folder, exported = tmp_path / "both" / name, tmp_path / "exported" / name
+        assert_same_tensors(load_of(exported), load_of(folder))
+        assert {path.name for path in folder.iterdir()} == {path.name for path in exported.iterdir()}
+        for path in (folder, exported):
+            assert f"WanTransformer3DModel.from_pretrained('{path}')" in (path / "README.md").read_text()
+        cards.append((folder / "README.md").read_text())
+    assert f"folder = '{tmp_path / 'both' / 'transformer'}'" in cards[0]
+    assert f"boundary_ratio={BOUNDARY}" in cards[0] and "RCMScheduler" not in cards[1]
+
+
+def test_convert_to_another_format_names_the_second_network(trained, run_folder, tmp_path, caplog):
+    for weights in ("student", "student_low_noise"):
+        caplog.clear()
+        convert(run_folder, tmp_path / weights, "internal", weights)
+        assert_same_tensors(trained[1][weights], load_of(tmp_path / weights))
+        said = (
+            f"{tmp_path / weights}: the network of the high noise alone; the other one is --weights student_low_noise"
+        )
+        assert (said in caplog.messages) == (weights == "student")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import convert, gather_full, load_into, write_checkpoint
+from rcm_megatron.checkpoint.convert import gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.recognise import check_same_network
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, internal_shapes
@@ -17,6 +17,7 @@ from rcm_megatron.config import LatentConfig, ParallelConfig, load_config
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.registries import FAMILIES
 from tests.distributed.harness import run_ranks
+from tests.interop.conversion import convert
 from tests.interop.wan_networks import CONFIG, assert_same_tensors, save_tiny
 from tests.networks import config_of, model_of
 
@@ -46,16 +47,12 @@ def saved(request, tmp_path_factory):
     return save(request.param, tmp_path_factory.mktemp(request.param) / "diffusers")
 
 
-def run(source, target, target_format, **options):
-    return convert(source, target, target_format=target_format, progress=False, **options)
-
-
 def test_wan_to_nvlabs_to_diffusers_to_wan_is_bit_exact(saved, tmp_path):
     name, folder, state, config = saved
-    assert run(folder, tmp_path / "original", "wan") == config
-    assert run(tmp_path / "original", tmp_path / "rcm.pt", "nvlabs") == config
-    assert run(tmp_path / "rcm.pt", tmp_path / "hf", "diffusers", model_fields={"num_heads": 4}) == config
-    assert run(tmp_path / "hf", tmp_path / "again", "wan") == config
+    assert convert(folder, tmp_path / "original", "wan") == config
+    assert convert(tmp_path / "original", tmp_path / "rcm.pt", "nvlabs") == config
+    assert convert(tmp_path / "rcm.pt", tmp_path / "hf", "diffusers", num_heads=4) == config
+    assert convert(tmp_path / "hf", tmp_path / "again", "wan") == config
     assert_same_tensors(state, WanTransformer3DModel.from_pretrained(tmp_path / "hf").state_dict())
     assert_same_tensors(dict(open_checkpoint(tmp_path / "original")), dict(open_checkpoint(tmp_path / "again")))
     files = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("original", "again")]
@@ -66,8 +63,8 @@ def test_wan_to_nvlabs_to_diffusers_to_wan_is_bit_exact(saved, tmp_path):
 
 def test_internal_folder_keeps_the_configuration(saved, tmp_path):
     _, folder, state, config = saved
-    assert run(folder, tmp_path / "internal", "internal") == config
-    assert run(tmp_path / "internal", tmp_path / "back", "diffusers") == config
+    assert convert(folder, tmp_path / "internal", "internal") == config
+    assert convert(tmp_path / "internal", tmp_path / "back", "diffusers") == config
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))
 
 
@@ -177,11 +174,11 @@ def test_the_norm_that_no_network_uses_is_passed_over(tmp_path):
     _, copy, state, _ = save("wan2.1_i2v", tmp_path / "diffusers")
     (file,) = copy.glob("*.safetensors")
     save_file(load_file(file) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}, file)
-    run(copy, tmp_path / "back", "diffusers")
+    convert(copy, tmp_path / "back", "diffusers")
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))
     save_file(load_file(file) | {"blocks.0.attn1.norm_added_q.weight": torch.ones(24)}, file)
     with pytest.raises(CheckpointError, match=r"unknown \(1\): 'blocks.0.attn1.norm_added_q.weight'"):
-        run(copy, tmp_path / "other", "diffusers")
+        convert(copy, tmp_path / "other", "diffusers")
 
 
 def test_a_run_chooses_whether_frames_are_given(saved):

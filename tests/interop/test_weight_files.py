@@ -8,9 +8,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.errors import CheckpointError
+from tests.interop.conversion import convert
 from tests.interop.test_convert_nvidia import SCALE
 from tests.interop.test_convert_nvidia import tiny as cosmos  # noqa: F401 (a fixture)
 from tests.interop.wan_networks import TINY, assert_same_tensors, save_tiny
@@ -138,7 +138,7 @@ def test_a_config_in_another_naming_than_the_weights(tmp_path):
     expected = open_checkpoint(tmp_path / "hf").model_config()
     for form in ("wan", "nvlabs"):
         target = tmp_path / ("out" if form == "wan" else "out.safetensors")
-        convert(tmp_path / "hf", target, target_format=form, progress=False)
+        convert(tmp_path / "hf", target, to=form)
         file = target / NAME if form == "wan" else target
         (tmp_path / form).mkdir()
         shutil.copy(file, tmp_path / form / "x.safetensors")
@@ -152,7 +152,7 @@ def test_a_config_in_another_naming_than_the_weights(tmp_path):
 def test_what_a_file_alone_does_not_say(tmp_path, caplog):
     """The message's flags read it as it was."""
     save_tiny(tmp_path / "hf", eps=1e-3, patch_size=(1, 1, 3))
-    convert(tmp_path / "hf", tmp_path / "x.pt", target_format="nvlabs", progress=False)
+    convert(tmp_path / "hf", tmp_path / "x.pt", to="nvlabs")
     flags = "--num-heads 4 --patch-size 1 1 3 --eps 0.001"
     assert f"x.pt: nvlabs does not say this: read it with {flags}" in caplog.text
     from rcm_megatron.__main__ import main
@@ -175,5 +175,5 @@ def test_counters_in_shards(cosmos, tmp_path):  # noqa: F811
         save_file({name: tensors[name] for name in names[number::4]}, tmp_path / "sharded" / shard)
         weight_map |= dict.fromkeys(names[number::4], shard)
     (tmp_path / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    convert(tmp_path / "sharded", tmp_path / "back", target_format="diffusers", model_fields=SCALE, progress=False)
+    convert(tmp_path / "sharded", tmp_path / "back", to="diffusers", **SCALE)
     assert_same_tensors(state, dict(open_checkpoint(tmp_path / "back")))

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from rcm_megatron.__main__ import main
-from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.recognise import parameter_names
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.wrappers import find_roots
 from rcm_megatron.errors import CheckpointError
+from tests.interop.conversion import convert
 from tests.interop.test_cosmos_checkpoints import save_tiny as save_cosmos
 from tests.interop.wan_networks import assert_same_tensors
 
@@ -22,9 +22,9 @@ HEADS = {"num_heads": 4}
 def plain(tiny, tmp_path_factory):
     """The tiny network's tensors in the naming of the Wan release and of diffusers, and Cosmos' in NVIDIA's and diffusers'."""
     home = tmp_path_factory.mktemp("plain")
-    convert(tiny[0], home / "wan", target_format="wan", progress=False)
+    convert(tiny[0], home / "wan", to="wan")
     state = save_cosmos(home / "cosmos")
-    convert(home / "cosmos", home / "nvidia.safetensors", target_format="nvidia", progress=False)
+    convert(home / "cosmos", home / "nvidia.safetensors", to="nvidia")
     nvidia = dict(open_checkpoint(home / "nvidia.safetensors"))
     return {"wan": dict(open_checkpoint(home / "wan")), "diffusers": tiny[1], "nvidia": nvidia, "cosmos": state}
 
@@ -138,16 +138,14 @@ def test_damage_below_a_wrapper_is_named_as_ever(plain, tmp_path):
     wrapped["model.blocks.1.extra"] = torch.zeros(2)
     save_file(wrapped, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="missing .1.: 'blocks.1.ffn.0.weight' .nearest: 'blocks.1.ffn.0.wieght'"):
-        convert(
-            tmp_path / "x.safetensors", tmp_path / "out", target_format="internal", model_fields=HEADS, progress=False
-        )
+        convert(tmp_path / "x.safetensors", tmp_path / "out", to="internal", **HEADS)
 
 
 def test_a_lora_is_called_by_its_name(tmp_path):
     keys = ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "diffusion_model.blocks.0.ffn.0.lora_B.weight")
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "style.safetensors")
     with pytest.raises(CheckpointError, match="but a LoRA, which changes one: merge it"):
-        convert(tmp_path / "style.safetensors", tmp_path / "out", target_format="internal", progress=False)
+        convert(tmp_path / "style.safetensors", tmp_path / "out", to="internal")
 
 
 def test_roots_are_found_from_parameters_names():
