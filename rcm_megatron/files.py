@@ -23,12 +23,15 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path, *, metadata: Mappin
     path.chmod(mode)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """The file that ``write`` writes, on disk before it takes the place of the one before; or that one, untouched."""
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """A file of ``content``, or of what it writes, on disk before it takes the place of the one before; or that one, untouched.
+
+    For whatever is one file and written at once. Raises OSError, and what ``content`` raises. Folders, which appear whole too, are renamed
+    by `checkpoint.writers.replaced_when_done`, `checkpoint.folders.publish` and `datasets.build`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # tempfile's are 0600
     try:
         with temporary.open("xb") as file:
-            write(file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -59,15 +59,12 @@ class Case:
             yield iter(_plain_loader(self, None if loader == "plain_bf16" else torch.float32))
             return
         with LatentLoader(
-            load_manifest(self.folder),
+            SampleSource(load_manifest(self.folder), seed=0, on_error="raise", **self.shapes),
             micro_batch_size=self.batch,
             dp_rank=0,
             dp_size=1,
             global_batch_size=self.batch,
-            seed=0,
             num_threads=self.workers,
-            on_error="raise",
-            **self.shapes,
         ) as ours:
             yield ours
 

@@ -176,42 +176,45 @@ def mib(value: float) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """docs/memory.md."""
     shape, standing, source = result["shape"], result["standing_bytes"], result["provenance"]
-    layout = f"{'ring' if shape['ring'] else 'dp'}={shape['ranks']}"
     best = next(row["median_seconds"] for row in result["policies"] if row["recompute"] == "none")
-    rows = []
-    for row in result["policies"]:
-        weights = sum(v for k, v in standing.items() if "teacher" not in k)
-        weights += standing[f"weights of the {row['teacher_weights']} teacher"]
-        cells = [
-            row["recompute"],
-            row["teacher_weights"],
-            mib(row["peak_bytes"]),
-            mib(weights),
-            mib(row["peak_bytes"] + weights),
-        ]
-        cells += [f"{row['median_seconds']:.1f}", f"{row['median_seconds'] / best:.2f}"]
-        rows.append("| " + " | ".join(cells) + " |")
-    kept = "\n".join(f"| {name} | {mib(value)} |" for name, value in standing.items())
-    repeats, parameters = len(result["policies"][0]["seconds"]), result["parameters"] / 1e6
-    commit = source["commit"] + (" with uncommitted changes" if source["uncommitted_changes"] else "")
-    return f"""# Memory policies, measured
+    return _DOCUMENT.format(
+        source=source,
+        commit=source["commit"] + (" with uncommitted changes" if source["uncommitted_changes"] else ""),
+        shape=shape,
+        layout=f"{'ring' if shape['ring'] else 'dp'}={shape['ranks']}",
+        parameters=result["parameters"] / 1e6,
+        repeats=len(result["policies"][0]["seconds"]),
+        rows="\n".join(_row(row, standing, best) for row in result["policies"]),
+        kept="\n".join(f"| {name} | {mib(value)} |" for name, value in standing.items()),
+    )
+
+
+def _row(policy: dict[str, Any], standing: dict[str, int], best: float) -> str:
+    weights = sum(v for k, v in standing.items() if "teacher" not in k)
+    weights += standing[f"weights of the {policy['teacher_weights']} teacher"]
+    peak, seconds = policy["peak_bytes"], policy["median_seconds"]
+    cells = [policy["recompute"], policy["teacher_weights"], mib(peak), mib(weights), mib(peak + weights)]
+    return "| " + " | ".join([*cells, f"{seconds:.1f}", f"{seconds / best:.2f}"]) + " |"
+
+
+_DOCUMENT = """# Memory policies, measured
 
 What each policy of `memory:` (rcm_megatron/config/run.py) holds and costs. This file is written by
 
-    {source["command"]}
+    {source[command]}
 
-on {source["date"]}: {source["cpu"]}, {source["cores"]} cores, {source["memory_gib"]} GiB, {source["threads"]} thread a rank;
-torch {source["torch"]}, Megatron-Core {source["megatron_core"]}; commit {commit};
-when it started, `uptime` said `{source["uptime"]}`. All figures: docs/memory.json.
+on {source[date]}: {source[cpu]}, {source[cores]} cores, {source[memory_gib]} GiB, {source[threads]} thread a rank;
+torch {source[torch]}, Megatron-Core {source[megatron_core]}; commit {commit};
+when it started, `uptime` said `{source[uptime]}`. All figures: docs/memory.json.
 
 A student step of rCM (sCM and DMD, rollout of one step, guided teacher, update) of a network of {parameters:.1f} M parameters:
-{shape["layers"]} blocks, hidden size {shape["hidden"]}, {shape["tokens"]} tokens a sample, {shape["dtype"]}, {layout}.
+{shape[layers]} blocks, hidden size {shape[hidden]}, {shape[tokens]} tokens a sample, {shape[dtype]}, {layout}.
 MiB of one rank; medians of {repeats} steps. *Step*: the peak of what the step allocates (activations, messages, gathered weights).
 *Standing*: weights, gradients, optimizer state and EMA.
 
 | recompute | teacher | step | standing | together | seconds | of none, resident |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |
-{chr(10).join(rows)}
+{rows}
 
 The dual pass of sCM recomputes its blocks under every policy; `memory.recompute` decides on DMD's pass here, and on those of the
 fake score, dCM and flow matching. On a GPU `sharded` gathers a block while the one before computes; on Gloo, here, it waits.

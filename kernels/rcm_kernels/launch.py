@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rcm_kernels.configs import Config
+
 INTERPRETED = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, in numpy."""
 
@@ -24,7 +26,10 @@ def check_machine() -> None:
 
 
 def check_tensors(q: Tensor, *others: Tensor | None) -> None:
-    """All tensors on one device that Triton can run on, of one dtype that it can multiply, with a head dim up to 256."""
+    """All tensors on one device that Triton can run on, of one dtype that it can multiply, with a head dim up to 256.
+
+    Raises ValueError for others.
+    """
     if q.dtype not in _TRITON_TYPES:
         raise ValueError(f"got {q.dtype}; need float32, bfloat16 or float16; fix: convert it or choose 'reference'")
     if q.device.type != "cuda" and not INTERPRETED:
@@ -59,6 +64,23 @@ def dot_types(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
 def dot_precision(dtype: torch.dtype) -> str:
     """How factors in fp32 are multiplied: three tf32 products on tensor cores, as good as fp32. Means nothing for the others."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def tile_sizes(config: Config, head_dim: int) -> dict[str, int]:
+    """What a kernel of attention is compiled for by its configuration."""
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": config.block_d, "BLOCK_E": config.block_e, "BLOCK_M": config.block_m}
+    return sizes | {"BLOCK_N": config.block_n, "num_warps": config.warps, "num_stages": config.stages}
+
+
+def tile_types(dtype: torch.dtype) -> dict[str, Any]:
+    """What a kernel of attention is compiled for by the type of its tensors."""
+    p_type, dot_type = dot_types(dtype)
+    return {"P_TYPE": p_type, "DOT_TYPE": dot_type, "PRECISION": dot_precision(dtype)}
+
+
+def strides(*tensors: Tensor | None) -> list[int]:
+    """Of all dimensions but the last, which is dense; zeros for a tensor that is not there."""
+    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
 def last_dim_dense(x: Tensor | None) -> Tensor | None:

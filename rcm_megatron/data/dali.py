@@ -9,7 +9,7 @@ Shapes: B micro-batch, C channels, T frames, H, W, L text positions, D text widt
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rcm_megatron.data.manifest import Manifest
-from rcm_megatron.data.samples import LoadedSample, OnError, SampleError, SampleSource
+from rcm_megatron.data.samples import LoadedSample, SampleError, SampleSource
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -65,26 +64,20 @@ class LatentLoader:
     Global batch k of a run holds the global samples [k * global_batch_size, (k + 1) * global_batch_size) on every layout; ranks
     that differ in tp, cp or pp only pass the same `dp_rank` and read the same samples. `start_sample` is where to begin or
     resume. `device="cuda"` (or "cuda:1") has DALI copy to that GPU. Close it, or use it in a `with` block, to end its threads.
+    Raises ValueError for sizes that do not divide, and without a thread or a batch read ahead.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        source: SampleSource,
         *,
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
         global_batch_size: int,
-        seed: int,
-        latent_shape: Sequence[int],
-        text_len: int,
-        text_dim: int,
-        image_latent_shape: Sequence[int] | None = None,
-        image_embed_shape: Sequence[int] | None = None,
         start_sample: int = 0,
         num_threads: int = 2,
         prefetch: int = 2,
-        on_error: OnError = "skip",
         device: str | torch.device = "cpu",
     ) -> None:
         _check_sizes(micro_batch_size, dp_rank, dp_size, global_batch_size, start_sample)
@@ -94,26 +87,11 @@ class LatentLoader:
         """Per global batch and rank."""
         self.num_skipped = 0
         """Samples replaced on this rank since the loader was made."""
-        self._manifest = manifest
-        self._source = SampleSource(
-            manifest,
-            seed=seed,
-            latent_shape=latent_shape,
-            text_len=text_len,
-            text_dim=text_dim,
-            on_error=on_error,
-            image_latent_shape=image_latent_shape,
-            image_embed_shape=image_embed_shape,
-        )
-        shapes = {"latent_CTHW": tuple(latent_shape), "embed_LD": (text_len, text_dim)}
-        shapes |= {"image_latent_CTHW": image_latent_shape, "image_embed_LD": image_embed_shape}
-        self._shapes = {name: tuple(shape) for name, shape in shapes.items() if shape is not None}
-        """Fields of a sample that DALI takes, with their shapes."""
+        self._source = source
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._global_batch_size = global_batch_size
-        self._seed = seed
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._device = torch.device(device)
@@ -136,7 +114,8 @@ class LatentLoader:
         num_skipped = sum(sample.replaced for sample in loaded)
         self.num_skipped += num_skipped
         tensors = {
-            name: torch.from_dlpack(output.as_tensor()) for name, output in zip(self._shapes, outputs, strict=True)
+            name: torch.from_dlpack(output.as_tensor())
+            for name, output in zip(self._source.shapes, outputs, strict=True)
         }
         image_BLD = tensors.get("image_embed_LD")
         return Batch(
@@ -158,12 +137,14 @@ class LatentLoader:
                 f"got {rest} of {self.num_micro_batches} micro-batches of a global batch; save between global batches"
             )
         next_sample = self._first_sample + batches * self._global_batch_size
-        return {"next_sample": next_sample, "seed": self._seed, "fingerprint": self._manifest.fingerprint}
+        return {"next_sample": next_sample, "seed": self._source.seed, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Go on after as many samples as where `state_dict` was taken, on this or another layout.
 
-        With another seed or dataset the samples from there on are those of the new order: of an epoch some may come twice, some not."""
+        With another seed or dataset the samples from there on are those of the new order: of an epoch some may come twice, some not.
+        Raises ValueError for a state that is not whole.
+        """
         missing = [key for key in _STATE_KEYS if key not in state]
         if missing:
             raise ValueError(f"the data position lacks {missing}, need {_STATE_KEYS}")
@@ -173,7 +154,7 @@ class LatentLoader:
     @property
     def fingerprint(self) -> str:
         """Of the dataset."""
-        return self._manifest.fingerprint
+        return self._source.manifest.fingerprint
 
     def close(self) -> None:
         """End the threads and free DALI's buffers. Iterating again starts them anew, at the next unread micro-batch."""
@@ -202,7 +183,7 @@ class LatentLoader:
         self._submitted = self._consumed
         self._pipeline = _build_pipeline(
             self._next_arrays,
-            shapes=self._shapes,
+            shapes=self._source.shapes,
             batch_size=self._micro_batch_size,
             prefetch=self._prefetch,
             device=self._device,
@@ -232,9 +213,9 @@ class LatentLoader:
             loaded = [future.result() for future in futures]
         except SampleError as error:
             self._handed_over.append(error)
-            return [[np.zeros(shape, np.float32)] * self._micro_batch_size for shape in self._shapes.values()]
+            return [[np.zeros(shape, np.float32)] * self._micro_batch_size for shape in self._source.shapes.values()]
         self._handed_over.append(loaded)
-        return [[getattr(sample, name) for sample in loaded] for name in self._shapes]
+        return [[getattr(sample, name) for sample in loaded] for name in self._source.shapes]
 
 
 def _check_sizes(micro_batch_size: int, dp_rank: int, dp_size: int, global_batch_size: int, start_sample: int) -> None:

@@ -127,7 +127,10 @@ def fit_latent(latent: np.ndarray, shape_CTHW: Sequence[int]) -> np.ndarray:
 
 
 def fit_embedding(embed: np.ndarray, *, text_len: int, text_dim: int) -> np.ndarray:
-    """The embedding as [at most L, D]. Rows past text_len may only be padding (zeros): a prompt is never cut short."""
+    """The embedding as [at most L, D]. Rows past text_len may only be padding (zeros): a prompt is never cut short.
+
+    Raises ValueError for other shapes, and for a longer prompt.
+    """
     got = embed.shape
     if embed.ndim == 3 and got[0] == 1:
         embed = embed[0]
@@ -155,6 +158,7 @@ def load_caption_embedding(path: str | os.PathLike[str], *, text_len: int, text_
     """Embedding [L, D], fp32, of the unconditional branch of classifier-free guidance, filled up with zeros to text_len.
 
     The file is a lone [l, D] or [1, l, D] tensor: `.pt` (as NVlabs' `umT5_wan_negative_emb.pt`), `.npy` or `.safetensors`.
+    Raises SampleError for what does not fit or cannot be read, ValueError for another ending.
     """
     path = Path(path)
     member_format = path.suffix.removeprefix(".").replace("pth", "pt")
@@ -199,7 +203,10 @@ class SampleSource:
             manifest.check_has(kind)
         self.manifest = manifest
         self.latent_shape = tuple(latent_shape)
-        self._seed = seed
+        self.seed = seed
+        self.shapes = {"latent_CTHW": self.latent_shape, "embed_LD": (text_len, text_dim)}
+        """Of the arrays of a sample, by the name of its field; a text may be shorter."""
+        self.shapes |= {_IMAGE_FIELDS[kind]: shape for kind, (shape, _) in self._images.items()}
         self._text_len = text_len
         self._text_dim = text_dim
         self._on_error = on_error
@@ -236,7 +243,7 @@ class SampleSource:
             if epoch not in self._orders:
                 for old in [e for e in self._orders if abs(e - epoch) > 1]:
                     del self._orders[old]
-                self._orders[epoch] = self.manifest.order(epoch=epoch, seed=self._seed)
+                self._orders[epoch] = self.manifest.order(epoch=epoch, seed=self.seed)
             return self._orders[epoch]
 
     def load(self, record: Record) -> dict[str, np.ndarray | str]:

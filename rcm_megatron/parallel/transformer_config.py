@@ -36,31 +36,15 @@ def transformer_config(
     _check_layout(model, parallel, params_dtype)
     from megatron.core.transformer import TransformerConfig
 
-    virtual_stages = parallel.vpp if (parallel.vpp or 1) > 1 else None
-    if overlap_p2p_comm is None:
-        overlap_p2p_comm = torch.cuda.is_available() and virtual_stages is not None
-    if deallocate_pipeline_outputs is None:
-        deallocate_pipeline_outputs = not overlap_p2p_comm
-    if overlap_p2p_comm and deallocate_pipeline_outputs:
-        raise ValueError(
-            "got overlap_p2p_comm and deallocate_pipeline_outputs; need one of them at most: a stage's output would be "
-            "freed while it is being sent; fix: deallocate_pipeline_outputs=False"
-        )
     config = TransformerConfig(
         **_shapes(model),
-        tensor_model_parallel_size=parallel.tp,
-        sequence_parallel=parallel.tp > 1,
-        context_parallel_size=parallel.cp,
-        pipeline_model_parallel_size=parallel.pp,
-        virtual_pipeline_model_parallel_size=virtual_stages,
+        **_degrees(parallel),
+        **_sending(parallel, overlap_p2p_comm, deallocate_pipeline_outputs),
         params_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         pipeline_dtype=pipeline_dtype or params_dtype,
         variable_seq_lengths=variable_seq_lengths,
         moe_token_dispatcher_type="alltoall" if variable_seq_lengths else "allgather",  # no MoE here, but it is checked
-        batch_p2p_comm=False,  # batched and not overlapped, two interleaved stages receive each other's messages
-        overlap_p2p_comm=overlap_p2p_comm,
-        deallocate_pipeline_outputs=deallocate_pipeline_outputs,
         calculate_per_token_loss=False,
         gradient_accumulation_fusion=_importable("fused_weight_gradient_mlp_cuda"),
         perform_initialization=perform_initialization,
@@ -93,6 +77,31 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
         "add_bias_linear": True,
         "qk_layernorm": False,  # True makes finalize_model_grads sum q/k norm gradients over tp: ours are slices
     }
+
+
+def _degrees(parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "sequence_parallel": parallel.tp > 1,
+        "context_parallel_size": parallel.cp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if (parallel.vpp or 1) > 1 else None,
+    }
+
+
+def _sending(parallel: ParallelConfig, overlap: bool | None, deallocate: bool | None) -> dict[str, bool]:
+    """How stages send what they have computed; None: as `transformer_config` says."""
+    if overlap is None:
+        overlap = torch.cuda.is_available() and (parallel.vpp or 1) > 1
+    if deallocate is None:
+        deallocate = not overlap
+    if overlap and deallocate:
+        raise ValueError(
+            "got overlap_p2p_comm and deallocate_pipeline_outputs; need one of them at most: a stage's output would be "
+            "freed while it is being sent; fix: deallocate_pipeline_outputs=False"
+        )
+    # batched and not overlapped, two interleaved stages receive each other's messages
+    return {"batch_p2p_comm": False, "overlap_p2p_comm": overlap, "deallocate_pipeline_outputs": deallocate}
 
 
 def _check_layout(model: ModelConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> None:

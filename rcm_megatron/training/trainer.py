@@ -30,7 +30,9 @@ from rcm_megatron.config import RunConfig, StageConfig, to_yaml
 from rcm_megatron.config.roles import parts_of
 from rcm_megatron.data.dali import Batch, LatentLoader
 from rcm_megatron.data.manifest import load_or_build_manifest
+from rcm_megatron.data.samples import SampleSource
 from rcm_megatron.errors import CheckpointError
+from rcm_megatron.files import write_atomically
 from rcm_megatron.inference.conditioning import image_shapes
 from rcm_megatron.inference.encoding import check_encoders, load_null_text
 from rcm_megatron.objectives.plan import Step, plan_step
@@ -64,7 +66,7 @@ class Progress:
 
 
 def stage_at(run: RunConfig, iteration: int) -> tuple[int, int]:
-    """Index of the stage of the run's ``iteration``, and the iteration within it."""
+    """Index of the stage of the run's ``iteration``, and the iteration within it. Raises ValueError past the last stage."""
     for index, stage in enumerate(run.stages):
         if iteration < stage.steps:
             return index, iteration
@@ -295,20 +297,23 @@ def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
     if dist.get_rank() == 0:
         load_or_build_manifest(folder, on_error=on_error)
     dist.barrier()
-    return LatentLoader(
+    source = SampleSource(
         load_or_build_manifest(folder, on_error=on_error),
-        micro_batch_size=run.trainer.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        global_batch_size=run.trainer.global_batch_size,
         seed=run.seed,
         latent_shape=run.latent.shape_CTHW,
         text_len=run.model.text_len,
         text_dim=run.model.text_dim,
+        on_error=on_error,
         **image_shapes(run),
+    )
+    return LatentLoader(
+        source,
+        micro_batch_size=run.trainer.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        global_batch_size=run.trainer.global_batch_size,
         num_threads=run.data.num_threads,
         prefetch=run.data.prefetch,
-        on_error=on_error,
         device=this_device(),
     )
 
@@ -327,7 +332,7 @@ def main(run: RunConfig) -> None:
     with run_lock(folder), _watchdog(run) as beat:
         trainer = Trainer(run, groups)
         if dist.get_rank() == 0:
-            (folder / "config.yaml").write_text(to_yaml(run))
+            write_atomically(folder / "config.yaml", to_yaml(run).encode())
         with trainer.stop.on_signals(), _together_if_preempted(), contextlib.closing(trainer):
             trainer.train(beat=beat)
         if dist.get_rank() == 0 and trainer.progress.iteration >= run.total_steps:

@@ -8,7 +8,7 @@ import torch
 
 from rcm_megatron.data.dali import LatentLoader
 from rcm_megatron.data.manifest import DatasetError, load_manifest
-from rcm_megatron.data.samples import load_caption_embedding
+from rcm_megatron.data.samples import SampleSource, load_caption_embedding
 from rcm_megatron.models.encoders import WordTextEncoder
 from tools.quickstart.digits import LATENT_SHAPE_CTHW, make_sample
 
@@ -26,18 +26,15 @@ def write_digits_dataset():
 def test_digits_go_through_the_loader_unchanged(tmp_path, write_digits_dataset):
     write_digits_dataset(tmp_path, num_samples=10, seed=5, samples_per_shard=4)
     encoder = WordTextEncoder()
-    with LatentLoader(
+    source = SampleSource(
         load_manifest(tmp_path, on_error="raise"),
-        micro_batch_size=5,
-        dp_rank=0,
-        dp_size=1,
-        global_batch_size=10,
         seed=0,
         latent_shape=LATENT_SHAPE_CTHW,
         text_len=encoder.text_len,
         text_dim=encoder.text_dim,
         on_error="raise",
-    ) as batches:
+    )
+    with LatentLoader(source, micro_batch_size=5, dp_rank=0, dp_size=1, global_batch_size=10) as batches:
         for _ in range(2):
             batch = next(batches)
             for b, row in enumerate(batch.dataset_rows.tolist()):

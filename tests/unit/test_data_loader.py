@@ -13,7 +13,7 @@ import torch
 
 from rcm_megatron.data.dali import LatentLoader
 from rcm_megatron.data.manifest import build_manifest
-from rcm_megatron.data.samples import SampleError, load_caption_embedding
+from rcm_megatron.data.samples import SampleError, SampleSource, load_caption_embedding
 from rcm_megatron.data.shards import ShardWriter, encode_tensor
 
 SHAPE = (1, 2, 3, 4)
@@ -35,15 +35,19 @@ def dataset(folder, *, num_samples=10, member_format="pt"):
     return build_manifest(folder, on_error="raise")
 
 
-def loader(manifest, *, micro_batch_size=2, dp_rank=0, dp_size=1, global_batch_size=8, seed=3, **settings):
+OF_SAMPLES = {"seed": 3, "latent_shape": SHAPE, "text_len": TEXT_LEN, "text_dim": TEXT_DIM, "on_error": "skip"}
+OF_SAMPLES |= {"image_latent_shape": None, "image_embed_shape": None}
+
+
+def loader(manifest, *, micro_batch_size=2, dp_rank=0, dp_size=1, global_batch_size=8, **settings):
+    source = SampleSource(manifest, **{name: settings.pop(name, default) for name, default in OF_SAMPLES.items()})
     return LatentLoader(
-        manifest,
+        source,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
         global_batch_size=global_batch_size,
-        seed=seed,
-        **{"latent_shape": SHAPE, "text_len": TEXT_LEN, "text_dim": TEXT_DIM, "num_threads": 2, **settings},
+        **settings,
     )
 
 

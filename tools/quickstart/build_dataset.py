@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rcm_megatron.data.manifest import MANIFEST_NAME, DatasetError, Manifest, build_manifest, load_manifest
 from rcm_megatron.data.shards import ShardWriter, TensorFormat, encode_tensor
 from rcm_megatron.models.encoders import PixelVideoEncoder, TextEncoder, VideoEncoder, WordTextEncoder
-from tools.quickstart.digits import LATENT_SHAPE_CTHW, Split, make_sample
+from tools.quickstart.digits import LATENT_SHAPE_CTHW, Sample, Split, make_sample
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,21 @@ def write_digits_dataset(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with ShardWriter(partial, samples_per_shard=samples_per_shard, member_format=member_format) as writer:
-        for index in range(num_samples):
-            sample = make_sample(seed=seed, index=index, split=split)
-            latent_CTHW = video_encoder.encode(sample.latent_CTHW.unsqueeze(0))[0]
-            embed_LD = text_encoder.encode([sample.caption])[0]
-            writer.add(f"{index:09d}", latent_CTHW=latent_CTHW, embed_LD=embed_LD, prompt=sample.caption)
+        samples = (make_sample(seed=seed, index=index, split=split) for index in range(num_samples))
+        _write_samples(writer, samples, text_encoder, video_encoder)
+    return _published(partial, folder, text_encoder, description)
+
+
+def _write_samples(
+    writer: ShardWriter, samples: Iterable[Sample], text_encoder: TextEncoder, video_encoder: VideoEncoder
+) -> None:
+    for index, sample in enumerate(samples):
+        latent_CTHW = video_encoder.encode(sample.latent_CTHW.unsqueeze(0))[0]
+        embed_LD = text_encoder.encode([sample.caption])[0]
+        writer.add(f"{index:09d}", latent_CTHW=latent_CTHW, embed_LD=embed_LD, prompt=sample.caption)
+
+
+def _published(partial: Path, folder: Path, text_encoder: TextEncoder, description: dict[str, object]) -> Manifest:
     negative_LD = text_encoder.encode([text_encoder.negative_prompt])[0]
     (partial / NEGATIVE_EMBED_NAME).write_bytes(encode_tensor(negative_LD, "pt"))
     build_manifest(partial, on_error="raise", checksums=True, description=description).save()

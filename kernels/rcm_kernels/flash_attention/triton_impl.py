@@ -8,15 +8,13 @@ would need five. Per tile, with delta = sum(do * o) over the head dim and dS = P
 Letters: M rows that stay, N rows of a tile that passes, D head dim, E the head dims of the result that this program makes.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from rcm_kernels.configs import Config, config_for
-from rcm_kernels.launch import check_tensors, dot_precision, dot_types, last_dim_dense, on_device_of
+from rcm_kernels.launch import check_tensors, last_dim_dense, on_device_of, strides, tile_sizes, tile_types
 from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
 
@@ -182,20 +180,6 @@ def backward_kernel(
         tl.store(grad2 + offsets_ME, acc2_ME.to(grad2.dtype.element_ty), mask=mask_ME)
 
 
-def _cut(config: Config, head_dim: int) -> dict[str, int]:
-    cut = {"HEAD_DIM": head_dim, "BLOCK_D": config.block_d, "BLOCK_E": config.block_e, "BLOCK_M": config.block_m}
-    return cut | {"BLOCK_N": config.block_n, "num_warps": config.warps, "num_stages": config.stages}
-
-
-def _types(dtype: torch.dtype) -> dict[str, Any]:
-    p_type, dot_type = dot_types(dtype)
-    return {"P_TYPE": p_type, "DOT_TYPE": dot_type, "PRECISION": dot_precision(dtype)}
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """o [s, b, n, d] in q's dtype and lse [b, n, s] in fp32. At least one key."""
     check_tensors(q, k, v)
@@ -205,7 +189,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Config | N
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
     with on_device_of(q):
         forward_kernel[grid](
-            q, k, v, o, lse, *_strides(q, k, v), scale, s, k.shape[0], b, n, **_cut(config, d), **_types(q.dtype)
+            q,
+            k,
+            v,
+            o,
+            lse,
+            *strides(q, k, v),
+            scale,
+            s,
+            k.shape[0],
+            b,
+            n,
+            **tile_sizes(config, d),
+            **tile_types(q.dtype),
         )
     return o, lse
 
@@ -228,30 +224,41 @@ def backward(
     """
     check_tensors(q, k, v, do, o)
     (s, b, n, d), keys = q.shape, k.shape[0]
-    do, o, lse = last_dim_dense(do), last_dim_dense(o), lse.contiguous()
+    do, lse = last_dim_dense(do), lse.contiguous()
     grad_dtype = q.dtype if dq is None else torch.float32
-    if dq is not None and (dq.dtype != torch.float32 or dq.shape != q.shape or not dq.is_contiguous()):
+    dq_sum = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else _checked_sum(dq, q)
+    dk, dv = (torch.empty(k.shape, dtype=grad_dtype, device=q.device) for _ in range(2))
+    delta = _delta(do, last_dim_dense(o), lse)
+    dq_config, dk_config = configs[0] or config_for("dq", q), configs[1] or config_for("dkdv", q)
+    dq_grid = (triton.cdiv(s, dq_config.block_m) * b * n, triton.cdiv(d, dq_config.block_e))
+    dk_grid = (triton.cdiv(keys, dk_config.block_m) * b * n, triton.cdiv(d, dk_config.block_e))
+    types = tile_types(q.dtype)
+    with on_device_of(q):
+        backward_kernel[dq_grid](
+            q, do, k, v, lse, delta, dq_sum, None, *strides(q, do, k, v), scale, s, keys, s, b, n,
+            KEYS_STAY=False, ACCUMULATE=dq is not None, **tile_sizes(dq_config, d), **types,
+        )  # fmt: skip
+        backward_kernel[dk_grid](
+            k, v, q, do, lse, delta, dk, dv, *strides(k, v, q, do), scale, keys, s, s, b, n,
+            KEYS_STAY=True, ACCUMULATE=False, **tile_sizes(dk_config, d), **types,
+        )  # fmt: skip
+    return dq_sum, dk, dv
+
+
+def _checked_sum(dq: Tensor, q: Tensor) -> Tensor:
+    if dq.dtype != torch.float32 or dq.shape != q.shape or not dq.is_contiguous():
         raise ValueError(
             f"got dq {tuple(dq.shape)} in {dq.dtype}; need a contiguous fp32 tensor of q's shape {tuple(q.shape)}; "
             "fix: start with torch.zeros"
         )
-    dq_sum = torch.empty(q.shape, dtype=q.dtype, device=q.device) if dq is None else dq
-    dk, dv = (torch.empty(k.shape, dtype=grad_dtype, device=q.device) for _ in range(2))
-    delta, tile = torch.empty_like(lse), 64
-    dq_config, dk_config = configs[0] or config_for("dq", q), configs[1] or config_for("dkdv", q)
-    dq_grid = (triton.cdiv(s, dq_config.block_m) * b * n, triton.cdiv(d, dq_config.block_e))
-    dk_grid = (triton.cdiv(keys, dk_config.block_m) * b * n, triton.cdiv(d, dk_config.block_e))
-    types = _types(q.dtype)
-    with on_device_of(q):
+    return dq
+
+
+def _delta(do: Tensor, o: Tensor, lse: Tensor) -> Tensor:
+    """sum(do * o) over the head dim, [b, n, s] like `lse`."""
+    (s, b, n, d), delta, tile = do.shape, torch.empty_like(lse), 64
+    with on_device_of(do):
         delta_kernel[(triton.cdiv(s, tile) * b * n,)](
-            do, o, delta, *_strides(do, o), s, n, HEAD_DIM=d, BLOCK_D=triton.next_power_of_2(d), BLOCK_M=tile
+            do, o, delta, *strides(do, o), s, n, HEAD_DIM=d, BLOCK_D=triton.next_power_of_2(d), BLOCK_M=tile
         )
-        backward_kernel[dq_grid](
-            q, do, k, v, lse, delta, dq_sum, None, *_strides(q, do, k, v), scale, s, keys, s, b, n,
-            KEYS_STAY=False, ACCUMULATE=dq is not None, **_cut(dq_config, d), **types,
-        )  # fmt: skip
-        backward_kernel[dk_grid](
-            k, v, q, do, lse, delta, dk, dv, *_strides(k, v, q, do), scale, keys, s, s, b, n,
-            KEYS_STAY=True, ACCUMULATE=False, **_cut(dk_config, d), **types,
-        )  # fmt: skip
-    return dq_sum, dk, dv
+    return delta

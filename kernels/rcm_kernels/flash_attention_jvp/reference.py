@@ -7,7 +7,7 @@ Shapes: s queries, l keys, b batch, n heads, d head dim. With softmax weights P 
 `mu` is what a block of keys must return, beside o, to and lse, for two blocks to merge exactly (docs/ARCHITECTURE.md, "Attention").
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -52,26 +52,14 @@ def attention_jvp(
     k_offset + j of its own chunk and of earlier ones. chunk = 1 is the causal mask.
 
     Returns o, to [s, b, n, d] and lse, mu [b, n, s], all fp32 (fp64 for fp64 inputs); `out_dtype` is another type for o and
-    to. Rows without a valid key have lse = -inf and 0 elsewhere. No gradient flows.
+    to. Rows without a valid key have lse = -inf and 0 elsewhere. No gradient flows. ValueError for arguments that do not fit.
     """
     num_keys, scale = check_call(q, k, tk, tv, valid_keys, scale, carry, chunk, out_dtype, update_carry)
     if num_keys == 0:
         return without_keys(q, carry, out_dtype)
-    if chunk is None:
-        block = _block(q, k, v, tq, tk, tv, num_keys, scale, block_queries, block_keys)
-    else:
-        rows = _rows_by_limit(q.shape[0], num_keys, chunk, q_offset, k_offset)
-        blocks = [
-            _block(q[r], k, v, tq[r], tk, tv, limit, scale, block_queries, block_keys)
-            if limit > 0
-            else without_keys(q[r], None, None)
-            for r, limit in rows
-        ]
-        block = tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*blocks, strict=True), (0, 0, 2, 2), strict=True))
-    if update_carry and carry is not None:
-        return _update(carry, block)
-    o, to, lse, mu = block if carry is None else merge_blocks(carry, block)
-    return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
+    limits = _rows_by_limit(q.shape[0], num_keys, chunk, q_offset, k_offset)
+    blocks = [_block(q[r], k, v, tq[r], tk, tv, limit, scale, block_queries, block_keys) for r, limit in limits]
+    return in_type(_merged(carry, _below_each_other(blocks), update_carry), out_dtype)
 
 
 def check_call(
@@ -116,14 +104,22 @@ def check_call(
 def without_keys(q: Tensor, carry: Carry | None, out_dtype: torch.dtype | None) -> Carry:
     """The result of a block without a valid key: the carry, or lse = -inf and zeros."""
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
-    o, to, lse, mu = _empty_block(q, full) if carry is None else carry
+    return in_type(_empty_block(q, full) if carry is None else carry, out_dtype)
+
+
+def in_type(block: Carry, out_dtype: torch.dtype | None) -> Carry:
+    """A result with o and to in another type; None: as it is."""
+    o, to, lse, mu = block
     return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
 
 
 def _rows_by_limit(
-    num_queries: int, num_keys: int, chunk: int, q_offset: int, k_offset: int
+    num_queries: int, num_keys: int, chunk: int | None, q_offset: int, k_offset: int
 ) -> Iterator[tuple[slice, int]]:
-    """(rows, number of leading keys that they see), one entry per chunk of queries."""
+    """(rows, number of leading keys that they see), one entry per chunk of queries; without chunks one of all."""
+    if chunk is None:
+        yield slice(None), num_keys
+        return
     begin = 0
     while begin < num_queries:
         end_of_chunk = ((q_offset + begin) // chunk + 1) * chunk
@@ -144,12 +140,27 @@ def _block(
     block_queries: int,
     block_keys: int,
 ) -> Carry:
-    """(o, to, lse, mu) over the first `num_keys` keys, at least one, all of which every query sees."""
+    """(o, to, lse, mu) over the first `num_keys` keys, all of which every query sees."""
+    if num_keys == 0:
+        return without_keys(q, None, None)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys = [None if x is None else _rows(x[:num_keys], dtype) for x in (k, v, tk, tv)]
     o, to, lse, mu = _attend(_rows(q, dtype), _rows(tq, dtype), *keys, scale, block_queries, block_keys)
     s, b, n, d = q.shape
     return o.view(s, b, n, d), to.view(s, b, n, d), lse.view(b, n, s), mu.view(b, n, s)
+
+
+def _below_each_other(blocks: Sequence[Carry]) -> Carry:
+    """The results of consecutive queries as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return tuple(torch.cat(parts, dim) for parts, dim in zip(zip(*blocks, strict=True), (0, 0, 2, 2), strict=True))
+
+
+def _merged(carry: Carry | None, block: Carry, update: bool) -> Carry:
+    if carry is None:
+        return block
+    return _update(carry, block) if update else merge_blocks(carry, block)
 
 
 def merge_blocks(first: Carry, second: Carry) -> Carry:

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rcm_kernels.configs import Config, config_for
-from rcm_kernels.flash_attention_jvp.reference import Carry, check_call, without_keys
-from rcm_kernels.launch import check_tensors, dot_precision, dot_types, last_dim_dense, on_device_of
+from rcm_kernels.flash_attention_jvp.reference import Carry, check_call, in_type, without_keys
+from rcm_kernels.launch import check_tensors, last_dim_dense, on_device_of, strides, tile_sizes, tile_types
 from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
 
@@ -233,28 +233,34 @@ def attention_jvp(
     if num_keys == 0:
         return without_keys(q, carry, out_dtype)
     q, k, v, tq, tk, tv = (last_dim_dense(x) for x in (q, k, v, tq, tk, tv))
-    (s, b, n, d), has_carry = q.shape, carry is not None
-    carry = tuple(x.contiguous() for x in carry) if has_carry else (None,) * 4
-    # With a carry the kernel stores fp32: on sm_90a bf16 results would cost 96 bytes of spills at head dim 128.
-    outputs = carry if update_carry and has_carry else _new_outputs(q, None if has_carry else out_dtype)
+    s, b, n, d = q.shape
     same_strides = tk is None or (tk.stride() == k.stride() and tv.stride() == v.stride())
     config = config or config_for("jvp", q, irregular=not same_strides or chunk is not None)
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
-    if update_carry and has_carry and grid[1] > 1:  # a program must not read the lse that another one has updated
-        carry = (*carry[:2], carry[2].clone(), carry[3].clone())
-    p_type, dot_type = dot_types(q.dtype)
-    strides = [stride for x in (q, k, v, tq, tk, tv) for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
+    carry, outputs = _carry_and_outputs(q, carry, out_dtype, update_carry=update_carry, pieces=grid[1])
     with on_device_of(q):
         forward_kernel[grid](
-            q, k, v, tq, tk, tv, *outputs, *carry, *strides,
+            q, k, v, tq, tk, tv, *outputs, *carry, *strides(q, k, v, tq, tk, tv),
             scale, s, num_keys, b, n, chunk or 1, q_offset, k_offset,
-            HEAD_DIM=d, BLOCK_D=config.block_d, BLOCK_E=config.block_e, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            HAS_TK=tk is not None, SAME_STRIDES=same_strides, HAS_CARRY=has_carry, CHUNKED=chunk is not None,
-            P_TYPE=p_type, DOT_TYPE=dot_type, PRECISION=dot_precision(q.dtype),
-            num_warps=config.warps, num_stages=config.stages,
+            HAS_TK=tk is not None, SAME_STRIDES=same_strides, HAS_CARRY=carry[0] is not None, CHUNKED=chunk is not None,
+            **tile_sizes(config, d), **tile_types(q.dtype),
         )  # fmt: skip
-    o, to, lse, mu = outputs
-    return (o, to, lse, mu) if out_dtype is None else (o.to(out_dtype), to.to(out_dtype), lse, mu)
+    return in_type(outputs, out_dtype)
+
+
+def _carry_and_outputs(
+    q: Tensor, carry: Carry | None, out_dtype: torch.dtype | None, *, update_carry: bool, pieces: int
+) -> tuple[tuple[Tensor | None, ...], Carry]:
+    """What the kernel reads of other blocks (four None without a carry), and what it writes; `pieces`: of the head dim, a program each."""
+    if carry is None:
+        return (None,) * 4, _new_outputs(q, out_dtype)
+    carry = tuple(x.contiguous() for x in carry)
+    if not update_carry:
+        # With a carry the kernel stores fp32: on sm_90a bf16 results would cost 96 bytes of spills at head dim 128.
+        return carry, _new_outputs(q, None)
+    if pieces > 1:  # a program must not read the lse that another one has updated
+        return (*carry[:2], carry[2].clone(), carry[3].clone()), carry
+    return carry, carry
 
 
 def _new_outputs(q: Tensor, out_dtype: torch.dtype | None) -> Carry:

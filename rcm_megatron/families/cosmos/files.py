@@ -50,7 +50,10 @@ _NVIDIA_NO_WEIGHTS = (
 
 
 def from_diffusers(config: Mapping[str, Any], shapes: Shapes) -> Fields:
-    """Settings from the `config.json` of CosmosTransformer3DModel, which says nothing of text_len."""
+    """Settings from the `config.json` of CosmosTransformer3DModel, which says nothing of text_len.
+
+    Raises CheckpointError for a network of another kind.
+    """
     require_class(config, DIFFUSERS_CLASS)
     for field in ("controlnet_block_every_n", "img_context_dim_in"):
         require(config, field, None, "a Predict2 network without control or image context")
@@ -93,19 +96,14 @@ def from_shapes(shapes: Shapes, overrides: Mapping[str, Any]) -> Fields:
 
     RoPE's scale shows in no shape: it is known for the released widths, else `overrides` gives `rope_scale`. q/k norms compute with
     eps 1e-6, as the release does. Without the padding mask's channel a network of given frames cannot be told from one without.
+    Raises CheckpointError for what is missing and not given.
     """
     overrides = dict(overrides)
     own = {name: shape_of(shapes, f"{name}.weight", "NVIDIA's Cosmos-Predict2") for name in _CONFIG_SHAPES}
     hidden, embedded = own["x_embedder.proj.1"]
     (head_dim,) = own["blocks.0.self_attn.q_norm"]
     patch = tuple(overrides.pop("patch_size", (1, 2, 2)))
-    channels = own["final_layer.linear"][0] // math.prod(patch)
-    masks = embedded // math.prod(patch) - channels
-    if masks not in (0, 1, 2):
-        raise CheckpointError(
-            f"x_embedder.proj.1.weight takes {embedded} numbers a token and final_layer.linear gives {own['final_layer.linear'][0]}; need "
-            "equal numbers, or one or two channels more for the padding mask and the mask of given frames; or another patch_size"
-        )
+    channels, masks = _channels(embedded, own["final_layer.linear"][0], math.prod(patch))
     scale = overrides.pop("rope_scale", _ROPE_SCALES.get((hidden, masks == 2)))
     if scale is None:
         raise CheckpointError(f"hidden_size={hidden}: RoPE's scale shows in no weight; pass rope_scale (--rope-scale)")
@@ -130,6 +128,18 @@ def from_shapes(shapes: Shapes, overrides: Mapping[str, Any]) -> Fields:
         "rope_max_seq_len": max(tables),
     }
     return {**_DEFAULTS, **fields, **overrides}
+
+
+def _channels(numbers_in: int, numbers_out: int, patch_volume: int) -> tuple[int, int]:
+    """(channels of the latent, of masks beside it) of a network that takes and gives so many numbers a token."""
+    channels = numbers_out // patch_volume
+    masks = numbers_in // patch_volume - channels
+    if masks not in (0, 1, 2):
+        raise CheckpointError(
+            f"x_embedder.proj.1.weight takes {numbers_in} numbers a token and final_layer.linear gives {numbers_out}; need "
+            "equal numbers, or one or two channels more for the padding mask and the mask of given frames; or another patch_size"
+        )
+    return channels, masks
 
 
 _CONFIG_SHAPES = (
