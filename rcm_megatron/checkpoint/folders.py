@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rcm_megatron.checkpoint.integrity import damaged_files, read_manifest
 from rcm_megatron.config import RunConfig
 from rcm_megatron.errors import CheckpointError
+from rcm_megatron.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def _point_to(final: Path) -> None:
-    pointer = final.parent / "latest.tmp"
-    pointer.write_text(final.name + "\n")
-    sync_to_disk(pointer)
-    pointer.rename(final.parent / "latest")
+    write_atomically(final.parent / "latest", f"{final.name}\n".encode())
     sync_to_disk(final.parent)
 
 

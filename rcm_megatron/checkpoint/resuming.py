@@ -85,7 +85,7 @@ def mark_ended(run: RunConfig) -> None:
 
 def _mark(run: RunConfig, *, ended: bool) -> None:
     mark = json.dumps({"launch": _launch(), "configuration": _digest(run), "ended": ended}) + "\n"
-    write_atomically(Path(run.output_dir) / BEGUN, lambda file: file.write(mark.encode()))
+    write_atomically(Path(run.output_dir) / BEGUN, mark.encode())
 
 
 def _launch() -> str | None:

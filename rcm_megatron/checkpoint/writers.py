@@ -65,6 +65,7 @@ class OneFile:
     """One `.safetensors`, `.pt` or `.pth` file; there is no place for a config.json."""
 
     def check_path(self, path: Path, *, format: str) -> None:
+        """Raises CheckpointError for a folder, or another ending."""
         if path.suffix not in FILE_SUFFIXES:
             raise CheckpointError(f"{path}: {format} is one file; end its name in .pt, .pth or .safetensors")
         if path.is_dir():
@@ -88,7 +89,10 @@ def check_target(path: str | Path, *, force: bool) -> Path:
 
 @contextmanager
 def replaced_when_done(path: Path) -> Iterator[Path]:
-    """A temporary sibling path; on success it takes the place of `path`, on an error it is removed."""
+    """A temporary sibling path; on success it takes the place of `path`, on an error it is removed.
+
+    Beside `files.write_atomically`, for this is a folder too, and libraries write into it by its name. Raises CheckpointError where the
+    disk does not take it."""
     path = Path(os.path.abspath(path))
     token = uuid.uuid4().hex[:8]
     temporary, previous = (

@@ -132,7 +132,7 @@ class Manifest:
         }
         write_atomically(self.folder / index_file, lambda file: np.save(file, self.index, allow_pickle=False))
         text = (json.dumps(header, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
-        write_atomically(self.folder / MANIFEST_NAME, lambda file: file.write(text))
+        write_atomically(self.folder / MANIFEST_NAME, text)
         return self.folder / MANIFEST_NAME
 
 
@@ -153,7 +153,7 @@ def load_manifest(folder: str | os.PathLike[str], *, on_error: Literal["skip", "
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """What the manifest says, with no look at the shards."""
+    """What the manifest says, with no look at the shards. Raises DatasetError where there is none that can be read."""
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():

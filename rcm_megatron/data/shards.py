@@ -33,7 +33,10 @@ _MAX_OPEN_SHARDS = 64
 
 
 def encode_tensor(tensor: Tensor, member_format: TensorFormat) -> bytes:
-    """The tensor as the bytes of a member file; the same tensor always gives the same bytes."""
+    """The tensor as the bytes of a member file; the same tensor always gives the same bytes.
+
+    Raises ValueError for a format that is unknown, or that has no such dtype.
+    """
     # torch.save would store a view's whole base
     tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     if member_format == "safetensors":
@@ -55,6 +58,7 @@ class ShardWriter:
 
     A shard appears under its name only when it is complete (written beside it, synced, renamed). Use it in a `with` block:
     leaving by an exception drops the unfinished shard. `member_format` is that of both tensors.
+    Raises ValueError for an unknown format, and for no sample in a shard.
     """
 
     def __init__(
@@ -90,7 +94,10 @@ class ShardWriter:
         image_latent_CTHW: Tensor | None = None,
         image_embed_LD: Tensor | None = None,
     ) -> None:
-        """Append one sample. `key` must be new, without "." (it ends a WebDataset key) or "/", and at most 80 characters."""
+        """Append one sample. `key` must be new, without "." (it ends a WebDataset key) or "/", and at most 80 characters.
+
+        Raises ValueError for another, and FileExistsError for a shard that is there.
+        """
         if not key or "." in key or "/" in key or len(key) > 80 or key in self._keys:
             raise ValueError(f"key {key!r} must be new, without '.' or '/', and 1 to 80 characters long")
         tensors = {"latent": latent_CTHW, "embed": embed_LD}
@@ -140,6 +147,7 @@ class ShardWriter:
         return self._tar
 
     def _publish_shard(self) -> None:
+        """As `files.write_atomically` does it, which cannot wait for samples that are added one by one."""
         self._tar.close()
         with open(self._temporary(), "rb") as file:
             os.fsync(file.fileno())

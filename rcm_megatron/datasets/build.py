@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,7 +44,10 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """What is to be built. Shard k holds the samples [k * samples_per_shard, (k + 1) * samples_per_shard) that were not skipped."""
+    """What is to be built. Shard k holds the samples [k * samples_per_shard, (k + 1) * samples_per_shard) that were not skipped.
+
+    Raises DatasetError for counts below 1.
+    """
 
     num_samples: int
     samples_per_shard: int
@@ -116,7 +120,7 @@ class DatasetBuild:
         if self._note.exists():
             self._check(json.loads(self._note.read_text()), self.partial)
         else:
-            _write_whole(self._note, json.dumps({"build": self.plan.description()}).encode())
+            write_atomically(self._note, json.dumps({"build": self.plan.description()}).encode())
         for leftover in self.partial.rglob(".*.tmp"):
             leftover.unlink()
         self.join_shards()
@@ -133,7 +137,7 @@ class DatasetBuild:
 
     def put_text(self, unit: Unit, embed_BLD: Tensor) -> None:
         """Keep the embeddings of a unit's captions until it is made: text encoder and network need not fit side by side."""
-        _write_whole(self._text(unit), encode_tensor(_trimmed(embed_BLD), "pt"))
+        write_atomically(self._text(unit), encode_tensor(_trimmed(embed_BLD), "pt"))
 
     def has_text(self, unit: Unit) -> bool:
         """Whether a former start, or another rank, has encoded its captions."""
@@ -149,7 +153,7 @@ class DatasetBuild:
 
     def put_file(self, name: str, data: bytes) -> None:
         """Add a file beside the shards."""
-        _write_whole(self.partial / name, data)
+        write_atomically(self.partial / name, data)
 
     def write(self, unit: Unit, samples: Sequence[BuiltSample], skipped: Mapping[int, str] | None = None) -> None:
         """Keep a finished unit. `skipped`: why samples of it are missing, by index."""
@@ -171,7 +175,7 @@ class DatasetBuild:
                     **sample.image,
                 )
         reasons = {f"{index:09d}": reason for index, reason in (skipped or {}).items()}
-        _write_whole(self._json(unit), _facts(statistics, reasons))
+        write_atomically(self._json(unit), _facts(statistics, reasons))
         self._text(unit).unlink(missing_ok=True)
 
     def join_shards(self) -> int:
@@ -185,7 +189,7 @@ class DatasetBuild:
         return self.plan.num_samples - sum(len(unit.indices) for unit in left)
 
     def finish(self) -> Manifest:
-        """Write the manifest and give the folder its name. All shards are joined."""
+        """Write the manifest and give the folder its name. All shards are joined. Raises DatasetError where no sample is left."""
         statistics, skipped = Statistics(), {}
         for path in sorted(self._joined.iterdir(), key=lambda path: int(path.stem)):
             part, reasons = _read_facts(path)
@@ -194,7 +198,7 @@ class DatasetBuild:
             first = "; ".join(list(skipped.values())[:3])
             raise DatasetError(f"{self.partial}: all {len(skipped)} samples were skipped; the first: {first}")
         lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) for key, reason in skipped.items()]
-        _write_whole(self.partial / SKIPPED_NAME, "".join(f"{line}\n" for line in lines).encode())
+        write_atomically(self.partial / SKIPPED_NAME, "".join(f"{line}\n" for line in lines).encode())
         description = {
             "build": self.plan.description(),
             "num_skipped": len(skipped),
@@ -219,7 +223,7 @@ class DatasetBuild:
                 parts += [self._tar(unit)] if part.num_samples else []
             if parts:
                 _join_tars(self.partial / SHARD_NAME.format(shard), parts)
-            _write_whole(note, _facts(statistics, skipped))
+            write_atomically(note, _facts(statistics, skipped))
         for unit in units:
             self._tar(unit).unlink(missing_ok=True)
             self._json(unit).unlink(missing_ok=True)
@@ -275,21 +279,11 @@ def _read_facts(path: Path) -> tuple[Statistics, dict[str, str]]:
 
 
 def _join_tars(target: Path, parts: Sequence[Path]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as whole:
-        for path in parts:
-            with tarfile.open(path, "r:") as part:
-                for member in part:
-                    whole.addfile(member, part.extractfile(member))
-    _sync(temporary)
-    temporary.rename(target)
+    def write(file: BinaryIO) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as whole:
+            for path in parts:
+                with tarfile.open(path, "r:") as part:
+                    for member in part:
+                        whole.addfile(member, part.extractfile(member))
 
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """The file appears with all of its bytes, or not at all."""
-    write_atomically(path, lambda file: file.write(data))
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    write_atomically(target, write)

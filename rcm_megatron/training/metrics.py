@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from rcm_megatron.config import RunConfig, as_dict
+from rcm_megatron.files import write_atomically
 from rcm_megatron.objectives.work import ObjectiveResult
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.training.wandb_mode import wandb_mode
@@ -149,9 +150,7 @@ def _drop_records_from(path: Path, *, iteration: int) -> int:
     """Keep the records before ``iteration``; how often the run has been resumed, now included, as far as records tell."""
     records = read_records(path) if path.exists() else []
     kept = [record for record in records if record["iteration"] < iteration]
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    rewritten.rename(path)
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return 1 + max((record.get("restarts", 0) for record in records), default=0) if iteration else 0
 
 
@@ -186,7 +185,5 @@ def _start_wandb(run: RunConfig, folder: Path):
 def _wandb_run_id(path: Path) -> str:
     """The run's id, on disk before anything is logged under it."""
     if not path.exists() or not path.read_text().strip():
-        written = path.with_suffix(".tmp")
-        written.write_text(uuid.uuid4().hex[:8] + "\n")
-        written.rename(path)
+        write_atomically(path, f"{uuid.uuid4().hex[:8]}\n".encode())
     return path.read_text().strip()

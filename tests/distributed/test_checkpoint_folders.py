@@ -76,7 +76,9 @@ def test_every_byte_is_on_disk_before_a_checkpoint_has_its_name_and_latest_comes
     monkeypatch.setattr(Path, "rename", renamed)
     publish(partial, tmp_path / "iter_0000100")
     assert sorted(steps[:4]) == [".metadata", "__0_0.distcp", "common.pt", "files.json"]
-    naming = ["iter_0000100.tmp", "iter_0000100.tmp -> iter_0000100", "latest.tmp", "latest.tmp -> latest", root]
+    pointer = steps[-3]
+    assert pointer.startswith(".latest.")
+    naming = ["iter_0000100.tmp", "iter_0000100.tmp -> iter_0000100", pointer, f"{pointer} -> latest", root]
     assert steps[4:] == naming
 
 
