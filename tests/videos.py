@@ -112,3 +112,9 @@ def remuxed(path, source, *, cut=0.0, keep=None):
             packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, target
             new.mux(packet)
     return Path(path)
+
+
+def read_mp4(path):
+    """All frames of a video file, uint8 RGB [T, H, W, 3]."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

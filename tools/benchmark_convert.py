@@ -25,12 +25,15 @@ from pathlib import Path
 
 import torch
 
-from rcm_megatron.checkpoint.convert import convert, write_checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rcm_megatron.checkpoint.convert import convert
 from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.models import write_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig
-from rcm_megatron.families.wan.settings import WanModelConfig
 from rcm_megatron.requests import ConvertRequest
+from tools.measuring import wan_model
 
 CHAIN = ("wan", "torch_dist", "diffusers")
 
@@ -38,17 +41,8 @@ CHAIN = ("wan", "torch_dist", "diffusers")
 def network(head_dim: int, *, layers: int = 40) -> ModelConfig:
     """Wan2.1 14B with heads of another size: 40 heads, 40 layers, every key."""
     hidden = 40 * head_dim
-    return WanModelConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_heads=40,
-        ffn_hidden_size=hidden * 27 // 10,
-        in_channels=16,
-        out_channels=16,
-        patch_size=(1, 2, 2),
-        text_dim=4096 if head_dim > 32 else 64,
-        text_len=512,
-    )
+    text = {"text_dim": 4096 if head_dim > 32 else 64, "text_len": 512}
+    return wan_model(layers=layers, hidden=hidden, head_dim=head_dim, ffn_hidden_size=hidden * 27 // 10, **text)
 
 
 def write_network(folder: Path, model: ModelConfig, *, max_shard_bytes: int) -> None:

@@ -16,6 +16,7 @@ import argparse
 import csv
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,14 +28,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from rcm_kernels.fused import select_ops
 from rcm_kernels.fused.launcher import recorded
 from rcm_megatron.config import LatentConfig
 from rcm_megatron.dual import Dual, add_bias
-from rcm_megatron.families.wan.settings import WanModelConfig
 from rcm_megatron.models import dual_ops
 from rcm_megatron.models.layers import split_heads
 from rcm_megatron.training.flops import PEAK_TFLOPS, network_flops
+from tools.measuring import wan_model
 
 EPS = 1e-6
 PASSES = ("dual", "plain", "backward")
@@ -178,10 +181,10 @@ def count(case: Case, which: str, batch: int) -> tuple[int, int]:
 
 def block_flops(shape: Shape) -> dict[str, float]:
     """FLOPs of the GEMMs and of attention (self and cross) of one block; a fused attention's backward computes its scores again."""
-    sizes = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 4096, "text_len": shape.text}
-    sizes |= {"hidden_size": shape.features, "num_heads": shape.heads, "ffn_hidden_size": shape.ffn}
+    sizes = {"hidden": shape.features, "head_dim": shape.features // shape.heads, "ffn_hidden_size": shape.ffn}
+    sizes |= {"text_dim": 4096, "text_len": shape.text}
     latent = LatentConfig(channels=16, frames=1, height=2, width=2 * shape.tokens)
-    one, two = (network_flops(WanModelConfig(num_layers=layers, **sizes), latent) for layers in (1, 2))
+    one, two = (network_flops(wan_model(layers=layers, **sizes), latent) for layers in (1, 2))
     scores = (two.self_attention - one.self_attention + two.cross_attention - one.cross_attention) / 2
     return {
         "dual": shape.batch * (two.dual - one.dual),

@@ -106,19 +106,16 @@ def check_sizes(*, hidden: int, head_dim: int, tokens: int) -> None:
             raise SystemExit(f"got {name} {value}; need {what} {unit}; fix: {name} {nearest}")
 
 
-def wan_model(*, layers: int, hidden: int, head_dim: int) -> ModelConfig:
-    """Wan2.1 in another size, with a short text."""
-    return WanModelConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_heads=hidden // head_dim,
-        ffn_hidden_size=4 * hidden,
-        in_channels=16,
-        out_channels=16,
-        patch_size=(1, 2, 2),
-        text_dim=256,
-        text_len=64,
-    )
+def wan_model(*, layers: int, hidden: int, head_dim: int, **fields: Any) -> ModelConfig:
+    """Wan2.1 in another size, with a short text unless ``fields`` of its settings say otherwise."""
+    sizes = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_heads": hidden // head_dim,
+        "ffn_hidden_size": 4 * hidden,
+    }
+    inputs = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "text_dim": 256, "text_len": 64}
+    return WanModelConfig(**(sizes | inputs | fields))
 
 
 def wan_run(name: str, model: ModelConfig, *, frames: int, batch: int, guidance: float, **fields: Any) -> RunConfig:

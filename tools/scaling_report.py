@@ -158,7 +158,7 @@ Written by `tools/benchmark_scaling.py`; the one command that measures and write
 {machine}.
 
 Medians of {repeats} repeats that take turns over all layouts, after two steps of warm-up. Networks, objectives, schedule and optimizer
-are those of training; weights and data are random. A student step is sCM and DMD together, a fake_score step trains the fake score.
+are those of training; weights and data are random. A student step is sCM and DMD together, a fake score step trains the fake score.
 
 ![seconds by phase and memory by rank]({image})
 """
@@ -200,7 +200,7 @@ def markdown(result: dict[str, Any], rows: Sequence[dict[str, Any]], *, image: s
                 f"More than {source['cores']} ranks share the {source['cores']} cores: read their memory, not their seconds."
             )
         for step, of_step in steps.items():
-            sections.append(f"{step.capitalize()} step:\n\n" + "\n".join(_times_table(of_step)))
+            sections.append(f"{step.replace('_', ' ').capitalize()} step:\n\n" + "\n".join(_times_table(of_step)))
             sections.append("\n".join(_phases_table(of_step)))
         sections.append("Memory of the fullest rank:\n\n" + "\n".join(_memory_table(next(iter(steps.values())))))
     repeats = {len(r) for point in result["points"] for r in point["repeats"].values()}

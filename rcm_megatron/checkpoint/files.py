@@ -24,7 +24,7 @@ def is_index(path: Path) -> bool:
 
 
 def snapshot(path: Path) -> Path:
-    """`path`, or its only snapshot where it is a repository in a Hugging Face cache."""
+    """`path`, or its only snapshot where it is a repository in a Hugging Face cache. Raises CheckpointError where it has several."""
     if path.name == "snapshots" and (path.parent / "blobs").is_dir():
         path = path.parent
     if not (path / "snapshots").is_dir() or not any((path / name).is_dir() for name in ("refs", "blobs")):
@@ -41,7 +41,10 @@ def snapshot(path: Path) -> Path:
 
 
 def transformer_folder(path: Path, subfolder: str | None) -> Path:
-    """The folder of the transformer inside a diffusers pipeline or the Wan2.2 release, or `path` itself."""
+    """The folder of the transformer inside a diffusers pipeline or the Wan2.2 release, or `path` itself.
+
+    Raises CheckpointError for two experts without a choice, and for one that is not there.
+    """
     if (path / "config.json").is_file() and subfolder is None:
         return path
     found = [name for name in _TRANSFORMERS if (path / name / "config.json").is_file()]

@@ -46,6 +46,7 @@ class ChecksummedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | Path, mode: str) -> Iterator[BinaryIO]:
+        """A file to write. Raises ValueError for another mode, OSError where the disk does not take it."""
         if mode != "wb":
             raise ValueError(f"got mode {mode!r}; need 'wb': a checkpoint's files are written once")
         with ChecksummedWriter(Path(path)) as stream:

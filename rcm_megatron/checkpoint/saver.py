@@ -71,7 +71,10 @@ class CheckpointSaver:
         self._outcome: SavedCheckpoint | None = None
 
     def save(self, *, iteration: int, networks: Mapping[str, NetworkState], progress: dict[str, Any]) -> None:
-        """Begin to write `root/iter_<iteration>` as the networks are now; `wait` has the outcome. Needs the one before to be waited for."""
+        """Begin to write `root/iter_<iteration>` as the networks are now; `wait` has the outcome. Needs the one before to be waited for.
+
+        Raises RuntimeError where it was not.
+        """
         if self._thread is not None:
             raise RuntimeError("got a save while another is under way; need wait() first")
         final, start = folders.final_folder(self._root, iteration), time.perf_counter()

@@ -82,7 +82,10 @@ class CheckpointSource(Mapping[str, Tensor]):
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(self, name: str, *, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """The whole tensor, or rows `start:stop` of dimension `dim`; only those are read from the file."""
+        """The whole tensor, or rows `start:stop` of dimension `dim`; only those are read from the file.
+
+        Raises CheckpointError for what cannot be read, and for values that are no finite floating-point numbers.
+        """
         tensor = self.tensors[name]
         index = [slice(None)] * len(tensor.shape)
         if dim is not None:
@@ -100,7 +103,7 @@ class CheckpointSource(Mapping[str, Tensor]):
         return value
 
     def with_prefix(self, prefix: str) -> CheckpointSource:
-        """The part whose keys begin with `prefix`, which is removed."""
+        """The part whose keys begin with `prefix`, which is removed. Raises CheckpointError where none does."""
         tensors = {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
         if not tensors:
             raise CheckpointError(
@@ -110,7 +113,7 @@ class CheckpointSource(Mapping[str, Tensor]):
 
     @property
     def format(self) -> str:
-        """The name of its format, told from the keys and shapes."""
+        """The name of its format, told from the keys and shapes. Raises CheckpointError for a network of nobody."""
         try:
             return recognise(self.shapes())[0].name
         except CheckpointError as error:
@@ -154,6 +157,9 @@ def open_checkpoint(
         subfolder: of a diffusers pipeline, the transformer to read; default: `transformer`, if it is the only one.
         prefix: use only keys that begin with it; default: what stands before the network's keys, as `net.` or `model.diffusion_model.`.
         run_config: the run's YAML, for one of its checkpoints that lies elsewhere than below its config.yaml.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or hostile, and where it takes another argument to know which network is meant.
     """
     path = Path(path)
     if not path.exists():

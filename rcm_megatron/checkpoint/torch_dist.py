@@ -64,7 +64,10 @@ class TorchDistFolder:
             self._check_files()
 
     def choose(self, weights: str | None) -> tuple[str, str]:
-        """(what is read, prefix of its keys): the one network that is there, or the one of them that `weights` names."""
+        """(what is read, prefix of its keys): the one network that is there, or the one of them that `weights` names.
+
+        Raises CheckpointError where there is none, or several and no choice.
+        """
         found = self.networks()
         if not found:
             raise CheckpointError(f"{self.folder}: no network in it; keys look like {sorted(self.shapes)[:3]}")
@@ -91,7 +94,10 @@ class TorchDistFolder:
         return found
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        """`tensor[index]` of a key, for slices of step 1, reading the chunks that it touches one after the other."""
+        """`tensor[index]` of a key, for slices of step 1, reading the chunks that it touches one after the other.
+
+        Raises CheckpointError where they are damaged.
+        """
         with _damaged(self.folder):
             stored = self._metadata.state_dict_metadata[key]
             bounds = [part.indices(size)[:2] for part, size in zip(index, stored.size, strict=True)]
@@ -251,7 +257,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """`.metadata`, a pickle that PyTorch would load without asking, by the restricted reader."""
+    """`.metadata`, a pickle that PyTorch would load without asking, by the restricted reader.
+
+    Raises ValueError for a pickle of something else.
+    """
     path = folder / METADATA_FILE
     with _damaged(path), open(path, "rb") as file:
         metadata = _MetadataUnpickler(file).load()

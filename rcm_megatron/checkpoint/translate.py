@@ -49,7 +49,10 @@ def as_source(source: Source) -> CheckpointSource:
 def checked_entries(
     source: Source, model_config: ModelConfig, format: str | None = None
 ) -> tuple[CheckpointSource, dict[str, Entry]]:
-    """The source and its entries, after checking that its keys are exactly those of the map, with the right shapes."""
+    """The source and its entries, after checking that its keys are exactly those of the map, with the right shapes.
+
+    Raises CheckpointError, which names those that are not.
+    """
     source = as_source(source)
     naming = naming_of(format or source.format, model_config)
     entries = naming.key_map.entries(model_config)
@@ -124,7 +127,10 @@ def read_internal(
 
 
 def check_divides(entry: Entry, partition_dim: int, size: int) -> None:
-    """Tensor parallelism cuts whole heads of a fused projection, and equal parts of everything else."""
+    """Tensor parallelism cuts whole heads of a fused projection, and equal parts of everything else.
+
+    Raises CheckpointError where that cannot be.
+    """
     heads = entry.external_shape[0] // entry.head_dim
     amount, unit = (heads, "heads") if entry.fused else (entry.internal_shape[partition_dim], "elements")
     if amount % size or (entry.fused and partition_dim != 0):

@@ -64,6 +64,16 @@ BOUNDS: Mapping[str, Bounds] = {
 OBJECTIVES = {"scm": "scm", "dcm": "dcm", "dmd": "dmd", "critic": "fake_score"}
 """How the name of a case begins -> the objective of this program that it is a case of."""
 
+_LOSSES = {
+    "scm": ("scm", "loss_scale"),
+    "dcm": ("dcm", "loss_scale"),
+    "dmd": ("dmd", "loss_scale_dmd"),
+    "fake_score": ("dmd", "loss_scale_dmd"),
+}
+"""Objective -> the loss of the stage whose step it is, and what official configurations call the weight of that."""
+_DRAWS = {"scm": ("time", "noise"), "dcm": ("noise", "dcm_u")}
+"""Objective without a rollout -> the purposes of its draws, in their documented order."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenCase:
@@ -82,7 +92,7 @@ class GoldenCase:
 
     @property
     def objective(self) -> str:
-        """The objective of this program. By the case's name: every case carries the same `cm_type`."""
+        """The objective of this program. By the case's name: every case carries the same `cm_type`. Raises ValueError for another name."""
         for begin, objective in OBJECTIVES.items():
             if self.name == begin or self.name.startswith(begin + "_"):
                 return objective
@@ -91,9 +101,8 @@ class GoldenCase:
     @property
     def loss_weights(self) -> dict[str, float]:
         """Of the stage that the case is a step of."""
-        if self.objective in ("dmd", "fake_score"):
-            return {"dmd": self.config["loss_scale_dmd"]}
-        return {self.objective: self.config["loss_scale"]}
+        loss, scale = _LOSSES[self.objective]
+        return {loss: self.config[scale]}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,6 +118,7 @@ class GoldenCase:
 
     @property
     def bounds(self) -> Bounds:
+        """By the name of the case. Raises ValueError where it has none."""
         if self.name not in BOUNDS:
             raise ValueError(f"got golden case {self.name!r}, need one of {sorted(BOUNDS)}; add its bounds to BOUNDS")
         return BOUNDS[self.name]
@@ -189,10 +199,8 @@ def _case(entry: Mapping, tensors: Mapping[str, Tensor]) -> GoldenCase:
 
 def draw_purposes(case: GoldenCase) -> tuple[str, ...]:
     """The purposes of `<case>/draw0, draw1, ...` in their documented order."""
-    if case.objective == "scm":
-        return ("time", "noise")
-    if case.objective == "dcm":
-        return ("noise", "dcm_u")
+    if case.objective in _DRAWS:
+        return _DRAWS[case.objective]
     middle = range(case.rollout_steps - 1)
     times = () if case.mid_times is not None else tuple(f"rollout_time/{j}" for j in middle)
     noises = tuple(f"rollout_noise/{j}" for j in middle)

@@ -24,7 +24,7 @@ from rcm_megatron.requests import ConformanceRequest
 
 prepare_megatron()
 
-from rcm_megatron.checkpoint.convert import gather_full  # noqa: E402
+from rcm_megatron.checkpoint.models import gather_full  # noqa: E402
 from rcm_megatron.checkpoint.translate import from_internal  # noqa: E402
 from rcm_megatron.config import (  # noqa: E402
     DistillationConfig,
@@ -110,7 +110,7 @@ def step_of(case: GoldenCase, stage: StageConfig, distillation: DistillationConf
 
 
 def samples_of(golden: Golden, case: GoldenCase, networks: Networks, *, micro_batch_size: int) -> Samples:
-    """This data-parallel rank's share of the file's batch."""
+    """This data-parallel rank's share of the file's batch. Raises InputError where it does not divide."""
     groups, layout = networks.layout.groups, networks.layout
     count = len(golden.x0)
     if count % (groups.dp_size * micro_batch_size):

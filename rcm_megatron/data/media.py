@@ -31,7 +31,7 @@ _FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei"]
 def to_frames(video_CTHW: Tensor, *, scale: int | None = None) -> np.ndarray:
     """uint8 RGB frames [T, H*scale, W*scale, 3] of pixels in [-1, 1], C 1 (grey) or 3, enlarged by repeating pixels.
 
-    `scale` None: the least at which the shorter side has `VIEWABLE_SIDE` pixels.
+    `scale` None: the least at which the shorter side has `VIEWABLE_SIDE` pixels. Raises ValueError for another C.
     """
     channels, _, height, width = video_CTHW.shape
     if channels not in (1, 3):
@@ -59,12 +59,6 @@ def write_mp4(path: str | Path, frames_THWC: np.ndarray, *, fps: int, loops: int
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
-
-
-def read_mp4(path: str | Path) -> np.ndarray:
-    """All frames of a video file, uint8 RGB [T, H, W, 3]."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def frame_strip(frames_THWC: np.ndarray, *, gap: int = 1) -> np.ndarray:

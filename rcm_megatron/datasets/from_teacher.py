@@ -56,7 +56,7 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
 
         def make(unit: Unit) -> Made:
             text_len, embed_BLD = run.model.text_len, build.text(unit)
-            latents_BCTHW = _draw(request, network, low_noise, unit, _padded(embed_BLD, text_len), null_L1D)
+            latents_BCTHW = _sample(request, network, low_noise, unit, _padded(embed_BLD, text_len), null_L1D)
             return [
                 built_sample(request, index, latent_CTHW, embed_LD, prompts[index], text_len=text_len)
                 for index, latent_CTHW, embed_LD in zip(unit.indices, latents_BCTHW, embed_BLD, strict=True)
@@ -67,7 +67,7 @@ def build_from_teacher(run: RunConfig, request: TeacherRequest) -> None:
 
 
 @torch.no_grad()
-def _draw(
+def _sample(
     request: TeacherRequest,
     network: list,
     low_noise: LowNoiseExpert | None,

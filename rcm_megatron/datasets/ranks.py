@@ -106,7 +106,10 @@ def open_build(
 def encode_texts(
     run: RunConfig, build: DatasetBuild, left: Sequence[Unit], captions: Callable[[Unit], list[str]]
 ) -> None:
-    """Embeddings of all captions, by all ranks, before anything else takes memory; the first one adds the negative prompt's."""
+    """Embeddings of all captions, by all ranks, before anything else takes memory; the first one adds the negative prompt's.
+
+    Raises InputError, on all ranks, for what an encoder refuses.
+    """
     rank = dist.get_rank()
     mine = [unit for unit in left[rank :: dist.get_world_size()] if not build.has_text(unit)]
     negative_wanted = rank == 0 and bool(left) and not build.negative.exists()

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron import __version__
-from rcm_megatron.checkpoint.convert import gather_full, write_checkpoint
 from rcm_megatron.checkpoint.formats.base import WriteOptions
 from rcm_megatron.checkpoint.model_card import folder_texts
+from rcm_megatron.checkpoint.models import gather_full, write_checkpoint
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.config.roles import low_noise_weights

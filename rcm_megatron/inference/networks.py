@@ -40,7 +40,10 @@ def init_parallel(run: RunConfig) -> ParallelGroups:
 
 
 def resolve_checkpoint(run: RunConfig, checkpoint: str | Path | None = None) -> Path:
-    """A complete checkpoint: `checkpoint` itself, the latest in that folder, or the run's latest. Call on all ranks."""
+    """A complete checkpoint: `checkpoint` itself, the latest in that folder, or the run's latest. Call on all ranks.
+
+    Raises CheckpointError where there is none.
+    """
     root = checkpoint_folder(run) if checkpoint is None else Path(checkpoint)
     if (root / "metadata.json").is_file():
         return root
@@ -64,6 +67,7 @@ def load_network(
 
     ``weights``: as `stored_in` takes it. Passes run in that dtype, never in FP8. Networks that the run trains come from `checkpoint` (of
     `resolve_checkpoint`), whose fp32 values are rounded; the others from ``networks.ROLE.init``.
+    Raises CheckpointError where these weights are not there.
     """
     role, kind = stored_in(run, weights)
     spec = choose_layer_spec(run.precision) if dtype is None else None
@@ -125,9 +129,9 @@ class SampleBatches:
     """The second network, of a role that is two."""
 
     def __call__(
-        self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]
+        self, network: Sequence[DiffusionTransformer], sample: Callable[[Sampler], Tensor]
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """(sample indices, latents [B, C, T, H, W]) of each batch; `draw` calls one of `Sampler`'s methods."""
+        """(sample indices, latents [B, C, T, H, W]) of each batch; `sample` calls one of `Sampler`'s methods."""
         layout, device = network[0].layout, this_device()
         mine = list(range(layout.groups.dp_rank, self.text_LBD.shape[1], layout.groups.dp_size))
         for start in range(0, len(mine), self.batch_size):
@@ -138,11 +142,11 @@ class SampleBatches:
                 null_LBD = null_LBD.to(device).expand(-1, len(indices), -1)
             condition = self.given.condition(network[0].model, layout, len(indices), device)
             sampler = Sampler(network, layout, text_LBD, null_LBD, self.seed, indices, condition, self.low_noise)
-            yield indices, draw(sampler)
+            yield indices, sample(sampler)
 
-    def all(self, network: Sequence[DiffusionTransformer], draw: Callable[[Sampler], Tensor]) -> Tensor:
+    def all(self, network: Sequence[DiffusionTransformer], sample: Callable[[Sampler], Tensor]) -> Tensor:
         """Latents [N, C, T, H, W] of all samples in their order, on every rank, on the CPU."""
-        mine = [(indices, latents.cpu()) for indices, latents in self(network, draw)]
+        mine = [(indices, latents.cpu()) for indices, latents in self(network, sample)]
         groups = network[0].layout.groups
         parts: list = [None] * groups.dp_size
         dist.all_gather_object(parts, mine, group=groups.dp)
@@ -151,7 +155,7 @@ class SampleBatches:
         return torch.cat([latents for _, latents in pairs])[order.argsort()]
 
 
-def teacher_draw(run: RunConfig, *, steps: int, guidance: float | None = None) -> Callable[[Sampler], Tensor]:
+def teacher_sampling(run: RunConfig, *, steps: int, guidance: float | None = None) -> Callable[[Sampler], Tensor]:
     """Sampling of the teacher as ``run.sampling`` says."""
     settings = run.sampling
     guidance = settings.guidance if guidance is None else guidance
@@ -174,7 +178,7 @@ def low_noise_expert(
     return LowNoiseExpert(chunks, run.distillation.expert_boundary)
 
 
-def student_draw(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:
+def student_sampling(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:
     """Sampling of the student as ``run.sampling`` says."""
     settings = run.sampling
     return lambda sampler: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)

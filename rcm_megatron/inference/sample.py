@@ -30,8 +30,8 @@ from rcm_megatron.inference.networks import (
     load_network,
     low_noise_expert,
     resolve_checkpoint,
-    student_draw,
-    teacher_draw,
+    student_sampling,
+    teacher_sampling,
 )
 from rcm_megatron.inference.sampler import teacher_evaluations
 from rcm_megatron.models.encoders import VideoEncoder
@@ -53,14 +53,14 @@ def sample(run: RunConfig, request: SampleRequest) -> None:
     given = load_conditioning(run, request)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint)
     second = low_noise_expert(run, groups, request.weights, checkpoint=checkpoint)
-    draw = (teacher_draw if teacher else student_draw)(run, steps=request.steps)
+    sampling = (teacher_sampling if teacher else student_sampling)(run, steps=request.steps)
     seed, batch_size = run.sampling.seed, run.trainer.micro_batch_size
     batches = SampleBatches(text_LBD, null_text_L1D, seed, batch_size, given, second)
     request.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     writes = groups.token_shard == 0 and groups.pp_rank == 0
     with video_encoder(run, wanted=writes) as encoder:
-        for indices, latents_BCTHW in batches(network, draw):
+        for indices, latents_BCTHW in batches(network, sampling):
             for index, latent_CTHW in zip(indices, latents_BCTHW, strict=True):
                 require_finite(latent_CTHW, what=f"sample {index} ({names[index]!r}): latent")
                 if writes:

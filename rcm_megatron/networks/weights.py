@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rcm_megatron.checkpoint.convert import load_into
+from rcm_megatron.checkpoint.models import load_into
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig, RunConfig

@@ -98,7 +98,7 @@ def drifting_replicas(networks, groups):
 
 def whole_weights(chunks, groups):
     """{parameter: whole tensor} on the first rank."""
-    from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.checkpoint.models import gather_full
 
     gathered = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp)
     return {name: value.float().clone() for name, value in gathered if value is not None}

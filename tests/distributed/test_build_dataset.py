@@ -54,7 +54,7 @@ def sampled(config):
     """The same by the program's own sampling of batches."""
     from rcm_megatron.config import load_config
     from rcm_megatron.inference.encoding import encode_captions, load_null_text
-    from rcm_megatron.inference.networks import SampleBatches, init_parallel, load_network, teacher_draw
+    from rcm_megatron.inference.networks import SampleBatches, init_parallel, load_network, teacher_sampling
 
     overrides = ["sampling.teacher_sampler=euler", "sampling.teacher_shift=3.0", "sampling.guidance=5.0"]
     run_config = load_config(config, overrides)
@@ -63,7 +63,7 @@ def sampled(config):
     batches = SampleBatches(text_LBD, load_null_text(run_config), 7, 5)
     network = load_network(run_config, groups, weights="teacher")
     with torch.no_grad():
-        return batches.all(network, teacher_draw(run_config, steps=12))
+        return batches.all(network, teacher_sampling(run_config, steps=12))
 
 
 def test_a_teachers_build_killed_five_times_gives_the_same_bytes(tiny, tmp_path):

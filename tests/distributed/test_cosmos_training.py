@@ -29,7 +29,7 @@ KINDS = {"text2image": (1, None), "video2world": (4, (1, 2))}
 
 def write_run(folder, kind):
     """Data, a random teacher in diffusers' format, and run.yaml."""
-    from rcm_megatron.checkpoint.convert import write_checkpoint
+    from rcm_megatron.checkpoint.models import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
 
     folder, (frames, given) = folder / kind, KINDS[kind]

@@ -118,8 +118,9 @@ def sample_prompts(config, overrides, output):
 
 
 def check_video(config, path, latent_CTHW):
-    from rcm_megatron.data.media import read_mp4, to_frames
+    from rcm_megatron.data.media import to_frames
     from rcm_megatron.models.encoders import WanVideoEncoder
+    from tests.videos import read_mp4
 
     folder = load_config(config).encoders.folder
     expected = torch.from_numpy(to_frames(WanVideoEncoder(f"{folder}/vae").decode(latent_CTHW[None])[0])).float()

@@ -145,7 +145,7 @@ def test_sampling_changes_over_at_the_boundary():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """run.yaml of a run whose folder holds a second teacher."""
-    from rcm_megatron.checkpoint.convert import write_checkpoint
+    from rcm_megatron.checkpoint.models import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -179,7 +179,7 @@ def measure(
 
 def quantities_of(networks, name, micro_batch_size):
     """What one objective computes: each sample's loss and dF, the raw gradient of each parameter."""
-    from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.checkpoint.models import gather_full
     from rcm_megatron.objectives.plan import plan_step
     from rcm_megatron.parallel.pipeline import reduce_gradients
     from rcm_megatron.training.optimizer import gather_main_grads

@@ -31,7 +31,7 @@ def run_config(**parallel):
 def sample_on_layout(parallel):
     """{name: latents [N, C, T, H, W]} from seeded random weights; imports here, as the harness asks."""
     from rcm_megatron.inference.encoding import encode_captions, load_null_text
-    from rcm_megatron.inference.networks import SampleBatches, student_draw, teacher_draw
+    from rcm_megatron.inference.networks import SampleBatches, student_sampling, teacher_sampling
     from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.networks.weights import load_weights, seeded_weights
     from rcm_megatron.parallel.groups import initialize_parallel
@@ -45,9 +45,9 @@ def sample_on_layout(parallel):
     )
     load_weights(network, seeded_weights(run.model, seed=3))
     batches = SampleBatches(encode_captions(run, CAPTIONS), load_null_text(run), seed=5, batch_size=2)
-    draws = {f"student {steps}": student_draw(run, steps=steps) for steps in (1, 4)}
-    draws["teacher"] = teacher_draw(run, steps=3, guidance=2.0)
-    return {name: batches.all(network, draw) for name, draw in draws.items()}
+    samplings = {f"student {steps}": student_sampling(run, steps=steps) for steps in (1, 4)}
+    samplings["teacher"] = teacher_sampling(run, steps=3, guidance=2.0)
+    return {name: batches.all(network, sampling) for name, sampling in samplings.items()}
 
 
 @pytest.fixture(scope="module")

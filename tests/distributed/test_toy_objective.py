@@ -125,7 +125,7 @@ def train(config_path, overrides):
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
-    from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.checkpoint.models import gather_full
     from rcm_megatron.parallel.groups import initialize_parallel
     from rcm_megatron.training.trainer import Trainer
 

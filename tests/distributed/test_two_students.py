@@ -61,7 +61,7 @@ def step_of(name):
 
 def quantities_of(networks, name, step=None):
     """Loss of each sample, what the losses report of each, and the raw gradient of each parameter of the trained network."""
-    from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.checkpoint.models import gather_full
     from rcm_megatron.parallel.pipeline import reduce_gradients
     from rcm_megatron.training.optimizer import gather_main_grads
     from rcm_megatron.training.step import accumulate_step

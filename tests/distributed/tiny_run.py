@@ -38,7 +38,7 @@ def write_tiny_run(folder, *, sizes=None, **changes):
     """Dataset, random teacher (diffusers format) and run.yaml in `folder`; returns its path.
 
     `changes`: other fields of MODEL. `sizes`: {role: what of `model` differs}; then each network has random weights of its own."""
-    from rcm_megatron.checkpoint.convert import write_checkpoint
+    from rcm_megatron.checkpoint.models import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
     from tools.quickstart.build_dataset import write_digits_dataset
 
@@ -126,7 +126,7 @@ def command(argv):
 
 def whole_weights(trainer):
     """{network: {parameter: whole tensor}} on tensor-parallel rank 0, None for the parameters elsewhere."""
-    from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.checkpoint.models import gather_full
 
     weights = {}
     for name in trainer.state.trained:

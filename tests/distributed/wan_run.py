@@ -22,7 +22,7 @@ KINDS = {
 
 def write_wan_run(folder, kind="t2v"):
     """run.yaml of such a run, with its data, in `folder`."""
-    from rcm_megatron.checkpoint.convert import write_checkpoint
+    from rcm_megatron.checkpoint.models import write_checkpoint
     from rcm_megatron.networks.weights import seeded_weights
 
     write_encoders(folder / "wan", text_dim=TEXT_DIM)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import write_checkpoint
 from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.models import write_checkpoint
 from rcm_megatron.checkpoint.sources import open_checkpoint, source_from_tensors
 from rcm_megatron.checkpoint.translate import from_internal, internal_shapes, to_internal
 from rcm_megatron.errors import CheckpointError, UserError

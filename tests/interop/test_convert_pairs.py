@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from rcm_megatron.checkpoint.sources import open_checkpoint
+from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.registries import FORMATS, family_of
 from tests.interop.conversion import convert
 from tests.interop.test_cosmos_checkpoints import CONFIG as COSMOS
@@ -79,7 +79,7 @@ def test_the_way_back_from_every_format_is_bit_exact(network, tmp_path):
         assert not different, source
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_dtypes_that_are_asked_for(network, tmp_path, dtype):
     state, config, paths = network
     for source in paths:
@@ -87,4 +87,6 @@ def test_dtypes_that_are_asked_for(network, tmp_path, dtype):
         overrides = {"num_heads": 4} if config.family == "wan" else {"rope_scale": config.rope_scale}
         overrides = overrides if paths[source].suffix else {}
         convert(paths[source], target, to="diffusers", dtype=dtype, **overrides)
-        assert_same_tensors({name: value.to(dtype) for name, value in state.items()}, dict(open_checkpoint(target)))
+        assert_same_tensors(
+            {name: value.to(DTYPES[dtype]) for name, value in state.items()}, dict(open_checkpoint(target))
+        )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from diffusers import CosmosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import gather_full, load_into, write_checkpoint
+from rcm_megatron.checkpoint.models import gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, from_internal, to_internal
 from rcm_megatron.config import LatentConfig, ParallelConfig, load_config

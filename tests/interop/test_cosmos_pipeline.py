@@ -19,7 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from rcm_megatron.checkpoint.convert import write_checkpoint
+from rcm_megatron.checkpoint.models import write_checkpoint
 from rcm_megatron.config import ParallelConfig
 from rcm_megatron.diffusion.rcm_scheduler import RCMScheduler
 from rcm_megatron.inputs import Condition

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.convert import gather_full, load_into, local_parameters, write_checkpoint
 from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.models import gather_full, load_into, local_parameters, write_checkpoint
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import to_internal
 from rcm_megatron.errors import CheckpointError

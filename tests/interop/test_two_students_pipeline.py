@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 
-from rcm_megatron.checkpoint.convert import write_checkpoint
+from rcm_megatron.checkpoint.models import write_checkpoint
 from rcm_megatron.cli.main import main
 from rcm_megatron.config import load_config, to_yaml
 from rcm_megatron.networks.weights import seeded_weights

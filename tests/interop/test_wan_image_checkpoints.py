@@ -9,7 +9,7 @@ import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from rcm_megatron.checkpoint.convert import gather_full, load_into, write_checkpoint
+from rcm_megatron.checkpoint.models import gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.recognise import check_same_network
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.checkpoint.translate import entries_for, internal_shapes

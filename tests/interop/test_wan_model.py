@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rcm_megatron.checkpoint.convert import gather_full, load_into, write_checkpoint
+from rcm_megatron.checkpoint.models import gather_full, load_into, write_checkpoint
 from rcm_megatron.checkpoint.sources import open_checkpoint
 from rcm_megatron.config import LatentConfig, ParallelConfig
 from tests.distributed.harness import run_ranks

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rcm_megatron.data.media import read_mp4
 from rcm_megatron.data.video import ClipReader, VideoError, probe
-from tests.videos import smooth_frames, write_video
+from tests.videos import read_mp4, smooth_frames, write_video
 
 CPU = torch.device("cpu")
 

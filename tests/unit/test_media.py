@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rcm_megatron.data.media import draw_grid, frame_strip, grid_size, read_mp4, to_frames, write_mp4, write_png
+from rcm_megatron.data.media import draw_grid, frame_strip, grid_size, to_frames, write_mp4, write_png
+from tests.videos import read_mp4
 
 
 def moving_square(frames=5, size=16):

@@ -139,7 +139,7 @@ def samples_of(golden, networks, *, iteration):
 
 def trained(networks, samples, stage, iteration, objectives=None):
     """(step, results, {parameter in diffusers' naming: gradient of the summed loss}) of an iteration of a stage."""
-    from rcm_megatron.checkpoint.convert import gather_full
+    from rcm_megatron.checkpoint.models import gather_full
     from rcm_megatron.checkpoint.translate import from_internal
     from rcm_megatron.objectives.plan import plan_step
     from rcm_megatron.parallel.pipeline import reduce_gradients

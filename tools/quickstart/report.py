@@ -35,8 +35,8 @@ from rcm_megatron.inference.networks import (
     init_parallel,
     load_network,
     resolve_checkpoint,
-    student_draw,
-    teacher_draw,
+    student_sampling,
+    teacher_sampling,
 )
 from rcm_megatron.inference.sampler import teacher_evaluations
 from rcm_megatron.parallel.groups import ParallelGroups
@@ -127,12 +127,12 @@ def sample_all(
         if setting.weights != loaded:
             network, loaded = load_network(run, groups, weights=setting.weights, checkpoint=checkpoint), setting.weights
         if setting.weights == "teacher":
-            draw = teacher_draw(run, steps=setting.steps, guidance=setting.guidance)
+            sampling = teacher_sampling(run, steps=setting.steps, guidance=setting.guidance)
         else:
-            draw = student_draw(run, steps=setting.steps)
+            sampling = student_sampling(run, steps=setting.steps)
         dist.barrier()
         start = time.perf_counter()
-        videos_NCTHW = batches.all(network, draw).clamp(-1, 1)
+        videos_NCTHW = batches.all(network, sampling).clamp(-1, 1)
         sampled.append((videos_NCTHW, time.perf_counter() - start))
         if dist.get_rank() == 0:
             print(f"      {setting.name:<32} {len(captions)} videos in {sampled[-1][1]:6.1f} s", flush=True)
