@@ -19,6 +19,7 @@ class Dual:
 
     ``stacked`` is ``[S, 2B, ...]`` without a graph. ``graph`` is the primal ``[S, B, ...]`` as autograd sees it, when gradient
     flows through it; the tangent is stop-gradient by definition (sCM, arXiv 2410.11081, Eq. 6), and this class is where it is.
+    Raises ValueError for an odd batch.
     """
 
     stacked: Tensor
@@ -30,7 +31,7 @@ class Dual:
 
     @staticmethod
     def pack(primal: Tensor, tangent: Tensor) -> "Dual":
-        """Stack ``primal`` and ``tangent`` (equal shapes, ``[S, B, ...]``); the primal keeps its graph."""
+        """Stack ``primal`` and ``tangent`` (equal shapes, ``[S, B, ...]``); the primal keeps its graph. Raises ValueError for others."""
         if primal.shape != tangent.shape:
             raise ValueError(f"primal {tuple(primal.shape)} and tangent {tuple(tangent.shape)} must have one shape")
         stacked = torch.cat([primal.detach(), tangent.detach()], dim=BATCH_DIM)

@@ -37,7 +37,10 @@ def expanded(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Of a command line, for argparse: `--output=~/samples` reaches a program unexpanded."""
+    """Of a command line, for argparse: `--output=~/samples` reaches a program unexpanded.
+
+    Raises ArgumentTypeError for one that the program does not take.
+    """
     try:
         return Path(expanded(text))
     except PathError as error:

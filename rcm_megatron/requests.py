@@ -33,7 +33,10 @@ FILE, FOLDER, ROLE = Option(metavar="FILE"), Option(metavar="DIR"), Option(metav
 
 
 def parse_bytes(text: str) -> int:
-    """`5GB`, `500MB`, `20kB` or a plain number of bytes; units of 1000, as in Hugging Face's max_shard_size."""
+    """`5GB`, `500MB`, `20kB` or a plain number of bytes; units of 1000, as in Hugging Face's max_shard_size.
+
+    Raises ValueError for others.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, flags=re.IGNORECASE)
     size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if size < 1:
@@ -42,7 +45,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`480x832`: (height, width)."""
+    """`480x832`: (height, width). Raises ValueError for others."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal()):
         raise ValueError(f"got {text!r}, need HxW, e.g. 480x832")

@@ -99,6 +99,7 @@ def load_nvlabs(path: str | Path) -> Callable[..., Any]:
     """The attention function of NVlabs/rcm (as of commit 5b41aa9) in the user's own checkout: [b, n, s, d] tensors -> (o, to).
 
     Its file takes the backward from flash-attn, which is not timed here: where that is not installed, an empty module stands in.
+    Raises ValueError for a folder that holds no such function.
     """
     file = Path(path).expanduser() / NVLABS_FILE
     if not file.is_file():

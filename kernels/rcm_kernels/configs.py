@@ -130,7 +130,7 @@ def block_dim(head_dim: int) -> int:
 
 @functools.cache
 def generation(device_index: int | None) -> int:
-    """The GPU generation of the table: 80, 90 or 100."""
+    """The GPU generation of the table: 80, 90 or 100. Raises ValueError for an older GPU."""
     major, minor = torch.cuda.get_device_capability(device_index)
     if (major, minor) < (8, 0):
         raise ValueError(

@@ -45,7 +45,7 @@ def load_as_it_is(config: str, overrides: Sequence[str], request: Any) -> RunCon
 
 
 def load_to_check(config: str, overrides: Sequence[str], request: requests.CheckRequest) -> RunConfig:
-    """For as many ranks as are asked about."""
+    """For as many ranks as are asked about. Raises ConfigError for none."""
     if request.world_size < 1:
         raise ConfigError(f"--world-size: got {request.world_size}, need an integer greater than 0")
     return load_config(config, overrides, world_size=request.world_size)

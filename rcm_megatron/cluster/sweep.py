@@ -61,7 +61,10 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def split_line(text: str, variables: Mapping[str, str] = os.environ) -> list[str]:
-    """The words of a line as a shell has them: quotes, backslashes, $NAME, and a comment from a # that begins a word."""
+    """The words of a line as a shell has them: quotes, backslashes, $NAME, and a comment from a # that begins a word.
+
+    Raises ConfigError for a quote that is not closed, and for a word that is no KEY=VALUE.
+    """
     try:
         words = shlex.split(_prepared(text, variables))
     except ValueError as error:

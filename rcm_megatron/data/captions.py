@@ -48,7 +48,10 @@ def _json_prompts(path: Path, lines: list[str]) -> Iterator[str]:
 
 
 def read_caption(video: Path) -> str:
-    """The caption in `<name>.txt`, or in "caption" of `<name>.json`, beside `<name>.<video's ending>`."""
+    """The caption in `<name>.txt`, or in "caption" of `<name>.json`, beside `<name>.<video's ending>`.
+
+    Raises CaptionError where there is none that can be read.
+    """
     text, structured = video.with_suffix(".txt"), video.with_suffix(".json")
     try:
         if text.is_file():

@@ -60,7 +60,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def scan_shard(path: Path) -> ShardScan:
-    """Read a shard's headers and the ends of its members. What is wrong with it is among the result's `problems`."""
+    """Read a shard's headers and the ends of its members. What is wrong with it is among the result's `problems`. It raises nothing."""
     scan, found, digest = ShardScan(), _Found(), hashlib.blake2b(digest_size=16)
     name = printable(path.name)
     try:

@@ -61,7 +61,10 @@ class GPUDecoder:
         box: tuple[float, float, float, float],
         size: tuple[int, int],
     ) -> Tensor:
-        """RGB frames [T, H, W, C] in 0 to 255 (and a little beyond: a bicubic filter overshoots) of `size`, cut out of `box`."""
+        """RGB frames [T, H, W, C] in 0 to 255 (and a little beyond: a bicubic filter overshoots) of `size`, cut out of `box`.
+
+        Raises VideoError for a video that is damaged.
+        """
         pipeline = self._pipeline = self._pipeline or _build_pipeline(self._device)
         left, top, right, bottom = box
         feed = {"data": np.fromfile(path, np.uint8), "frames": np.array(chosen, np.int32)}

@@ -35,6 +35,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         space: how the pipeline holds its noisy latents. "flow" (Wan): (1 - s) x0 + s noise. "edm" (Cosmos2): x0 + sigma noise.
         num_train_timesteps: the network sees s times this.
         sigma_data, final_sigmas_type: read by the Cosmos2 pipelines, of no effect here.
+    Raises ValueError for another space, and for space "edm" without sigma_max.
     """
 
     order = 1
@@ -80,7 +81,10 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
     ) -> None:
-        """Begin a sample of that many steps. Of `sigmas`, in which the Cosmos2 pipelines say the same, only the number counts."""
+        """Begin a sample of that many steps. Of `sigmas`, in which the Cosmos2 pipelines say the same, only the number counts.
+
+        Raises ValueError for more steps than there are times.
+        """
         steps = num_inference_steps if sigmas is None else len(sigmas)
         most = len(self.config.mid_times) + 1
         if steps is None or not 1 <= steps <= most:
@@ -112,6 +116,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         """x0 = sample - sigma model_output with new noise at the next level; after the last step x0 itself.
 
         `model_output` is the direction of the sample's noise: the network's velocity ("flow"), or (sample - x0) / sigma ("edm").
+        Raises ValueError past the last step.
         """
         if self._index >= self.num_inference_steps:
             raise ValueError(

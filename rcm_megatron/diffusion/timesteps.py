@@ -80,7 +80,7 @@ def _unshifted(t: float, *, shift: float) -> float:
 
 
 def start_time(sigma_max: float | None = None) -> float:
-    """First time of a rollout or of the student's sampler: pi/2 (in fp32), or atan(sigma_max)."""
+    """First time of a rollout or of the student's sampler: pi/2 (in fp32), or atan(sigma_max). Raises ValueError for sigma_max <= 0."""
     if sigma_max is None:
         return PURE_NOISE_TIME
     if not sigma_max > 0:
@@ -132,6 +132,7 @@ def dcm_times(u: Tensor, *, skip: int, total_steps: int, shift: float = 5.0, wit
 
     1 - u (1 - skip/total) - j/total for j = 0 ... skip and u ~ U[0, 1), shifted, as TrigFlow times. Computed in fp32
     (as the official code does), returned in fp64. ``within``: where the first of them lies, as far as the grid has such.
+    Raises ValueError unless 1 <= skip <= total_steps.
     """
     if not 1 <= skip <= total_steps:
         raise ValueError(f"got skip={skip}, total_steps={total_steps}; need 1 <= skip <= total_steps")

@@ -17,7 +17,7 @@ def rope_frequencies(
     """Complex rotations ``[length, head_dim / 2]`` (complex128) of tokens ``start … start + length`` of ``grid`` = (T', H', W').
 
     The head is split over the axes as in :func:`split_head`, each with its base in ``thetas``; a frame lasts ``frame_step`` positions.
-    Tokens past the grid are padding and get the identity.
+    Tokens past the grid are padding and get the identity. Raises ValueError for a grid past ``max_position``.
     """
     if max(grid) > max_position:
         raise ValueError(

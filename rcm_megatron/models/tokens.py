@@ -61,7 +61,10 @@ class TokenLayout:
         return index // (rows * columns), index // columns % rows, index % columns
 
     def patchify(self, x_BCTHW: Tensor, *, channels: int | None = None) -> Tensor:
-        """All tokens ``[T'H'W', B, P]`` of whole latents, or of ``channels`` other channels of their size."""
+        """All tokens ``[T'H'W', B, P]`` of whole latents, or of ``channels`` other channels of their size.
+
+        Raises ValueError for another shape.
+        """
         channels = channels or self.latent_shape[0]
         shape = (channels, *self.latent_shape[1:])
         if tuple(x_BCTHW.shape[1:]) != shape:

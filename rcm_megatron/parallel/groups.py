@@ -75,7 +75,10 @@ class ParallelGroups:
 
 
 def initialize_parallel(parallel: ParallelConfig) -> ParallelGroups:
-    """Create Megatron's process groups for ``parallel`` over the initialized default group and collect this rank's."""
+    """Create Megatron's process groups for ``parallel`` over the initialized default group and collect this rank's.
+
+    Raises ValueError where the processes do not divide.
+    """
     world = dist.get_world_size()
     if world % parallel.model_parallel_size:
         raise ValueError(

@@ -248,7 +248,7 @@ def quantities_in(keys: Collection[str], objective: str) -> dict[str, str]:
 
 
 def plot(runs: Sequence[Run], target: Path) -> None:
-    """Write the picture."""
+    """Write the picture. Raises InputError for records without metrics."""
     used: dict[str, Any] = {}
     shown = list(panels(runs, used))
     if not shown:

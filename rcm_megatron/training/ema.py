@@ -20,7 +20,9 @@ from rcm_megatron.training.optimizer import sync_model_parameters
 def power_exponent(relative_width: float) -> float:
     """gamma of the profile t^gamma whose width is `relative_width` of the training so far.
 
-    The largest real root of x^3 + 7 x^2 + (16 - s^-2) x + (12 - s^-2); s = 0.1 gives 6.94."""
+    The largest real root of x^3 + 7 x^2 + (16 - s^-2) x + (12 - s^-2); s = 0.1 gives 6.94.
+    Raises ValueError for widths that no gamma above 0 has.
+    """
     if not 0.0 < relative_width < 12**-0.5:
         raise ValueError(f"got relative_width={relative_width}; need 0 < width < 0.288 (gamma > 0); fix: the usual 0.1")
     inverse_square = relative_width**-2

@@ -37,6 +37,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     Stands in for Apex's and Transformer Engine's where neither is installed. torch's own AdamW counts steps in a tensor for
     each parameter, which Megatron's loading merges into one shared tensor: the resumed run counts each step many times.
+    Raises ValueError for capturable=True.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ def prepared(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def block_of(size: int) -> int:
-    """The power of two that holds `size` features in one program."""
+    """The power of two that holds `size` features in one program. Raises ValueError for more than one can hold."""
     block = triton.next_power_of_2(size)
     if block > MAX_BLOCK:
         raise ValueError(
@@ -81,7 +81,10 @@ def halves(stacked: Tensor) -> int:
 
 
 def batch_stride(vector: Tensor) -> int:
-    """Elements between the vectors of two samples: `[1, b, d]`, or one for all of them, `[1, 1, d]` or `[d]`."""
+    """Elements between the vectors of two samples: `[1, b, d]`, or one for all of them, `[1, 1, d]` or `[d]`.
+
+    Raises ValueError for other shapes.
+    """
     if vector.dim() == 1:
         return 0
     if vector.dim() != 3 or vector.shape[0] != 1:

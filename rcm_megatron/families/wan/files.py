@@ -85,6 +85,7 @@ def from_release(config: Mapping[str, Any], shapes: Shapes) -> Fields:
     """Settings from the `config.json` of a Wan release folder.
 
     `shapes` of its weights tell image-to-video of Wan2.1, with CLIP, from that of Wan2.2: their files say the same.
+    Raises CheckpointError for a network of another kind.
     """
     why = "the class of the Wan release; move a config.json of another model away"
     require(config, "_class_name", _RELEASE_CLASS, why)
@@ -115,6 +116,7 @@ def from_shapes(shapes: Shapes, overrides: Mapping[str, Any]) -> Fields:
 
     The head count shows in no shape: it is known for Wan's own widths (head dim 128), else `overrides` must give it, as it may give every
     other field (patch_size of a Linear patch embedding: default (1, 2, 2); eps: 1e-6).
+    Raises CheckpointError for what is missing and not given.
     """
     patch_weight = _shape(shapes, "patch_embedding.weight")
     hidden = patch_weight[0]

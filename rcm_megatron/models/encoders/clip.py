@@ -38,7 +38,7 @@ class CLIPImageEncoder:
     def encode(self, images: Sequence[Image]) -> Tensor:
         """Features [B, L, D] of RGB pictures of any size, before CLIP's last layer; float32 on the CPU.
 
-        CLIP sees the middle square of a picture.
+        CLIP sees the middle square of a picture. Raises RuntimeError after `close`.
         """
         if self._model is None:
             raise RuntimeError("got an image after close(), need an open encoder; build a new one")

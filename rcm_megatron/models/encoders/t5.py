@@ -91,7 +91,10 @@ class PretrainedTextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, D] on the CPU; a caption of more than text_len tokens is cut, as WanPipeline does, and named."""
+        """Embeddings [B, L, D] on the CPU; a caption of more than text_len tokens is cut, as WanPipeline does, and named.
+
+        Raises RuntimeError after `close`.
+        """
         if self._model is None:
             raise RuntimeError("got a caption after close(), need an open encoder; build a new one")
         if not captions:
