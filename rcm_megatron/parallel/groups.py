@@ -59,11 +59,6 @@ class ParallelGroups:
         return self.pp.rank()
 
     @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank computes losses: it holds the network's last piece."""
-        return self.pp_rank == self.pp_size - 1
-
-    @property
     def token_shards(self) -> int:
         """Number of contiguous shards into which the tokens of a sample are cut: tp * cp."""
         return self.tp_size * self.cp_size
