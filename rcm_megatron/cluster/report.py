@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from rcm_megatron.config import ModelConfig, RunConfig
-from rcm_megatron.platform import MEGATRON_VERSION
+from rcm_megatron.platform import MEGATRON_VERSION, released
 
 PACKAGES = ("megatron-core", "triton", "transformer-engine", "flash-attn", "diffusers", "nvidia-dali-cuda130")
 """Installed packages, beside torch, whose versions must be the same everywhere."""
@@ -178,4 +178,4 @@ def _existing(path: Path) -> Path:
 def megatron_problem(versions: dict[str, str]) -> str | None:
     """Whether the one Megatron that the program works with is there."""
     got = versions["megatron-core"]
-    return None if got == MEGATRON_VERSION else f"megatron-core {got}, need {MEGATRON_VERSION}"
+    return None if released(got) == MEGATRON_VERSION else f"megatron-core {got}, need {MEGATRON_VERSION}"

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import warnings
 
 import torch
 
 from rcm_megatron.errors import InstallationError
-from rcm_megatron.platform import MEGATRON_VERSION, megatron_cpu
+from rcm_megatron.platform import MEGATRON_VERSION, megatron_cpu, released
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ def _import_megatron() -> None:
     """`import megatron.core` without torch's compiler and wandb, which are half of what it costs.
 
     Megatron decorates functions that this program never calls with `torch.compile`, which imports all of inductor at once; its timers,
-    which this program does not use either, import wandb."""
+    which this program does not use either, import wandb. From 0.19 on it asks git for a commit, each rank again."""
+    os.environ.setdefault("NO_VCS_VERSION", "1")
     compile, no_wandb = torch.compile, "wandb" not in sys.modules
     torch.compile = lambda function=None, **_: function
     if no_wandb:
@@ -74,7 +76,7 @@ def _silence(logger: str, message: str) -> None:
 def _check_version() -> None:
     import megatron.core
 
-    if megatron.core.__version__ != MEGATRON_VERSION:
+    if released(megatron.core.__version__) != MEGATRON_VERSION:
         python = "{}.{}".format(*sys.version_info)
         raise InstallationError(
             f"got megatron-core {megatron.core.__version__}; need {MEGATRON_VERSION} on Python {python}, the one whose internals "

@@ -52,6 +52,14 @@ def install_another_version():
     return _error_of_install()
 
 
+def install_in_a_checkout():
+    """From 0.19 on Megatron adds the commit of the checkout under which its environment lies, such as this program's."""
+    import megatron.core
+
+    megatron.core.__version__ = f"{MEGATRON_VERSION}+44a65c4"
+    prepare_megatron()
+
+
 def install_with_other_counts():
     megatron_cpu.REWRITTEN_FUNCTIONS[MEGATRON_VERSION]["megatron.core.optimizer.clip_grads"] = 4
     first, second = _error_of_install(), _error_of_install()
@@ -75,6 +83,10 @@ def test_another_megatron_is_an_error_with_the_fix():
     [message] = run_ranks(install_another_version, 1)
     assert message.startswith(f"got megatron-core 0.17.0; need {MEGATRON_VERSION} on Python 3.")
     assert f"pip install megatron-core=={MEGATRON_VERSION}" in message
+
+
+def test_the_same_megatron_under_a_checkout_is_taken():
+    run_ranks(install_in_a_checkout, 1)
 
 
 def test_another_number_of_places_is_an_error_that_names_the_module_and_changes_nothing():

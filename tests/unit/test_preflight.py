@@ -55,6 +55,11 @@ def test_a_megatron_that_is_wrong_everywhere_is_named_everywhere():
     assert found == [(node, f"megatron-core 0.17.0, need {MEGATRON_VERSION}") for node in "ab"]
 
 
+def test_a_megatron_built_from_its_repository_is_the_release_that_it_is_of():
+    built = {"versions": VERSIONS | {"megatron-core": f"{MEGATRON_VERSION}+44a65c4"}}
+    assert findings(nodes=("a", "b"), a=built, b=built).named_problems(slow=0.5) == []
+
+
 @pytest.mark.parametrize(("ahead", "uncertainty", "bad"), [(1.2, 0.01, True), (-7.0, 0.5, True), (1.2, 0.4, False)])
 def test_a_clock_is_off_by_more_than_the_measurement_leaves_open(ahead, uncertainty, bad):
     found = findings()
