@@ -68,6 +68,26 @@ class CheckRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DryRunRequest:
+    """Execute a run's real iterations without a GPU: memory, FLOPs, messages of a rank, simulated."""
+
+    world_size: Annotated[int, Option(metavar="N")]
+    """processes it is to run on"""
+    rank: Annotated[int | None, Option(metavar="K")] = None
+    """null: the first rank of the first pipeline stage, of the last, and of those with more blocks"""
+    gpus_per_node: int = 8
+    """which links are between nodes"""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """whose decisions are taken: an H100's, or the CPU's as on Gloo"""
+    whole: bool = False
+    """execute every block and micro-batch; else deep networks and large batches are concluded from a few"""
+    json: Annotated[Path | None, FILE] = None
+    """write the report there"""
+    picture: Annotated[Path | None, Option(metavar="FILE.png")] = None
+    """draw it there"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreflightRequest:
     """Look at every node before a run and name the bad ones; one process a rank."""
 

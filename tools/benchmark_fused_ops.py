@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_iter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rcm_kernels.fused import select_ops
-from rcm_kernels.fused.launcher import recorded
+from rcm_kernels.launch import recorded
 from rcm_megatron.config import LatentConfig
 from rcm_megatron.dual import Dual, add_bias
 from rcm_megatron.models import dual_ops

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from rcm_kernels.gpu import kind_of
+
 _logger = logging.getLogger(__name__)
 _FAILURES = (ImportError, AttributeError, RuntimeError, TypeError)
 """What a loader raises where its implementation cannot run, or is not the one known here."""
@@ -55,6 +57,11 @@ class Choice(Generic[T]):
         """Settle anew what is asked for from now on, for `candidates` gives other answers."""
         self._settled.clear()
 
+    def provide(self, name: str, implementation: T) -> None:
+        """Take `implementation` under that name, unchecked: what would run on a GPU that is not there (`gpu.stand_in`)."""
+        self._loaded[name] = implementation
+        self.reconsider()
+
     def load(self, name: str) -> T:
         """The implementation of that name. Raises ValueError where it cannot run."""
         if name not in self._loaded:
@@ -69,7 +76,7 @@ class Choice(Generic[T]):
 
     def settle(self, device: str, dtype: torch.dtype, head_dim: int | None = None) -> tuple[str, T]:
         """(name, implementation) for tensors of this kind; decided and logged once."""
-        kind = device, dtype, head_dim
+        kind = kind_of(device), dtype, head_dim
         if kind not in self._settled:
             self._settled[kind] = self.decide(*kind)
         return self._settled[kind]

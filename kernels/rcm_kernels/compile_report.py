@@ -31,8 +31,8 @@ from rcm_kernels.benchmark import DTYPES
 from rcm_kernels.configs import SHARED_MEMORY, TABLE, Config, Key, narrower
 from rcm_kernels.flash_attention import triton_impl as plain
 from rcm_kernels.flash_attention_jvp import triton_impl as jvp
-from rcm_kernels.fused.launcher import Launch
 from rcm_kernels.fused.launches import launches, signature
+from rcm_kernels.launch import Launch
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- compile_report: begin -->", "<!-- compile_report: end -->"

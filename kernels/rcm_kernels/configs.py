@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rcm_kernels.gpu import capability, kind_of
+
 
 @dataclass(frozen=True)
 class Config:
@@ -103,7 +105,7 @@ SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 def config_for(kernel: str, q: Tensor, *, irregular: bool = False) -> Config:
     """The configuration for tensors like q. `irregular`: see `narrower`."""
     bucket = block_dim(q.shape[-1])
-    if q.device.type != "cuda":
+    if kind_of(q.device.type) != "cuda":
         return replace(INTERPRETER, block_d=bucket, block_e=bucket)
     key = table_key(kernel, generation(q.device.index), q.shape[-1], q.dtype)
     return narrower(TABLE[key]) if irregular or q.shape[-1] != bucket else TABLE[key]
@@ -131,7 +133,7 @@ def block_dim(head_dim: int) -> int:
 @functools.cache
 def generation(device_index: int | None) -> int:
     """The GPU generation of the table: 80, 90 or 100. Raises ValueError for an older GPU."""
-    major, minor = torch.cuda.get_device_capability(device_index)
+    major, minor = capability(device_index)
     if (major, minor) < (8, 0):
         raise ValueError(
             f"got a GPU of capability {major}.{minor}; need 8.0 or later; fix: choose the backend 'reference'"

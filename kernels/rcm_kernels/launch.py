@@ -1,6 +1,7 @@
 """What the launchers of the Triton kernels share. Import it where Triton is installed."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from rcm_kernels.configs import Config
 
@@ -16,10 +18,47 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+Launch = tuple[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
+"""(kernel, grid, arguments, meta)."""
+_noted: Callable[[Launch], None] | None = None
+
+
+def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    """Run `kernel` on the device of its first argument; inside `instead` and `recorded` the launch is only noted."""
+    if _noted is not None:
+        _noted((kernel, grid, arguments, meta))
+        return
+    with on_device_of(arguments[0]):
+        kernel[grid](*arguments, **meta)
+
+
+@contextlib.contextmanager
+def instead(note: Callable[[Launch], None]) -> Iterator[None]:
+    """Launches made inside go to `note` and do not run: for tensors without memory."""
+    global _noted
+    before, _noted = _noted, note
+    try:
+        yield
+    finally:
+        _noted = before
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches made inside, which do not run: for meta tensors."""
+    records: list[Launch] = []
+    with instead(records.append):
+        yield records
+
+
+def runs_nothing() -> bool:
+    """Whether launches are only noted, so that tensors may be anywhere."""
+    return _noted is not None
+
 
 def check_machine() -> None:
     """Raise where Triton kernels cannot run."""
-    if not INTERPRETED and not torch.cuda.is_available():
+    if not INTERPRETED and not runs_nothing() and not torch.cuda.is_available():
         raise RuntimeError(
             "no CUDA device; TRITON_INTERPRET=1, set before the start, interprets the kernels on the CPU"
         )
@@ -32,7 +71,7 @@ def check_tensors(q: Tensor, *others: Tensor | None) -> None:
     """
     if q.dtype not in _TRITON_TYPES:
         raise ValueError(f"got {q.dtype}; need float32, bfloat16 or float16; fix: convert it or choose 'reference'")
-    if q.device.type != "cuda" and not INTERPRETED:
+    if q.device.type != "cuda" and not INTERPRETED and not runs_nothing():
         raise ValueError(
             f"got a tensor on {q.device}; need CUDA; fix: move it there, choose the backend 'reference', or set "
             "TRITON_INTERPRET=1 before the start, which interprets the kernels on the CPU"

@@ -44,7 +44,9 @@ def load_as_it_is(config: str, overrides: Sequence[str], request: Any) -> RunCon
     return load_config(config, overrides, world_size=world_size())
 
 
-def load_to_check(config: str, overrides: Sequence[str], request: requests.CheckRequest) -> RunConfig:
+def load_to_check(
+    config: str, overrides: Sequence[str], request: requests.CheckRequest | requests.DryRunRequest
+) -> RunConfig:
     """For as many ranks as are asked about. Raises ConfigError for none."""
     if request.world_size < 1:
         raise ConfigError(f"--world-size: got {request.world_size}, need an integer greater than 0")
@@ -100,6 +102,12 @@ def _field(run: RunConfig, key: str) -> object:
         if value is _ABSENT:
             raise ConfigError(f"--field {key}: the configuration has no such field")
     return value
+
+
+def dry_run(run: RunConfig, request: requests.DryRunRequest) -> None:
+    from rcm_megatron.dryrun.command import dry_run
+
+    dry_run(run, request)
 
 
 def preflight(run: RunConfig, request: requests.PreflightRequest) -> None:
@@ -172,6 +180,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "sample": Command(requests.SampleRequest, sample, load_for_inference),
     "export": Command(requests.ExportRequest, export, load_for_inference),
     "check": Command(requests.CheckRequest, check, load_to_check),
+    "dryrun": Command(requests.DryRunRequest, dry_run, load_to_check),
     "preflight": Command(requests.PreflightRequest, preflight, load_as_it_is),
     "convert": Command(requests.ConvertRequest, convert),
     "build-dataset": {

@@ -21,7 +21,7 @@ def shard_weights(
     if group.size() == 1 and not offload:
         return list(chunks)
     mesh = DeviceMesh.from_group(group, this_device().type)
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    policy = CPUOffloadPolicy(pin_memory=this_device().type == "cuda") if offload else OffloadPolicy()
     for chunk in chunks:
         for module in (*chunk.blocks.values(), chunk):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)

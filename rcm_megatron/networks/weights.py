@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,9 @@ from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_c
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
+
+Fill = Callable[[RunConfig, str, Sequence[DiffusionTransformer]], object]
+"""Called with a run, a role and this rank's chunks of its network, whose weights are then set."""
 
 
 def initial_weights(run: RunConfig, role: str) -> CheckpointSource:
@@ -27,6 +30,11 @@ def load_weights(chunks: Sequence[DiffusionTransformer], source: Mapping[str, Te
     place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": stage.count > 1}
     load_into(chunks, source, model_config=chunks[0].model, **place)
     return list(chunks)
+
+
+def fill_with_initial_weights(run: RunConfig, role: str, chunks: Sequence[DiffusionTransformer]) -> None:
+    """Every rank reads its own slices of `initial_weights`."""
+    load_weights(chunks, initial_weights(run, role))
 
 
 def seeded_weights(model: ModelConfig, *, seed: int) -> CheckpointSource:

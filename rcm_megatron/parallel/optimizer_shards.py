@@ -38,6 +38,11 @@ class OwnedShard:
     """Elements of the bucket that each rank of `group` owns."""
 
     @property
+    def main_is_view(self) -> bool:
+        """Whether `main` is a part of an fp32 parameter itself, and not a copy of a narrower one."""
+        return self.parameter.dtype == self.main.dtype
+
+    @property
     def whole(self) -> bool:
         """Whether this rank owns all of the parameter."""
         return self.stop - self.start == self.parameter.numel()

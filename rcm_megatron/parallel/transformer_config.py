@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rcm_megatron.platform.device import has_gpu
 from rcm_megatron.platform.megatron import prepare_megatron
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _degrees(parallel: ParallelConfig) -> dict[str, Any]:
 def _sending(parallel: ParallelConfig, overlap: bool | None, deallocate: bool | None) -> dict[str, bool]:
     """How stages send what they have computed; None: as `transformer_config` says."""
     if overlap is None:
-        overlap = torch.cuda.is_available() and (parallel.vpp or 1) > 1
+        overlap = has_gpu() and (parallel.vpp or 1) > 1
     if deallocate is None:
         deallocate = not overlap
     if overlap and deallocate:

@@ -1,8 +1,12 @@
-"""This process's device, the torch.distributed backend that goes with it, and joining the other processes."""
+"""What this process runs on: its device, the torch.distributed backend that goes with it, and joining the other processes.
+
+All decisions that depend on the machine ask here, so that a dry run can describe one that is not there (`stand_in`).
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -10,14 +14,48 @@ import torch
 import torch.distributed as dist
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a rank runs on."""
+
+    device: torch.device
+    backend: str
+    """Of torch.distributed."""
+    has_gpu: bool
+    """Whether what only a GPU can do is done: memory apart from the host's, messages beside compute."""
+
+
+_described: Target | None = None
+
+
+def target() -> Target:
+    """This process's CUDA device with NCCL, the CPU with Gloo where there is none, or what `stand_in` described."""
+    if _described is not None:
+        return _described
+    if torch.cuda.is_available():
+        return Target(torch.device("cuda", torch.cuda.current_device()), "nccl", has_gpu=True)
+    return Target(torch.device("cpu"), "gloo", has_gpu=False)
+
+
+def stand_in(described: Target) -> None:
+    """From here on `described` is what this process runs on. Call it before anything asks; there is no way back."""
+    global _described
+    _described = described
+
+
 def this_device() -> torch.device:
     """This process's current CUDA device, or the CPU where there is no CUDA."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return target().device
+
+
+def has_gpu() -> bool:
+    """Whether `this_device()` is a GPU, or stands for one."""
+    return target().has_gpu
 
 
 def backend() -> str:
     """The torch.distributed backend that goes with `this_device()`."""
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return target().backend
 
 
 def init_distributed(*, timeout: timedelta = timedelta(minutes=10)) -> None:

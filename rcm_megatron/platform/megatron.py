@@ -16,6 +16,7 @@ import torch
 
 from rcm_megatron.errors import InstallationError
 from rcm_megatron.platform import MEGATRON_VERSION, megatron_cpu, released
+from rcm_megatron.platform.device import this_device
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ _import_megatron()
 
 @functools.cache
 def prepare_megatron() -> None:
-    """Check Megatron's version and, without CUDA, make it run on the CPU. Call before building anything; idempotent.
+    """Check Megatron's version and, without CUDA, make it run on `this_device()`. Call before building anything; idempotent.
 
     Raises InstallationError for a Megatron that is not the one this was written for."""
     _check_version()
@@ -66,7 +67,7 @@ def prepare_megatron() -> None:
     _silence("megatron.core.distributed.distributed_data_parallel", "full_param_layout not provided")
     _silence("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated")
     if not torch.cuda.is_available():
-        megatron_cpu.install(MEGATRON_VERSION)
+        megatron_cpu.install(MEGATRON_VERSION, this_device())
 
 
 def _silence(logger: str, message: str) -> None:

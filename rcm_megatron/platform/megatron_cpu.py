@@ -1,4 +1,4 @@
-"""What makes Megatron-Core run on CPU/Gloo; nothing here is needed, or done, where there is CUDA.
+"""What makes Megatron-Core run on CPU/Gloo, or on a dry run's stand-in; nothing here is needed, or done, where there is CUDA.
 
 Megatron-Core has no CPU device. It asks for one in three ways, and `install()` answers each:
 `torch.cuda.*` functions (replaced), random-state helpers of `tensor_parallel.random` (replaced), and the literals
@@ -13,19 +13,14 @@ import importlib
 import inspect
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from rcm_megatron.errors import InstallationError
 
-LITERALS = {
-    "cuda": "cpu",
-    "torch.cuda.FloatTensor": "torch.FloatTensor",
-    "torch.cuda.HalfTensor": "torch.HalfTensor",
-    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
-}
+LITERALS = ("cuda", "torch.cuda.FloatTensor", "torch.cuda.HalfTensor", "torch.cuda.BFloat16Tensor")
 
 REWRITTEN_FUNCTIONS = {
     "0.16.1": {
@@ -50,16 +45,18 @@ REWRITTEN_FUNCTIONS = {
 """Version of megatron-core -> module -> how many of its functions hold one of LITERALS."""
 
 
-def install(version: str) -> None:
-    """Count, rewrite and replace what megatron-core `version` needs; once in a process, by `megatron.prepare_megatron`.
+def install(version: str, device: torch.device) -> None:
+    """Count, rewrite and replace what megatron-core `version` needs to run on `device`; once in a process, by
+    `megatron.prepare_megatron`.
 
     Raises InstallationError, with nothing changed, where a module does not have as many places as that version."""
     need = REWRITTEN_FUNCTIONS[version]
-    rewritten = {name: _rewritten_functions(importlib.import_module(name)) for name in need}
+    literals = _literals_of(device)
+    rewritten = {name: _rewritten_functions(importlib.import_module(name), literals) for name in need}
     for name, functions in rewritten.items():
         _check_count(name, got=len(functions), need=need[name], version=version)
     _replace_random_state(version)
-    _replace_cuda_functions()
+    _replace_cuda_functions(device)
     for functions in rewritten.values():
         for function, code in functions.items():
             function.__code__ = code
@@ -74,9 +71,14 @@ def _check_count(module_name: str, *, got: int, need: int, version: str) -> None
         )
 
 
-def _replace_cuda_functions() -> None:
-    cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu  # Megatron passes its result on as device=...
+def _literals_of(device: torch.device) -> dict[str, str]:
+    """What takes the place of each of LITERALS: "cpu" and "torch.FloatTensor", or "gpu" and "torch.gpu.FloatTensor"."""
+    module = "torch." if device.type == "cpu" else f"torch.{device.type}."
+    return {name: name.replace("torch.cuda.", module) if "." in name else device.type for name in LITERALS}
+
+
+def _replace_cuda_functions(device: torch.device) -> None:
+    torch.cuda.current_device = lambda: device  # Megatron passes its result on as device=...
     torch.cuda.synchronize = lambda device=None: None
     # From 0.19 on, DDP asks for the stream before it knows whether there is anything to wait for.
     torch.cuda.current_stream = lambda device=None: None
@@ -98,9 +100,11 @@ def _replace_random_state(version: str) -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-def _rewritten_functions(module: types.ModuleType) -> dict[types.FunctionType, types.CodeType]:
-    """The functions of `module` that hold one of LITERALS, each with its code for the CPU."""
-    rewritten = {function: _with_cpu_literals(function.__code__) for function in _functions_of(module)}
+def _rewritten_functions(
+    module: types.ModuleType, literals: Mapping[str, str]
+) -> dict[types.FunctionType, types.CodeType]:
+    """The functions of `module` that hold one of ``literals``, each with its code without them."""
+    rewritten = {function: _with_literals(function.__code__, literals) for function in _functions_of(module)}
     return {function: code for function, code in rewritten.items() if code is not function.__code__}
 
 
@@ -115,14 +119,14 @@ def _functions_of(module: types.ModuleType) -> Iterator[types.FunctionType]:
                     yield function
 
 
-def _with_cpu_literals(constant: Any) -> Any:
-    """`constant` (of a code object; code objects and tuples nest) with LITERALS replaced; itself if it holds none."""
+def _with_literals(constant: Any, literals: Mapping[str, str]) -> Any:
+    """`constant` (of a code object; code objects and tuples nest) with ``literals`` replaced; itself if it holds none."""
     if isinstance(constant, str):
-        return LITERALS.get(constant, constant)
+        return literals.get(constant, constant)
     if isinstance(constant, tuple):
-        replaced = tuple(map(_with_cpu_literals, constant))
+        replaced = tuple(_with_literals(part, literals) for part in constant)
         return constant if all(new is old for new, old in zip(replaced, constant, strict=True)) else replaced
     if isinstance(constant, types.CodeType):
-        constants = _with_cpu_literals(constant.co_consts)
+        constants = _with_literals(constant.co_consts, literals)
         return constant if constants is constant.co_consts else constant.replace(co_consts=constants)
     return constant

@@ -60,6 +60,11 @@ class Timers:
         self._recycle()
         self._open, self._start = ["other"], self._now()
 
+    @property
+    def current(self) -> str:
+        """The phase that is open."""
+        return self._open[-1]
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """``with timers.phase("rollout"): …`` for a name of :attr:`phases`. Raises KeyError for another."""

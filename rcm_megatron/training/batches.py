@@ -50,10 +50,11 @@ def random_samples(run: RunConfig, layout: TokenLayout, groups: ParallelGroups) 
     count = trainer.global_batch_size // (trainer.micro_batch_size * groups.dp_size)
     null = SeededDraws(0, 0, [0]).normal("data/null_text", (model.text_len, model.text_dim)).transpose(0, 1)
     rows = [micro_batch_indices(first=0, micro_batch=index, **place) for index in range(count)]
-    return samples_of(run, layout, [_random_batch(run, of) for of in rows], null.to(this_device()), 0)
+    return samples_of(run, layout, [random_batch(run, of) for of in rows], null.to(this_device()), 0)
 
 
-def _random_batch(run: RunConfig, indices: Sequence[int]) -> Batch:
+def random_batch(run: RunConfig, indices: Sequence[int]) -> Batch:
+    """A micro-batch of random latents, texts and images for the samples ``indices``, on the CPU; the same in every run."""
     draws, model, images = SeededDraws(0, 0, indices), run.model, image_shapes(run)
     latent, embed = images["image_latent_shape"], images["image_embed_shape"]
     return Batch(

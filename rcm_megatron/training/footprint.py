@@ -50,7 +50,9 @@ def standing_bytes(run: RunConfig, parameters: Mapping[str, Sequence[nn.Paramete
 
 
 def log_footprint(run: RunConfig, groups: ParallelGroups, *, world_size: int) -> None:
-    """One line of the layout, one of the memory."""
+    """One line of the layout, one of the memory, where somebody reads them."""
+    if not log.isEnabledFor(logging.INFO):
+        return
     parameters = parameters_of(run, groups)
     found = standing_bytes(run, parameters, shards=groups.dp_cp.size())
     counts = {role: sum(p.numel() for p in own) / 1e6 for role, own in parameters.items()}

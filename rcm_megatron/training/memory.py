@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rcm_megatron.config import ConfigError, RunConfig
 from rcm_megatron.parallel.optimizer_shards import owned_shards
+from rcm_megatron.platform.device import this_device
 
 
 class Trained(Protocol):
@@ -26,9 +27,9 @@ class Trained(Protocol):
     optimizer: MegatronOptimizer
 
 
-def check_memory(run: RunConfig, *, has_cuda: bool) -> None:
+def check_memory(run: RunConfig, *, has_gpu: bool) -> None:
     """Raise ConfigError for policies that this machine cannot follow; before any weight is read."""
-    if has_cuda:
+    if has_gpu:
         return
     asked, instead = [], []
     for role in run.roles:
@@ -55,18 +56,20 @@ class OptimizerOffload:
     def __init__(self, optimizer: MegatronOptimizer) -> None:
         self._optimizer = optimizer
         self._host: list[Tensor] = []
-        self._storages: list[torch.UntypedStorage] = []
+        self._state: list[Tensor] = []
+        """Of what was put away, the bytes."""
         self._depth = 0
 
     def put_away(self) -> None:
         """Copy the state to the host and free it on the device."""
-        self._storages = list(_state_storages(self._optimizer))
-        if [copy.numel() for copy in self._host] != [storage.nbytes() for storage in self._storages]:
-            pinned = torch.cuda.is_available()
-            self._host = [torch.empty(s.nbytes(), dtype=torch.uint8, pin_memory=pinned) for s in self._storages]
-        for copy, storage in zip(self._host, self._storages, strict=True):
-            copy.copy_(_bytes_of(storage), non_blocking=True)
-            storage.resize_(0)
+        self._state = [tensor.detach().view(torch.uint8) for tensor in _state_of(self._optimizer)]
+        assert all(state.numel() == state.untyped_storage().nbytes() for state in self._state), "a part of a storage"
+        if [copy.numel() for copy in self._host] != [state.numel() for state in self._state]:
+            pinned = this_device().type == "cuda"
+            self._host = [torch.empty(s.numel(), dtype=torch.uint8, pin_memory=pinned) for s in self._state]
+        for copy, state in zip(self._host, self._state, strict=True):
+            copy.copy_(state, non_blocking=True)
+            state.untyped_storage().resize_(0)
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -82,23 +85,17 @@ class OptimizerOffload:
                 self.put_away()
 
     def _bring_back(self) -> None:
-        for copy, storage in zip(self._host, self._storages, strict=True):
-            storage.resize_(copy.numel())
-            _bytes_of(storage).copy_(copy, non_blocking=True)
+        for copy, state in zip(self._host, self._state, strict=True):
+            state.untyped_storage().resize_(copy.numel())
+            state.copy_(copy, non_blocking=True)
 
 
-def _state_storages(optimizer: MegatronOptimizer) -> Iterator[torch.UntypedStorage]:
-    """Storages of Adam's moments and of the main parameters that are not views of the model's."""
+def _state_of(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Adam's moments and the main parameters that are not views of the model's: each is the whole of its storage."""
     for shard in owned_shards(optimizer):
-        main = shard.main.untyped_storage()
-        if main.data_ptr() != shard.parameter.untyped_storage().data_ptr():
-            yield main
-        for moment in shard.adam_state().values():
-            yield moment.untyped_storage()
-
-
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        if not shard.main_is_view:
+            yield shard.main
+        yield from shard.adam_state().values()
 
 
 class Residency:

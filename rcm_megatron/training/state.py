@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -21,12 +20,13 @@ from rcm_megatron.networks.build import build_network, frozen
 from rcm_megatron.networks.kernels import choose_kernels
 from rcm_megatron.networks.roles import Networks
 from rcm_megatron.networks.sharding import shard_weights
-from rcm_megatron.networks.weights import initial_weights, load_weights
+from rcm_megatron.networks.weights import Fill, fill_with_initial_weights
 from rcm_megatron.objectives.plan import Step, optimizer_resets
 from rcm_megatron.objectives.samples import Samples
 from rcm_megatron.objectives.work import ObjectiveResult
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.parallel.pipeline import reduce_gradients, unwrapped
+from rcm_megatron.platform.device import has_gpu
 from rcm_megatron.registries import OBJECTIVES
 from rcm_megatron.runtime.timers import Timers, attach
 from rcm_megatron.training.footprint import log_footprint
@@ -132,23 +132,23 @@ def timers_of(run: RunConfig) -> Timers:
     return Timers(phase for name in run.objectives_used for phase in OBJECTIVES[name].phases)
 
 
-def build_networks(run: RunConfig, groups: ParallelGroups) -> Networks:
-    """The networks that the stages of ``run`` need, with their weights: trained ones under Megatron's DDP, the others frozen."""
-    check_memory(run, has_cuda=torch.cuda.is_available())
+def build_networks(run: RunConfig, groups: ParallelGroups, *, fill: Fill = fill_with_initial_weights) -> Networks:
+    """The networks that the stages of ``run`` need, with the weights of ``fill``: trained ones under Megatron's DDP, the others frozen."""
+    check_memory(run, has_gpu=has_gpu())
     choose_kernels(run, run.roles, dtype=DTYPES[run.precision.params_dtype])
     # All of them before any weight is read, because a machine without Transformer Engine may refuse.
     specs = {
         role: choose_layer_spec(run.precision, fp8_role=role if run.networks[role].fp8 else None) for role in run.roles
     }
     log_footprint(run, groups, world_size=dist.get_world_size())
-    chunks = {role: _build(run, role, groups, specs[role]) for role in run.roles}
+    chunks = {role: _build(run, role, groups, specs[role], fill) for role in run.roles}
     return Networks(layout=unwrapped(next(iter(chunks.values()))[0]).layout, **chunks)
 
 
-def _build(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec) -> list[nn.Module]:
+def _build(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec, fill: Fill) -> list[nn.Module]:
     """This rank's pieces of one network."""
     chunks = build_network(run, role, groups, spec=spec, recompute=run.memory.recompute)
-    load_weights(chunks, initial_weights(run, role))
+    fill(run, role, chunks)
     if role in run.trained_roles:
         return wrap_ddp(chunks, chunks[0].config)
     weights = run.networks[role].weights

@@ -14,29 +14,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from rcm_megatron.checkpoint.folders import checkpoint_folder, find_latest, remove_old, set_aside_after
-from rcm_megatron.checkpoint.resuming import (
-    Resumable,
-    architectures,
-    begin_anew,
-    begins_anew,
-    check_resume,
-    mark_ended,
-)
-from rcm_megatron.checkpoint.saver import CheckpointSaver
+from rcm_megatron.checkpoint.folders import checkpoint_folder, remove_old, set_aside_after
+from rcm_megatron.checkpoint.resuming import Resumable, architectures, mark_ended
 from rcm_megatron.config import RunConfig, StageConfig, to_yaml
 from rcm_megatron.config.roles import parts_of
-from rcm_megatron.data.dali import Batch, LatentLoader
-from rcm_megatron.data.manifest import load_or_build_manifest
-from rcm_megatron.data.samples import SampleSource
+from rcm_megatron.data.dali import Batch
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.files import write_atomically
-from rcm_megatron.inference.conditioning import image_shapes
-from rcm_megatron.inference.encoding import check_encoders, load_null_text
+from rcm_megatron.inference.encoding import check_encoders
 from rcm_megatron.objectives.plan import Step, plan_step
-from rcm_megatron.parallel.broadcast import computed_once
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
@@ -47,10 +34,11 @@ from rcm_megatron.runtime.watchdog import STARTUP_FACTOR, Watchdog
 from rcm_megatron.training.batches import samples_of
 from rcm_megatron.training.divergence import Diverged, Refusals
 from rcm_megatron.training.flops import Throughput
-from rcm_megatron.training.metrics import MetricLogger, peak_memory_gib
+from rcm_megatron.training.metrics import peak_memory_gib
 from rcm_megatron.training.preview import write_previews
 from rcm_megatron.training.replicas import require_same_rows
 from rcm_megatron.training.state import TrainState, Updated, build_networks, timers_of
+from rcm_megatron.training.surroundings import Surroundings
 from rcm_megatron.training.wandb_mode import wandb_mode
 
 log = logging.getLogger(__name__)
@@ -77,31 +65,28 @@ def stage_at(run: RunConfig, iteration: int) -> tuple[int, int]:
 class Trainer:
     """One run on this rank's share of the layout. Build it on all ranks, call :meth:`train`, then :meth:`close`."""
 
-    def __init__(self, run: RunConfig, groups: ParallelGroups) -> None:
+    def __init__(self, run: RunConfig, groups: ParallelGroups, *, meets: Surroundings | None = None) -> None:
+        """``meets``: where data, weights, checkpoints and logs come from and go; by default as the configuration says."""
+        meets = meets or Surroundings()
         self.run, self.groups, self.progress = run, groups, Progress()
         self.timers = timers_of(run)
         self.stop, self.refusals = StopRequest(), Refusals()
-        resumable = find_resumable(run)  # what is refused is refused before anything is built
+        resumable = meets.find_resumable(run)  # what is refused is refused before anything is built
         # Before the networks: a text encoder needs room of its own.
-        self.null_text_L1D = load_null_text(run).to(this_device())
-        self.state = TrainState(run, build_networks(run, groups), timers=self.timers)
+        self.null_text_L1D = meets.null_text(run).to(this_device())
+        self.state = TrainState(run, build_networks(run, groups, fill=meets.fill), timers=self.timers)
         self.layout = self.state.networks.layout
-        self.loader = build_loader(run, groups)
+        self.loader = meets.loader(run, groups)
         if resumable is not None:
             self._resume(resumable)
-        self.saver = CheckpointSaver(
-            checkpoint_folder(run),
-            keep=max(run.trainer.keep_checkpoints, 2),
-            keep_every=run.trainer.keep_every,
-            background=run.trainer.async_checkpoint,
-        )
+        self.saver = meets.saver(run)
         self.save_error: str | None = None
         """Why the newest save that has ended failed, the same on all ranks."""
         self._due = False
         self._to_delete = run.trainer.keep_checkpoints == 1
         """Whether a checkpoint may be left that the newest has outlived."""
         self.throughput = Throughput(run, devices=dist.get_world_size())
-        self.logger = MetricLogger(run, start=self.progress.iteration, total=run.total_steps)
+        self.logger = meets.logger(run, self.progress.iteration)
 
     @property
     def last_iteration(self) -> int:
@@ -114,7 +99,7 @@ class Trainer:
         failed.
         """
         while self.progress.iteration < self.last_iteration:
-            self._iterate()
+            self.iterate()
             stop, done = self.stop.agreed(), self.progress.iteration
             beat()
             if self.saver.finished:
@@ -195,7 +180,8 @@ class Trainer:
         if dist.get_rank() == 0:
             log.error(self.save_error)
 
-    def _iterate(self) -> None:
+    def iterate(self) -> None:
+        """One iteration, from its data to its record."""
         iteration = self.progress.iteration
         self.timers.restart()
         index, within = stage_at(self.run, iteration)
@@ -276,46 +262,6 @@ class Trainer:
             print(f"resuming at iteration {self.progress.iteration} from {resumable.path}", flush=True)
             for note in notes:
                 print(f"resuming: {note}", flush=True)
-
-
-def find_resumable(run: RunConfig) -> Resumable | None:
-    """The checkpoint to go on from, checked; call on all ranks. With `trainer.resume=false` it is set aside first, once."""
-
-    def prepare() -> Tensor:
-        if begins_anew(run):
-            begin_anew(run)
-        return torch.zeros(())
-
-    computed_once(prepare, device=this_device())
-    latest = find_latest(checkpoint_folder(run), set_aside=True)
-    return None if latest is None else check_resume(run, latest)
-
-
-def build_loader(run: RunConfig, groups: ParallelGroups) -> LatentLoader:
-    """The loader of this data-parallel rank; rank 0 indexes the shards first if nobody has."""
-    folder, on_error = run.data.folder, run.data.on_error
-    if dist.get_rank() == 0:
-        load_or_build_manifest(folder, on_error=on_error)
-    dist.barrier()
-    source = SampleSource(
-        load_or_build_manifest(folder, on_error=on_error),
-        seed=run.seed,
-        latent_shape=run.latent.shape_CTHW,
-        text_len=run.model.text_len,
-        text_dim=run.model.text_dim,
-        on_error=on_error,
-        **image_shapes(run),
-    )
-    return LatentLoader(
-        source,
-        micro_batch_size=run.trainer.micro_batch_size,
-        dp_rank=groups.dp_rank,
-        dp_size=groups.dp_size,
-        global_batch_size=run.trainer.global_batch_size,
-        num_threads=run.data.num_threads,
-        prefetch=run.data.prefetch,
-        device=this_device(),
-    )
 
 
 def main(run: RunConfig) -> None:

@@ -88,7 +88,7 @@ def _state_around(trainer, watched_iteration):
     """Notes the student's weights and moments before and after an iteration."""
     from tests.distributed.tiny_run import whole_weights
 
-    noted, iterate = {}, trainer._iterate
+    noted, iterate = {}, trainer.iterate
 
     def watched():
         iteration = trainer.progress.iteration
@@ -112,7 +112,7 @@ def _state_around(trainer, watched_iteration):
             "ema": [s.clone() for s in trainer.state.trained["student"].ema.shards],
         }
 
-    trainer._iterate = watched
+    trainer.iterate = watched
     return noted
 
 
@@ -201,14 +201,14 @@ EMBEDDERS = ("text_embedding.", "time_embedding.", "time_projection.")
 
 def digests_of_embedders(trainer):
     """Notes a digest of the embedders' bits of each chunk of each trained network after every iteration."""
-    noted, iterate = {"digests": []}, trainer._iterate
+    noted, iterate = {"digests": []}, trainer.iterate
 
     def watched():
         iterate()
         for network in ("student", "fake_score"):
             noted["digests"].append([_digest(chunk.module) for chunk in trainer.state.networks[network]])
 
-    trainer._iterate = watched
+    trainer.iterate = watched
     return noted
 
 

@@ -51,14 +51,14 @@ def main():
 
     kind, iteration = os.environ.get("RCM_TEST_FAULT", "none:0").split(":")
     if kind != "none" and all(int(os.environ.get(name, "0")) == 0 for name in ATTEMPTS):
-        iterate = Trainer._iterate
+        iterate = Trainer.iterate
 
         def interrupted(trainer):
             if trainer.progress.iteration == int(iteration):
                 KINDS[kind](trainer)
             iterate(trainer)
 
-        Trainer._iterate = interrupted
+        Trainer.iterate = interrupted
     sys.exit(__main__.main(sys.argv[1:]))
 
 

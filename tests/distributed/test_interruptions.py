@@ -144,7 +144,7 @@ def test_a_hang_shows_where_each_rank_stood_and_the_restart_finishes(runs):
     stacks = [(runs.folder / "hang" / "stacks" / f"rank_{rank}.txt").read_text() for rank in range(2)]
     assert all(text.count("no step for 30 s") == 1 for text in stacks), stacks
     assert "in hang_in_step" in stacks[1] and "in hang_in_step" not in stacks[0]
-    assert "in _iterate" in stacks[0] and "in _iterate" not in stacks[1]
+    assert "in iterate" in stacks[0] and "in iterate" not in stacks[1]
     assert_same_curves(lines, records(runs.folder / "hang"), rel=0.0)
 
 

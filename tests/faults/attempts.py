@@ -189,13 +189,13 @@ def _note_failed_save(trainer):
 
 
 def _after_each_iteration(trainer, act):
-    iterate = trainer._iterate
+    iterate = trainer.iterate
 
     def iterate_and_act():
         iterate()
         act(trainer.progress.iteration)
 
-    trainer._iterate = iterate_and_act
+    trainer.iterate = iterate_and_act
 
 
 def _keep_clock(trainer, folder):

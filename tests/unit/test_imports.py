@@ -79,11 +79,24 @@ ALLOWED = {
         "training",
         "conformance",
     },
+    "dryrun": MODELS
+    | {
+        "platform",
+        "networks",
+        "data",
+        "objectives",
+        "runtime",
+        "training",
+        "requests",
+        "reports",
+        "dryrun",
+        "registries",
+    },
     "reports": {"errors", "registries", "requests", "reports"},
     "cli": {"errors", "config", "paths", "requests", "cli"}
-    | {"checkpoint", "cluster", "conformance", "datasets", "inference", "reports", "training"},
+    | {"checkpoint", "cluster", "conformance", "datasets", "dryrun", "inference", "reports", "training"},
 }
-"""Part of the program -> the parts it may import. cli imports the last seven when a command runs; `registries` names four for types."""
+"""Part of the program -> the parts it may import. cli imports the last eight when a command runs; `registries` names four for types."""
 
 EXTERNAL = {
     "config": {"yaml"},

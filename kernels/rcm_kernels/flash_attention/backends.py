@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rcm_kernels.choice import Choice
 from rcm_kernels.flash_attention import reference
+from rcm_kernels.gpu import capability
 
 CUDNN_VERSION, CUDNN_HEAD_DIM = 91501, 128
 
@@ -39,7 +40,7 @@ def candidates(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     10.x, and is torch's own first choice there; on other GPUs torch puts it behind flash attention, so that it is taken by name only.
     """
     if device == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim <= 256:
-        major, _ = torch.cuda.get_device_capability()
+        major, _ = capability()
         newer = ["flash_attn_3"] if major == 9 else []
         newer += ["cudnn"] if major in (9, 10) and head_dim <= CUDNN_HEAD_DIM else []
         return [*newer, "flash_attn_2", "aten_cuda", "triton", "reference"]
@@ -96,7 +97,8 @@ def _aten_cpu() -> Backend:
     return Backend("aten_cpu", forward, backward)
 
 
-def _aten_cuda() -> Backend:
+def aten_cuda() -> Backend:
+    """PyTorch's own flash attention, unchecked."""
     forward_op = torch.ops.aten._scaled_dot_product_flash_attention
     backward_op = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
@@ -113,7 +115,7 @@ def _aten_cuda() -> Backend:
         grads = backward_op(*padded, lse.contiguous(), *ends, 0.0, False, seed, seed, scale=scale)
         return _tokens_first(*(x[..., : q.shape[-1]] for x in grads))
 
-    return _checked(Backend("aten_cuda", forward, backward))
+    return Backend("aten_cuda", forward, backward)
 
 
 def _cudnn() -> Backend:
@@ -235,7 +237,7 @@ _LOADERS: dict[str, Callable[[], Backend]] = {
     "flash_attn_3": _flash_attn_3,
     "flash_attn_2": _flash_attn_2,
     "cudnn": _cudnn,
-    "aten_cuda": _aten_cuda,
+    "aten_cuda": lambda: _checked(aten_cuda()),
     "aten_cpu": _aten_cpu,
     "triton": _triton,
     "reference": lambda: Backend("reference", reference.forward, reference.backward),

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rcm_kernels.configs import Config, config_for
-from rcm_kernels.launch import check_tensors, last_dim_dense, on_device_of, strides, tile_sizes, tile_types
+from rcm_kernels.launch import check_tensors, last_dim_dense, launch, strides, tile_sizes, tile_types
 from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
 
@@ -187,22 +187,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Config | N
     o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((b, n, s), dtype=torch.float32)
     config = config or config_for("forward", q)
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
-    with on_device_of(q):
-        forward_kernel[grid](
-            q,
-            k,
-            v,
-            o,
-            lse,
-            *strides(q, k, v),
-            scale,
-            s,
-            k.shape[0],
-            b,
-            n,
-            **tile_sizes(config, d),
-            **tile_types(q.dtype),
-        )
+    arguments = q, k, v, o, lse, *strides(q, k, v), scale, s, k.shape[0], b, n
+    launch(forward_kernel, grid, *arguments, **tile_sizes(config, d), **tile_types(q.dtype))
     return o, lse
 
 
@@ -233,15 +219,14 @@ def backward(
     dq_grid = (triton.cdiv(s, dq_config.block_m) * b * n, triton.cdiv(d, dq_config.block_e))
     dk_grid = (triton.cdiv(keys, dk_config.block_m) * b * n, triton.cdiv(d, dk_config.block_e))
     types = tile_types(q.dtype)
-    with on_device_of(q):
-        backward_kernel[dq_grid](
-            q, do, k, v, lse, delta, dq_sum, None, *strides(q, do, k, v), scale, s, keys, s, b, n,
-            KEYS_STAY=False, ACCUMULATE=dq is not None, **tile_sizes(dq_config, d), **types,
-        )  # fmt: skip
-        backward_kernel[dk_grid](
-            k, v, q, do, lse, delta, dk, dv, *strides(k, v, q, do), scale, keys, s, s, b, n,
-            KEYS_STAY=True, ACCUMULATE=False, **tile_sizes(dk_config, d), **types,
-        )  # fmt: skip
+    launch(
+        backward_kernel, dq_grid, q, do, k, v, lse, delta, dq_sum, None, *strides(q, do, k, v), scale, s, keys, s, b, n,
+        KEYS_STAY=False, ACCUMULATE=dq is not None, **tile_sizes(dq_config, d), **types,
+    )  # fmt: skip
+    launch(
+        backward_kernel, dk_grid, k, v, q, do, lse, delta, dk, dv, *strides(k, v, q, do), scale, keys, s, s, b, n,
+        KEYS_STAY=True, ACCUMULATE=False, **tile_sizes(dk_config, d), **types,
+    )  # fmt: skip
     return dq_sum, dk, dv
 
 
@@ -257,8 +242,8 @@ def _checked_sum(dq: Tensor, q: Tensor) -> Tensor:
 def _delta(do: Tensor, o: Tensor, lse: Tensor) -> Tensor:
     """sum(do * o) over the head dim, [b, n, s] like `lse`."""
     (s, b, n, d), delta, tile = do.shape, torch.empty_like(lse), 64
-    with on_device_of(do):
-        delta_kernel[(triton.cdiv(s, tile) * b * n,)](
-            do, o, delta, *strides(do, o), s, n, HEAD_DIM=d, BLOCK_D=triton.next_power_of_2(d), BLOCK_M=tile
-        )
+    launch(
+        delta_kernel, (triton.cdiv(s, tile) * b * n,), do, o, delta, *strides(do, o), s, n,
+        HEAD_DIM=d, BLOCK_D=triton.next_power_of_2(d), BLOCK_M=tile,
+    )  # fmt: skip
     return delta

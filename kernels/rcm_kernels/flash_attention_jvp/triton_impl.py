@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rcm_kernels.configs import Config, config_for
 from rcm_kernels.flash_attention_jvp.reference import Carry, check_call, in_type, without_keys
-from rcm_kernels.launch import check_tensors, last_dim_dense, on_device_of, strides, tile_sizes, tile_types
+from rcm_kernels.launch import check_tensors, last_dim_dense, launch, strides, tile_sizes, tile_types
 from rcm_kernels.tiles import LN2, LOG2E, load_rows, round_factor
 
 
@@ -238,13 +238,12 @@ def attention_jvp(
     config = config or config_for("jvp", q, irregular=not same_strides or chunk is not None)
     grid = (triton.cdiv(s, config.block_m) * b * n, triton.cdiv(d, config.block_e))
     carry, outputs = _carry_and_outputs(q, carry, out_dtype, update_carry=update_carry, pieces=grid[1])
-    with on_device_of(q):
-        forward_kernel[grid](
-            q, k, v, tq, tk, tv, *outputs, *carry, *strides(q, k, v, tq, tk, tv),
-            scale, s, num_keys, b, n, chunk or 1, q_offset, k_offset,
-            HAS_TK=tk is not None, SAME_STRIDES=same_strides, HAS_CARRY=carry[0] is not None, CHUNKED=chunk is not None,
-            **tile_sizes(config, d), **tile_types(q.dtype),
-        )  # fmt: skip
+    launch(
+        forward_kernel, grid, q, k, v, tq, tk, tv, *outputs, *carry, *strides(q, k, v, tq, tk, tv),
+        scale, s, num_keys, b, n, chunk or 1, q_offset, k_offset,
+        HAS_TK=tk is not None, SAME_STRIDES=same_strides, HAS_CARRY=carry[0] is not None, CHUNKED=chunk is not None,
+        **tile_sizes(config, d), **tile_types(q.dtype),
+    )  # fmt: skip
     return in_type(outputs, out_dtype)
 
 

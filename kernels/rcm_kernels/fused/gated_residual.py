@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcm_kernels.fused.launcher import batch_stride, empty_like, gradient_of, halves, launch, prepared, row_programs
+from rcm_kernels.fused.launcher import batch_stride, empty_like, gradient_of, halves, prepared, row_programs
+from rcm_kernels.launch import launch
 
 ROWS, BLOCK_D, WARPS = 4, 512, 4
 """16 elements a thread; the vectors of a tile are loaded once for its rows."""

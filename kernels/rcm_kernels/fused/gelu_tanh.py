@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rcm_kernels.fused.launcher import empty_like, gradient_of, halves, launch, prepared, row_programs
+from rcm_kernels.fused.launcher import empty_like, gradient_of, halves, prepared, row_programs
+from rcm_kernels.launch import launch
 
 ROWS, BLOCK_F, WARPS = 4, 512, 4
 """16 elements a thread."""

@@ -1,15 +1,12 @@
-"""How the fused kernels are launched, and what they share."""
+"""What the launchers of the fused kernels share."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
-from rcm_kernels.launch import INTERPRETED, on_device_of
+from rcm_kernels.launch import INTERPRETED, runs_nothing
 
 MAX_BLOCK = 16384
 MAX_REGISTERS = 128
@@ -18,35 +15,11 @@ while the other reduces. The backward has sums over tokens too, and takes 16 war
 PROGRAMS = 512
 """Programs that sum gradients over tokens, each into its own fp32 row: about four for each of the 132 SMs of an H100 or H200."""
 
-Launch = tuple[JITFunction, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
-"""(kernel, grid, arguments, meta)."""
-_records: list[Launch] | None = None
-
-
-def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """Run `kernel` on the device of its first argument; under `recorded` only note the launch."""
-    if _records is not None:
-        _records.append((kernel, grid, arguments, meta))
-        return
-    with on_device_of(arguments[0]):
-        kernel[grid](*arguments, **meta)
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """The launches made inside, as (kernel, grid, arguments, meta), without running them: for meta tensors."""
-    global _records
-    _records = []
-    try:
-        yield _records
-    finally:
-        _records = None
-
 
 def prepared(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors with a dense last dimension. ValueError if Triton cannot run where they are."""
     device = first.device
-    if device.type != "cuda" and not INTERPRETED and _records is None:
+    if device.type != "cuda" and not INTERPRETED and not runs_nothing():
         raise ValueError(
             f"got a tensor on {device} for a fused kernel; need CUDA; fix: move it there or select_ops('auto') "
             "(TRITON_INTERPRET=1, set before the start, interprets the kernels on the CPU)"

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from rcm_kernels.benchmark import DTYPES
 from rcm_kernels.fused import gated_residual, gelu_tanh, layer_norm_modulate, rms_norm_rope
-from rcm_kernels.fused.launcher import Launch, recorded
+from rcm_kernels.launch import Launch, recorded
 
 # features, local heads, head dim: 14B and 1.3B on one GPU, 14B with tp=4
 SIZES = ((5120, 40, 128), (1536, 12, 128), (5120, 10, 128))

@@ -21,11 +21,11 @@ from rcm_kernels.fused.launcher import (
     empty_like,
     gradient_of,
     halves,
-    launch,
     prepared,
     row_programs,
     warps_of,
 )
+from rcm_kernels.launch import launch
 
 
 @triton.jit

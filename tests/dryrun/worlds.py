@@ -1,0 +1,116 @@
+"""The same runs twice: on real Gloo ranks and as ranks that are not there, both under a meter; functions of a rank for the harness."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rcm_megatron.config import RunConfig, build
+from tests.distributed.tiny_run import tiny_config
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and policies of the tiny run."""
+
+    world: int
+    parallel: dict = field(default_factory=dict)
+    changes: dict = field(default_factory=dict)
+    """Sections to merge."""
+    layers: int = 2
+    batch: int = 2
+    """Samples, two of which are a micro-batch."""
+    rollout: int = 1
+
+
+NONE, SELECTIVE = {"memory": {"recompute": "none"}}, {"memory": {"recompute": "selective"}}
+FREED = {"memory": {"free_idle_gradients": True}}
+SHARDED = {"networks": {"teacher": {"weights": "sharded"}}}
+BF16 = {"precision": {"params_dtype": "bf16"}}
+CASES = {
+    "one": Case(1),
+    "one_none": Case(1, changes=NONE),
+    "one_selective": Case(1, changes=SELECTIVE),
+    "one_bf16_freed": Case(1, changes=BF16 | FREED),
+    "dp2_sharded": Case(2, changes=SHARDED, batch=4),
+    "tp2": Case(2, {"tp": 2}),
+    "ring2": Case(2, {"ring": 2}),
+    "ulysses2": Case(2, {"ulysses": 2}),
+    "pp2": Case(2, {"pp": 2}, batch=4),
+    "pp2_vpp2": Case(2, {"pp": 2, "vpp": 2}, layers=4, batch=4),
+    "tp2_ring2_pp2": Case(8, {"tp": 2, "ring": 2, "pp": 2}, batch=4),
+}
+
+
+def run_of(case: Case) -> RunConfig:
+    """Two kinds of update: sCM with DMD, and the fake score, with one stage of two iterations a round."""
+    given = tiny_config(Path("nowhere"), num_layers=case.layers)
+    given["networks"]["teacher"]["init"] = None
+    given["parallel"] = dict(case.parallel)
+    given["stages"] = [{"name": "rcm", "steps": 8, "losses": {"scm": 1.0, "dmd": 1.0}, "student_update_freq": 2}]
+    given["distillation"]["max_rollout_steps"] = case.rollout
+    given["trainer"]["global_batch_size"] = case.batch
+    for section, fields in case.changes.items():
+        for name, value in fields.items():
+            inner = given.setdefault(section, {})
+            inner[name] = inner[name] | value if isinstance(value, dict) else value
+    return build(RunConfig, given)
+
+
+def real(names: list[str]) -> dict:
+    """{case: what `measure` says of this rank of a real run}. The ranks' groups are made anew for each case."""
+    from megatron.core import parallel_state
+
+    from rcm_megatron.dryrun.surroundings import no_files
+    from rcm_megatron.parallel.groups import initialize_parallel
+    from rcm_megatron.platform.megatron import prepare_megatron
+
+    prepare_megatron()
+    found = {}
+    for name in names:
+        run = run_of(CASES[name])
+        found[name] = _measured(run, initialize_parallel(run.parallel), no_files(has_memory=True))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def _measured(run, groups, meets):
+    from rcm_megatron.dryrun.counts import Groups
+    from rcm_megatron.dryrun.driver import measure
+    from rcm_megatron.dryrun.meter import Meter
+
+    meter = Meter(Groups(groups, gpus_per_node=2), device_type="cpu")
+    with meter:
+        return measure(run, groups, meter, meets=meets)
+
+
+def dry(names: list[str], rank: int, world: int) -> dict:
+    """{case: what `measure` says of ``rank`` of a world that is not there}."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from rcm_megatron.dryrun.surroundings import no_files
+    from rcm_megatron.dryrun.world import become, without_memory
+    from rcm_megatron.parallel.groups import initialize_parallel
+
+    dist.destroy_process_group()
+    become(rank, world_size=world, kind="cpu")
+    found = {}
+    for name in names:
+        run = run_of(CASES[name])
+        groups = initialize_parallel(run.parallel)
+        with without_memory(lambda launch: None, kind="cpu"):
+            found[name] = _measured(run, groups, no_files())
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return found
+
+
+def simulated(case: Case, rank: int, kind: str, whole: bool) -> dict:
+    """`simulate`, in a process of its own."""
+    import torch.distributed as dist
+
+    from rcm_megatron.dryrun.rank import simulate
+
+    dist.destroy_process_group()
+    found = simulate(run_of(case), rank=rank, world_size=case.world, kind=kind, gpus_per_node=2, whole=whole)
+    dist.destroy_process_group()
+    return found
