@@ -64,6 +64,8 @@ class NetworkInput:
     timestep_1B: Tensor | Dual
     text_LBD: Tensor
     condition: Condition | None = None
+    dropped_1B1: Tensor | None = None
+    """Samples of which a micro-batch holds zeros: a NaN that a network sees is in the gradient of every weight, whatever its loss."""
 
     @property
     def batch(self) -> int:
@@ -75,13 +77,13 @@ class NetworkInput:
         rows: Rows = slice(number * size, (number + 1) * size)
         if rows.stop > self.batch:
             rows = torch.arange(rows.start, rows.stop, device=self.text_LBD.device).clamp(max=self.batch - 1)
-        parts = (take(value, rows) for value in (self.x_SBP, self.timestep_1B, self.text_LBD))
-        return NetworkInput(*parts, None if self.condition is None else self.condition.rows(rows))
-
-    def without(self, dropped_1B1: Tensor) -> NetworkInput:
-        """With zeros for the samples that are dropped: a NaN that a network sees is in the gradient of every weight, whatever its loss."""
-        parts = (zeroed(value, dropped_1B1) for value in (self.x_SBP, self.timestep_1B, self.text_LBD))
-        return NetworkInput(*parts, None if self.condition is None else self.condition.without(dropped_1B1))
+        parts = [take(value, rows) for value in (self.x_SBP, self.timestep_1B, self.text_LBD)]
+        condition = None if self.condition is None else self.condition.rows(rows)
+        if self.dropped_1B1 is not None:
+            dropped_1B1 = take(self.dropped_1B1, rows)
+            parts = [zeroed(value, dropped_1B1) for value in parts]
+            condition = None if condition is None else condition.without(dropped_1B1)
+        return NetworkInput(*parts, condition)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -231,17 +231,16 @@ class Work(Generic[S]):
         sees zeros, their loss counts 0.
         """
         dropped_1B1 = self.layout.sum_per_sample(nonfinite_samples([*given.tensors, *targets.values()])) > 0
-        targets = {name: zeroed(value, dropped_1B1) for name, value in targets.items()}
 
         def of_micro_batch(v: Tensor | Dual, *, dropped: Tensor, **part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            found = _masked(loss(v, **part), dropped)
+            found = _masked(loss(v, **{name: zeroed(value, dropped) for name, value in part.items()}), dropped)
             mean = self.weight * found.elements_SBP.sum() / found.elements_SBP.shape[1]
             return mean, self._reported(found)
 
         chunks = self.networks[self.step.trained]
         reported = accumulate_gradients(
             chunks,
-            given.without(dropped_1B1),
+            replace(given, dropped_1B1=dropped_1B1),
             of_micro_batch,
             targets | {"dropped": dropped_1B1},
             micro_batch_size=self.samples.at_a_time,

@@ -195,13 +195,15 @@ class Trainer:
             if self.run.data.on_error == "skip":
                 require_same_rows(loaded, self.groups)
         samples = samples_of(self.run, self.layout, loaded, self.null_text_L1D, iteration)
+        first, skipped = loaded[0], sum(batch.num_skipped for batch in loaded)
+        del loaded  # samples hold what the networks see of it
         done = self.state.update(step, samples, stage=stage)
         self.refusals.note(step.trained, iteration, updated=done.updated)
         self._delete_what_one_checkpoint_outlived()
         self.progress.nan_samples += int(sum(v for k, v in done.metrics.items() if k.endswith("/nan_samples")))
-        self.progress.skipped_samples += self._sum_over_dp(sum(batch.num_skipped for batch in loaded))
+        self.progress.skipped_samples += self._sum_over_dp(skipped)
         self.progress.iteration += 1
-        self._preview(iteration, loaded[0])
+        self._preview(iteration, first)
         if iteration % self.run.trainer.log_every == 0:
             self._log(iteration, step, stage, done)
 
