@@ -195,29 +195,32 @@ def disk_full_at_the_end(trainer):
     return disk_full_in(trainer, (6,))
 
 
-EMBEDDERS = ("text_embedding.", "time_embedding.", "time_projection.")
+SPLIT = "time_projection."
+"""Over tensor-parallel ranks."""
+EMBEDDERS = ("text_embedding.", "time_embedding.", SPLIT)
 """What every pipeline stage holds a copy of."""
 
 
 def digests_of_embedders(trainer):
-    """Notes a digest of the embedders' bits of each chunk of each trained network after every iteration."""
+    """Notes digests of the embedders' bits of each chunk of each trained network after every iteration: (held whole, split over tp)."""
     noted, iterate = {"digests": []}, trainer.iterate
 
     def watched():
         iterate()
         for network in ("student", "fake_score"):
-            noted["digests"].append([_digest(chunk.module) for chunk in trainer.state.networks[network]])
+            noted["digests"].append([_digests(chunk.module) for chunk in trainer.state.networks[network]])
 
     trainer.iterate = watched
     return noted
 
 
-def _digest(module):
-    digest = hashlib.blake2b(digest_size=8)
+def _digests(module):
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(2)]
     for name, parameter in module.named_parameters():
         if name.startswith(EMBEDDERS):
-            digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
+            is_split = getattr(parameter, "tensor_model_parallel", False)
+            digests[is_split].update(parameter.detach().numpy().tobytes())
+    return tuple(digest.hexdigest() for digest in digests)
 
 
 def main():

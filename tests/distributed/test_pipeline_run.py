@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.distributed.faults import EMBEDDERS
+from tests.distributed.faults import EMBEDDERS, SPLIT
 from tests.distributed.harness import run_ranks
 from tests.distributed.run_checks import (
     CHANGE_BOUND,
@@ -55,15 +55,18 @@ def test_layout_gives_the_same_run(runs, layout):
 
 @pytest.mark.parametrize("layout", RUN_ALL_STEPS)
 def test_embedders_are_the_same_bits_on_all_stages_after_every_step(runs, layout):
-    """On all chunks of all ranks, tensor- and data-parallel ones too; a stage that kept its own gradient would drift off."""
+    """On all chunks of all ranks, tensor- and data-parallel ones too, and what is split over tp on all ranks of a slice; a stage that kept
+    its own gradient would drift off."""
     results, _ = runs.undisturbed(layout)
     histories = [noted["digests"] for _, _, noted in results]
-    chunks = 2 if "vpp" in layout else 1
+    chunks, tp = (2 if "vpp" in layout else 1), (2 if "tp2" in layout else 1)
     seen = set()
     for moment in zip(*histories, strict=True):
-        digests = {digest for rank in moment for digest in rank}
-        assert all(len(rank) == chunks for rank in moment) and len(digests) == 1, f"replicas differ: {moment}"
-        seen |= digests
+        whole = {digests[0] for rank in moment for digests in rank}
+        slices = [{digests[1] for rank in moment[first::tp] for digests in rank} for first in range(tp)]
+        assert all(len(rank) == chunks for rank in moment), moment
+        assert len(whole) == 1 and [len(own) for own in slices] == [1] * tp, f"replicas differ: {moment}"
+        seen |= set(moment[0])
     assert len(histories[0]) == 2 * STEPS and len(seen) > STEPS, "the embedders were trained"
 
 
@@ -165,4 +168,5 @@ def test_one_replica_of_each_tensor_is_the_main_one(ranks, parallel):
         assert len(set(found)) == len(found), f"{key} at {place}: {sorted(found)}"
         assert sum(not any(replica) for replica in found) == 1, f"{key} at {place}: {sorted(found)}"
         if key.startswith(EMBEDDERS):
-            assert len(found) == ranks * parallel.get("vpp", 1), f"{key}: a copy on every chunk"
+            split = parallel.get("tp", 1) if key.startswith(SPLIT) else 1
+            assert len(found) * split == ranks * parallel.get("vpp", 1), f"{key}: a copy on every chunk"
