@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,7 @@ def _tag_standing(trainer: Trainer, ledger: Ledger) -> None:
 
 
 def _iterate(trainer: Trainer, meter: Meter, update: Update) -> Numbers:
+    gc.collect()  # cycles of what came before, which Python frees when it likes
     meter.device.settle()
     meter.restart()
     trainer.progress.iteration = update.iteration

@@ -272,4 +272,6 @@ class Work(Generic[S]):
 def _masked(found: Loss, dropped_1B1: Tensor) -> Loss:
     """The loss without the samples that were dropped before the network saw them."""
     nan_1B1 = dropped_1B1 if found.nan_1B1 is None else found.nan_1B1 | dropped_1B1
-    return replace(found, elements_SBP=found.elements_SBP.where(~dropped_1B1, 0.0), nan_1B1=nan_1B1)
+    elements = found.elements_SBP.where(~dropped_1B1, 0.0)
+    quantities = {name: value.where(~dropped_1B1, 0.0) for name, value in found.quantities.items()}
+    return replace(found, elements_SBP=elements, nan_1B1=nan_1B1, quantities=quantities)

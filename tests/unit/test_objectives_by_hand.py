@@ -203,7 +203,7 @@ def test_rollouts_of_four_steps_after_a_warmup(golden, networks, iteration, warm
 
 
 def test_a_sample_whose_F_is_not_finite_counts_nothing_and_hides_no_other(golden, networks):
-    """Data of 1e38 in one sample overflow in the network. (Its gradient is not finite either: the update is refused elsewhere.)"""
+    """Data of 1e38 in one sample overflow in the networks; the student sees zeros in its place, so its gradients stay finite."""
     stage = StageConfig(name="scm", steps=20, losses={"scm": 100.0})
     clean = samples_of(golden, networks, iteration=0)
     bad = replace(clean, x0_SBP=clean.x0_SBP.clone())
