@@ -216,6 +216,9 @@ class TrainerConfig:
     max_refused_updates: Positive | None = 10
     """The run ends with status 88, its newest good checkpoint kept, when so many updates in a row, of one network or of all, were refused
     for gradients that are not finite, or because no sample was left. null: never."""
+    profile: Positive | None = None
+    """Trace so many iterations with PyTorch's profiler, after the first three of every start, into output_dir/profile: a file of the first
+    rank of each pipeline stage; on CUDA a snapshot of its memory too. They are slower than others. null: none."""
     stop_after: Positive | None = None
     """Save and leave after this iteration of the run (counted over stages); null: the end of the last stage."""
     hang_timeout: Annotated[float, Bounds(gt=0)] | None = 1800.0

@@ -54,6 +54,18 @@ class Timers:
         self._marks: list[tuple[str, Any]] = []
         self._open = ["other"]
         self._start = self._now()
+        self._ranges: list[torch.profiler.record_function] | None = None
+        """Of the open phases in a trace; None: there is none."""
+
+    @contextmanager
+    def annotated(self) -> Iterator[None]:
+        """Inside, phases are ranges of PyTorch's profiler."""
+        self._ranges = []
+        try:
+            yield
+        finally:
+            self._close_ranges(0)
+            self._ranges = None
 
     def restart(self) -> None:
         """Begin a step; forget what was not popped."""
@@ -98,11 +110,19 @@ class Timers:
     def _enter(self, phase: str) -> None:
         self._marks.append((self._open[-1], self._now()))
         self._open.append(phase)
+        if self._ranges is not None:
+            self._ranges.append(torch.profiler.record_function(f"phase {phase}"))
+            self._ranges[-1].__enter__()
 
     def _leave(self, depth: int) -> None:
         """Close the phases above ``depth``: after an exception more than one may be open."""
         self._marks.append((self._open[-1], self._now()))
         del self._open[max(depth, 1) :]
+        self._close_ranges(max(depth, 1) - 1)
+
+    def _close_ranges(self, depth: int) -> None:
+        while self._ranges is not None and len(self._ranges) > depth:
+            self._ranges.pop().__exit__(None, None, None)
 
     def _phase_of(self, name: str) -> str:
         if name == "forward-compute":

@@ -27,6 +27,7 @@ from rcm_megatron.objectives.plan import Step, plan_step
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
+from rcm_megatron.runtime.profiling import profiled
 from rcm_megatron.runtime.run_lock import run_lock
 from rcm_megatron.runtime.stopping import Preempted, StopRequest
 from rcm_megatron.runtime.timers import step_seconds
@@ -92,7 +93,9 @@ class Trainer:
     def last_iteration(self) -> int:
         return min(self.run.total_steps, self.run.trainer.stop_after or self.run.total_steps)
 
-    def train(self, *, beat: Callable[[], None] = lambda: None) -> None:
+    def train(
+        self, *, beat: Callable[[], None] = lambda: None, after_iteration: Callable[[], None] = lambda: None
+    ) -> None:
         """Run to the last iteration; saves at the configured interval and at the end. `beat` is called after each step and save.
 
         Raises Preempted on all ranks, a checkpoint saved, when a signal has asked any of them to stop; CheckpointError if the last save
@@ -100,6 +103,7 @@ class Trainer:
         """
         while self.progress.iteration < self.last_iteration:
             self.iterate()
+            after_iteration()
             stop, done = self.stop.agreed(), self.progress.iteration
             beat()
             if self.saver.finished:
@@ -281,8 +285,13 @@ def main(run: RunConfig) -> None:
         trainer = Trainer(run, groups)
         if dist.get_rank() == 0:
             write_atomically(folder / "config.yaml", to_yaml(run).encode())
-        with trainer.stop.on_signals(), _together_if_preempted(), contextlib.closing(trainer):
-            trainer.train(beat=beat)
+        with (
+            trainer.stop.on_signals(),
+            _together_if_preempted(),
+            contextlib.closing(trainer),
+            _profile(trainer) as after_iteration,
+        ):
+            trainer.train(beat=beat, after_iteration=after_iteration)
         if dist.get_rank() == 0 and trainer.progress.iteration >= run.total_steps:
             mark_ended(run)
     dist.destroy_process_group()
@@ -302,6 +311,19 @@ def _together_if_preempted() -> Iterator[None]:
     except (Preempted, Diverged):
         dist.barrier()
         raise
+
+
+@contextlib.contextmanager
+def _profile(trainer: Trainer) -> Iterator[Callable[[], None]]:
+    """What to call after each iteration."""
+    iterations, groups = trainer.run.trainer.profile, trainer.groups
+    if iterations is None or groups.token_shard or groups.dp_rank:
+        yield lambda: None
+        return
+    folder, name = Path(trainer.run.output_dir) / "profile", f"rank_{dist.get_rank()}"
+    with profiled(folder, iterations=iterations, name=name, timers=trainer.timers) as after_iteration:
+        yield after_iteration
+    trainer.logger.message(f"traced iterations are in {folder}: open them with https://ui.perfetto.dev")
 
 
 @contextlib.contextmanager
