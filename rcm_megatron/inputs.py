@@ -96,7 +96,7 @@ class NetworkInput:
         return [*halves, self.text_LBD, *(self.condition.tensors if self.condition else ())]
 
 
-def nonfinite_samples(tensors: Iterable[Tensor]) -> Tensor:
+def nonfinite_on_rank(tensors: Iterable[Tensor]) -> Tensor:
     """``[1, B, 1]``: 1.0 for each sample that holds a NaN or an infinity in one of ``tensors`` ``[…, B, …]``, of this rank; else 0.0."""
     floats = [value for value in tensors if value.is_floating_point()]
     found = [(~torch.isfinite(value)).transpose(0, BATCH_DIM).flatten(1).any(dim=1) for value in floats]

@@ -21,7 +21,7 @@ from rcm_megatron.config import DistillationConfig, TimeDistribution
 from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.diffusion import samplers, timesteps, trigflow
 from rcm_megatron.dual import Dual
-from rcm_megatron.inputs import NetworkInput, Rows, nonfinite_samples, take, zeroed
+from rcm_megatron.inputs import NetworkInput, Rows, nonfinite_on_rank, take, zeroed
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.networks.inputs import dual_network_input, network_input
 from rcm_megatron.networks.roles import Networks
@@ -230,7 +230,7 @@ class Work(Generic[S]):
         Samples that come with a NaN or an infinity, in what they are or in what other networks made of them, are dropped alone: the network
         sees zeros, their loss counts 0.
         """
-        dropped_1B1 = self.layout.sum_per_sample(nonfinite_samples([*given.tensors, *targets.values()])) > 0
+        dropped_1B1 = self.layout.sum_per_sample(nonfinite_on_rank([*given.tensors, *targets.values()])) > 0
 
         def of_micro_batch(v: Tensor | Dual, *, dropped: Tensor, **part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             found = _masked(loss(v, **{name: zeroed(value, dropped) for name, value in part.items()}), dropped)

@@ -33,7 +33,7 @@ def profiled(folder: Path, *, iterations: int, name: str, timers: Timers) -> Ite
         profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
         if on_cuda:
             torch.cuda.memory._dump_snapshot(str(folder / f"{name}_memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            torch.cuda.memory._record_memory_history(enabled=None)  # it costs time as long as it goes on
 
     if on_cuda:
         torch.cuda.memory._record_memory_history(max_entries=MAX_EVENTS)

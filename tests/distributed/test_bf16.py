@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from rcm_megatron.config import OptimizerConfig, ParallelConfig
+from tests.distributed.faults import EMBEDDERS
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import MICRO_BATCH
 from tests.distributed.test_parity import build, run_of, samples_of, whole_batch
@@ -22,7 +23,6 @@ LAYOUTS = {
     "pp2_dp2": (4, {"pp": 2, "chunk_layers": (2, 1)}),
     "tp2_pp2": (4, {"tp": 2, "pp": 2, "chunk_layers": (1, 2)}),
 }
-EMBEDDERS = ("text_embedding.", "time_embedding.", "time_projection.")
 WIDE = ("norm", "modulation", "time_embedding.", "time_projection.")
 """What stays fp32 in a bf16 network."""
 
