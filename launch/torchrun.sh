@@ -15,8 +15,6 @@ shift
 # One connection keeps Megatron's overlapped tensor-parallel communication in order on GPUs before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# One store for all attempts would hand new processes the addresses of dead ones (Gloo, torch 2.13).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Seconds that a step and the checkpoint after it may take once a signal has come.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 exec torchrun --standalone --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-3}" \

@@ -68,4 +68,20 @@ def init_distributed(*, timeout: timedelta = timedelta(minutes=10)) -> None:
         options["device_id"] = this_device()
     if "RANK" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    elif _agent_of_one_node_has_the_store():
+        options |= {"store": _store_of_this_attempt(timeout), "rank": int(os.environ["RANK"])}
+        options |= {"world_size": int(os.environ["WORLD_SIZE"])}
     dist.init_process_group(**options)
+
+
+def _agent_of_one_node_has_the_store() -> bool:
+    """Whether torchrun keeps one store for all attempts; agents of several nodes count their attempts apart."""
+    environment = os.environ
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environment.get("GROUP_WORLD_SIZE") == "1"
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dist.Store:
+    """The agent's store under a name of its own, for in the bare one restarted Gloo ranks find the addresses of dead ones (torch 2.13)."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

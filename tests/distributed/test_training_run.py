@@ -153,8 +153,6 @@ def test_a_killed_rank_and_a_restart_leave_the_curve_as_it_was(runs):
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
     }
-    # Without it torch 2.13's agent keeps one store for all attempts, and new processes may read the dead ones' addresses in it.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Signal 9" in done.stderr or "exitcode: -9" in done.stderr, done.stderr[-3000:]
