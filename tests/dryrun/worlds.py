@@ -1,6 +1,8 @@
 """The same runs twice: on real Gloo ranks and as ranks that are not there, both under a meter; functions of a rank for the harness."""
 
+import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from rcm_megatron.config import RunConfig, build
@@ -75,11 +77,33 @@ def real(names: list[str]) -> dict:
 def _measured(run, groups, meets):
     from rcm_megatron.dryrun.counts import Groups
     from rcm_megatron.dryrun.driver import measure
-    from rcm_megatron.dryrun.meter import Meter
 
-    meter = Meter(Groups(groups, gpus_per_node=2), device_type="cpu")
+    meter = _gloo_meter()(Groups(groups, gpus_per_node=2), device_type="cpu")
     with meter:
         return measure(run, groups, meter, meets=meets)
+
+
+@cache
+def _gloo_meter():
+    import torch
+
+    from rcm_megatron.dryrun.meter import Meter
+
+    class GlooMeter(Meter):
+        """Knows what Gloo does, and no other backend: its reduce-scatter is an all-reduce in a buffer of its own, of which it splits this
+        rank's part off; and its threads let go of a message a moment after the end of the wait for it."""
+
+        sent = False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if self.sent and func.namespace != "c10d":
+                time.sleep(1e-3)
+            self.sent = func.namespace == "c10d"
+            if func is torch.ops.aten.split.Tensor and not self.device.knows(args[0].untyped_storage()):
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    return GlooMeter
 
 
 def dry(names: list[str], rank: int, world: int) -> dict:
