@@ -63,6 +63,8 @@ class CheckRequest:
 
     world_size: Annotated[int, Option(metavar="N")]
     """processes it is to run on"""
+    gpu: Annotated[str | None, Option(metavar="NAME")] = None
+    """say what it takes of GPUs of this kind, a name or a file as for plan, and warn where they are too small"""
     field: Annotated[str | None, Option(metavar="KEY")] = None
     """print the value of this field alone, e.g. output_dir"""
 
@@ -85,6 +87,26 @@ class DryRunRequest:
     """write the report there"""
     picture: Annotated[Path | None, Option(metavar="FILE.png")] = None
     """draw it there"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """Find the layout and memory policies for a number of GPUs: memory, time and price of each, simulated."""
+
+    gpus: Annotated[int, Option(metavar="N")]
+    """GPUs that the run is to take"""
+    gpu: Annotated[str, Option(metavar="NAME")] = "h100-80g"
+    """a table of hardware (a100-80g, h100-80g, h200-141g, b200-180g), or a JSON file with one"""
+    top: Annotated[int, Option(metavar="N")] = 5
+    """how many of the fastest are listed"""
+    confirm: Annotated[int, Option(metavar="N")] = 0
+    """dry-run the fastest until so many are confirmed; minutes each. 0: formulas alone"""
+    write: Annotated[Path | None, Option(metavar="FILE.yaml")] = None
+    """write the fastest as a configuration there"""
+    json: Annotated[Path | None, FILE] = None
+    """write the report there"""
+    picture: Annotated[Path | None, Option(metavar="FILE.png")] = None
+    """draw what takes the time of the fastest there"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,13 @@ def load_to_check(
     return load_config(config, overrides, world_size=request.world_size)
 
 
+def load_to_plan(config: str, overrides: Sequence[str], request: requests.PlanRequest) -> RunConfig:
+    """With whatever layout, which is what is looked for. Raises ConfigError for no GPUs."""
+    if request.gpus < 1:
+        raise ConfigError(f"--gpus: got {request.gpus}, need an integer greater than 0")
+    return load_config(config, overrides)
+
+
 def load_for_inference(config: str, overrides: Sequence[str], request: Any) -> RunConfig:
     """One process needs no parallel layout, for checkpoints load on any."""
     alone = ["parallel={}"] if world_size() == 1 else []
@@ -92,6 +99,10 @@ def check(run: RunConfig, request: requests.CheckRequest) -> None:
         print(_field(run, request.field))
         return
     print(f"# {run.layout_summary(request.world_size)}")
+    if request.gpu is not None:
+        from rcm_megatron.planner.command import say_memory
+
+        say_memory(run, request.world_size, request.gpu)
     print(to_yaml(run), end="")
 
 
@@ -108,6 +119,12 @@ def dry_run(run: RunConfig, request: requests.DryRunRequest) -> None:
     from rcm_megatron.dryrun.command import dry_run
 
     dry_run(run, request)
+
+
+def plan(run: RunConfig, request: requests.PlanRequest) -> int:
+    from rcm_megatron.planner.command import plan
+
+    return plan(run, request)
 
 
 def preflight(run: RunConfig, request: requests.PreflightRequest) -> None:
@@ -181,6 +198,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "export": Command(requests.ExportRequest, export, load_for_inference),
     "check": Command(requests.CheckRequest, check, load_to_check),
     "dryrun": Command(requests.DryRunRequest, dry_run, load_to_check),
+    "plan": Command(requests.PlanRequest, plan, load_to_plan),
     "preflight": Command(requests.PreflightRequest, preflight, load_as_it_is),
     "convert": Command(requests.ConvertRequest, convert),
     "build-dataset": {

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import logging
-import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 from rcm_megatron.config import ConfigError, RunConfig
 from rcm_megatron.config.roles import low_noise_of
-from rcm_megatron.errors import UserError
+from rcm_megatron.dryrun.apart import run_apart
 from rcm_megatron.requests import DryRunRequest
 
 
@@ -76,52 +71,14 @@ def check_experts(run: RunConfig) -> None:
 
 def simulate_all(run: RunConfig, ranks: Sequence[int], request: DryRunRequest) -> list[dict[str, Any]]:
     """What `simulate` says of each of ``ranks``, all at once in processes that share the imports."""
-    import torch
-
-    # Before the processes are made, which then share them; the first before all else that imports Megatron.
-    for module in ("rcm_megatron.platform.megatron", "rcm_megatron.dryrun.rank"):
-        importlib.import_module(module)
-
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    torch.set_num_threads(1)
-    context, children = multiprocessing.get_context("fork"), []
-    for rank in ranks:
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(theirs, run, rank, request), daemon=True)
-        child.start()
-        theirs.close()
-        children.append((child, ours, rank))
-    found = [_result(ours, rank) for _, ours, rank in children]
-    for child, _, _ in children:
-        child.join()
-    return found
+    return run_apart(_simulate, [(run, rank, request) for rank in ranks], modules=("rcm_megatron.dryrun.rank",))
 
 
-def _child(connection: Connection, run: RunConfig, rank: int, request: DryRunRequest) -> None:
+def _simulate(run: RunConfig, rank: int, request: DryRunRequest) -> dict[str, Any]:
     from rcm_megatron.dryrun.rank import simulate
 
     def progress(line: str) -> None:
         print(f"rank {rank}: {line}", file=sys.stderr, flush=True)
 
-    try:
-        options = {"world_size": request.world_size, "kind": request.device, "gpus_per_node": request.gpus_per_node}
-        result: Any = simulate(run, rank=rank, whole=request.whole, progress=progress, **options)
-    except UserError as error:
-        result = error
-    except Exception:  # whatever it is, the parent raises it
-        result = traceback.format_exc()
-    connection.send(result)
-    connection.close()
-    os._exit(0)  # nothing of a process group that is not there needs an end
-
-
-def _result(connection: Connection, rank: int) -> dict[str, Any]:
-    try:
-        result = connection.recv()
-    except EOFError:
-        raise RuntimeError(f"the process of rank {rank} ended without a result: out of memory?") from None
-    if isinstance(result, UserError):
-        raise result
-    if isinstance(result, str):
-        raise RuntimeError(f"rank {rank}:\n{result}")
-    return result
+    options = {"world_size": request.world_size, "kind": request.device, "gpus_per_node": request.gpus_per_node}
+    return simulate(run, rank=rank, whole=request.whole, progress=progress, **options)

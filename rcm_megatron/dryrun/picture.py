@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 
+from rcm_megatron.reports.bars import Bar, stack
 from rcm_megatron.reports.colours import phase_colours
 
 KIND_COLOURS = {
@@ -27,7 +27,6 @@ KIND_COLOURS = {
 }
 """In the order in which they are stacked; standing kinds over all networks."""
 LINK_COLOURS = ("#1f4e79", "#2e75b6", "#7fb2e5", "#548235", "#a9d18e", "#c5b000", "#ed7d31", "#c00000")
-Bar = Mapping[str, float]
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
@@ -35,13 +34,13 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     named = list(_updates(report))
     figure, panels = pyplot.subplots(1, 3, figsize=(17, 2.6 + 0.55 * len(named)), layout="constrained", sharey=True)
     names = [name for name, _ in named]
-    _stack(panels[0], names, [_kinds(update) for _, update in named], KIND_COLOURS, "peak memory, GiB")
+    stack(panels[0], names, [_kinds(update) for _, update in named], KIND_COLOURS, "peak memory, GiB")
     flops = [_flops(update) for _, update in named]
-    _stack(panels[1], names, flops, phase_colours(phase for bar in flops for phase in bar), "TFLOP by phase")
+    stack(panels[1], names, flops, phase_colours(phase for bar in flops for phase in bar), "TFLOP by phase")
     links = [_links(update) for _, update in named]
     keys = sorted({key for bar in links for key in bar})
     colours = {key: LINK_COLOURS[i % len(LINK_COLOURS)] for i, key in enumerate(keys)}
-    _stack(panels[2], names, links, colours, "sent by group and link, GiB")
+    stack(panels[2], names, links, colours, "sent by group and link, GiB")
     panels[0].invert_yaxis()
     figure.suptitle(f"{report['name']}, simulated: {report['layout']}")
     figure.savefig(path, dpi=110)
@@ -71,18 +70,3 @@ def _links(update: Mapping[str, Any]) -> Bar:
         if route["sent"]:
             total[f"{route['group']}, {route['link']}"] += route["sent"]
     return {key: size / 2**30 for key, size in total.items()}
-
-
-def _stack(panel: Axes, names: Sequence[str], bars: Sequence[Bar], colours: Mapping[str, str], title: str) -> None:
-    ends = [0.0] * len(bars)
-    for key, colour in colours.items():
-        widths = [bar.get(key, 0.0) for bar in bars]
-        if any(widths):
-            panel.barh(names, widths, left=ends, color=colour, label=key, height=0.7)
-            ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for place, end in enumerate(ends):
-        panel.text(end, place, f" {end:,.0f}" if end >= 1000 else f" {end:.3g}", va="center", fontsize=8)
-    panel.set_title(title, fontsize=10)
-    panel.margins(x=0.16)
-    if any(ends):
-        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)

@@ -84,7 +84,8 @@ def _micro_batches(run: RunConfig, world_size: int) -> list[tuple[int | None, fl
     """(Micro-batches of a rank, None: as they are; weight)."""
     parallel = run.parallel
     count = run.trainer.global_batch_size // (run.trainer.micro_batch_size * parallel.dp(world_size))
-    few, step = parallel.pp, parallel.pp if parallel.vpp > 1 else 1
+    # As many as fill the pipeline: interleaved, the first stage is ahead by up to 2 (pp - 1) + (vpp - 1) pp + 1 chunks.
+    few, step = (2 * parallel.pp, parallel.pp) if parallel.vpp > 1 else (parallel.pp, 1)
     if count <= max(few + step, WORTH_IT):
         return [(None, 1.0)]
     share = (count - few) / step

@@ -34,6 +34,8 @@ class Pass:
     dual: int = 0
     """Forward passes of output and tangent at once."""
     backward: int = 0
+    again: int = 0
+    """Forward passes that are executed a second time, for a gradient alone: of no use."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -44,8 +44,7 @@ class Dmd(Objective):
     waits_for_warmup = True
 
     def passes(self, settings: NoSettings, step: Step, distillation: DistillationConfig) -> tuple[Pass, ...]:
-        """The second forward of the rollout's last step is of no use."""
-        student = Pass(role="student", forward=step.rollout_steps, backward=1)
+        student = Pass(role="student", forward=step.rollout_steps, again=1, backward=1)
         return student, Pass(role="fake_score", forward=1), teacher_passes(distillation)
 
     def check(self, run: RunConfig, settings: NoSettings, stage: StageConfig, path: str) -> Iterator[str]:

@@ -73,7 +73,7 @@ def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     linears, kinds = dict.fromkeys(rows, 0), family_of(model).flop_rows
     for name, shape in internal_shapes(model).items():
         if name.endswith(".weight") and len(shape) == 2:
-            kind = _rows_of(name, kinds)
+            kind = rows_of(name, kinds)
             linears[kind] += 2 * rows[kind] * math.prod(shape)
     attention = 4 * tokens * model.hidden_size * model.num_layers
     return NetworkFlops(
@@ -84,7 +84,8 @@ def network_flops(model: ModelConfig, latent: LatentConfig) -> NetworkFlops:
     )
 
 
-def _rows_of(name: str, kinds: Mapping[str, str]) -> str:
+def rows_of(name: str, kinds: Mapping[str, str]) -> str:
+    """What the linear ``name`` works on; ``kinds``: `Family.flop_rows`. Raises KeyError for one that is not there."""
     local = name.split(".", 2)[2] if name.startswith("blocks.") else name
     found = next((rows for start, rows in kinds.items() if local.startswith(start + ".")), None)
     if found is None:

@@ -1,7 +1,8 @@
 """What a run holds on a rank from step to step, by arithmetic: known before any weight is read."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,34 +19,52 @@ MOMENTS = 8
 """Bytes an element: all of them fp32."""
 
 
-def parameters_of(run: RunConfig, groups: ParallelGroups) -> dict[str, list[nn.Parameter]]:
-    """Role -> the parameters of this rank, without memory: shapes and dtypes alone."""
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one network on one rank."""
+
+    elements: int = 0
+    bytes: int = 0
+    narrow: int = 0
+    """Elements that are not fp32. An fp32 weight is its own main parameter."""
+
+    def __add__(self, other: "Held") -> "Held":
+        return Held(self.elements + other.elements, self.bytes + other.bytes, self.narrow + other.narrow)
+
+
+def held_by(parameters: Iterable[nn.Parameter]) -> Held:
+    """Of these parameters."""
+    sizes = [(p.numel(), p.element_size(), p.dtype == torch.float32) for p in parameters]
+    return Held(
+        sum(n for n, *_ in sizes), sum(n * width for n, width, _ in sizes), sum(n for n, _, wide in sizes if not wide)
+    )
+
+
+def held_on_rank(run: RunConfig, groups: ParallelGroups) -> dict[str, Held]:
+    """Role -> the parameters of this rank, without memory for them."""
     with FakeTensorMode():
         built = {role: build_network(run, role, groups) for role in run.roles}
-    return {role: [p for chunk in chunks for p in chunk.parameters()] for role, chunks in built.items()}
+    return {role: held_by(p for chunk in chunks for p in chunk.parameters()) for role, chunks in built.items()}
 
 
-def standing_bytes(run: RunConfig, parameters: Mapping[str, Sequence[nn.Parameter]], *, shards: int) -> dict[str, int]:
-    """Device bytes of this rank by what they are. ``parameters``: this rank's of each role; ``shards``: dp*cp.
+def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> dict[str, int]:
+    """Device bytes of a rank by what they are. ``held``: the rank's parameters of each role; ``shards``: dp*cp.
 
     Left out are what a step allocates and Megatron's padding of gradients. Parts over dp*cp are means: its ranks' differ a little.
     """
-    found, elements = {}, {role: sum(p.numel() for p in parameters[role]) for role in run.roles}
-    largest = max(run.trained_roles, key=elements.__getitem__)
+    found, largest = {}, max(run.trained_roles, key=lambda role: held[role].elements)
     for role in run.roles:
-        settings, own = run.networks[role], parameters[role]
-        weights = sum(p.numel() * p.element_size() for p in own)
+        settings, own = run.networks[role], held[role]
         if role not in run.trained_roles:
-            found[role] = {"resident": weights, "sharded": weights // shards, "offloaded": 0}[settings.weights]
+            found[role] = {"resident": own.bytes, "sharded": own.bytes // shards, "offloaded": 0}[settings.weights]
             continue
-        narrow = sum(p.numel() for p in own if p.dtype != torch.float32)  # fp32 weights are their own main parameters
-        found[f"{role} weights"] = weights
+        found[f"{role} weights"] = own.bytes
         if role == largest or not run.memory.free_idle_gradients:  # else one network's at a time
-            found[f"{role} gradients"] = GRADIENT * elements[role]
-        state = (MOMENTS * elements[role] + MAIN * narrow) // shards
+            found[f"{role} gradients"] = GRADIENT * own.elements
+        state = (MOMENTS * own.elements + MAIN * own.narrow) // shards
         found[f"{role} optimizer"] = 0 if settings.offload_optimizer else state
         if settings.ema is not None:
-            found[f"{role} EMA"] = EMA * elements[role] // shards
+            found[f"{role} EMA"] = EMA * own.elements // shards
     return found
 
 
@@ -53,9 +72,9 @@ def log_footprint(run: RunConfig, groups: ParallelGroups, *, world_size: int) ->
     """One line of the layout, one of the memory, where somebody reads them."""
     if not log.isEnabledFor(logging.INFO):
         return
-    parameters = parameters_of(run, groups)
-    found = standing_bytes(run, parameters, shards=groups.dp_cp.size())
-    counts = {role: sum(p.numel() for p in own) / 1e6 for role, own in parameters.items()}
+    held = held_on_rank(run, groups)
+    found = standing_bytes(run, held, shards=groups.dp_cp.size())
+    counts = {role: own.elements / 1e6 for role, own in held.items()}
     if len(set(counts.values())) == 1:
         sizes = f"{next(iter(counts.values())):.1f} M parameters of a network"
     else:

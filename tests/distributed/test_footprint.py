@@ -29,7 +29,7 @@ def with_network(run, role, **fields):
 
 def said_and_held(parallel, dtype):
     """(bytes said with a resident teacher, with a sharded one, bytes held, parameters) of one rank."""
-    from rcm_megatron.training.footprint import parameters_of, standing_bytes
+    from rcm_megatron.training.footprint import held_on_rank, standing_bytes
     from tools.benchmark_memory import Rank, run_config
 
     run = run_config(SimpleNamespace(**SIZES, dtype=dtype))
@@ -37,11 +37,10 @@ def said_and_held(parallel, dtype):
     run = replace(run, parallel=ParallelConfig(**parallel), trainer=replace(run.trainer, global_batch_size=batch))
     rank = Rank(run)
     rank.step("full", "resident")
-    parameters = parameters_of(run, rank.groups)
-    held, shards = rank.standing(), rank.groups.dp_cp.size()
-    said = standing_bytes(run, parameters, shards=shards)
+    own, held, shards = held_on_rank(run, rank.groups), rank.standing(), rank.groups.dp_cp.size()
+    said = standing_bytes(run, own, shards=shards)
     sharded = with_network(run, "teacher", weights="sharded")
-    return said, standing_bytes(sharded, parameters, shards=shards), held, len(parameters["student"])
+    return said, standing_bytes(sharded, own, shards=shards), held, sum(len(list(c.parameters())) for c in rank.student)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,12 +97,12 @@ def test_tensor_parallel_ranks_hold_whole_what_is_small_alone(family):
 def test_policies_leave_out_what_they_free():
     import torch
 
-    from rcm_megatron.training.footprint import standing_bytes
+    from rcm_megatron.training.footprint import held_by, standing_bytes
     from tools.benchmark_memory import run_config
 
     run = run_config(SimpleNamespace(**SIZES, dtype="bf16"))
-    parameter = torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
-    chunks = {role: [parameter] for role in (*run.roles, "teacher_low_noise")}
+    held = held_by([torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))])
+    chunks = dict.fromkeys((*run.roles, "teacher_low_noise"), held)
     found = standing_bytes(run, chunks, shards=2)
     assert found["teacher"] == 200 and found["fake_score optimizer"] == 600 and found["student EMA"] == 200
     freed = with_network(with_network(run, "teacher", weights="offloaded"), "fake_score", offload_optimizer=True)

@@ -138,3 +138,15 @@ def simulated(case: Case, rank: int, kind: str, whole: bool) -> dict:
     found = simulate(run_of(case), rank=rank, world_size=case.world, kind=kind, gpus_per_node=2, whole=whole)
     dist.destroy_process_group()
     return found
+
+
+def inventory(dtype: str):
+    """`read_inventory` of the tiny run's student."""
+    import torch.distributed as dist
+
+    from rcm_megatron.planner.inventory import read_inventory
+
+    dist.destroy_process_group()
+    found = read_inventory(run_of(Case(1, changes={"precision": {"params_dtype": dtype}})), "student")
+    dist.destroy_process_group()
+    return found

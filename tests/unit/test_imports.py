@@ -92,9 +92,22 @@ ALLOWED = {
         "dryrun",
         "registries",
     },
+    "planner": MODELS
+    | {
+        "registries",
+        "networks",
+        "checkpoint",
+        "objectives",
+        "training",
+        "requests",
+        "reports",
+        "dryrun",
+        "planner",
+        "text",
+    },
     "reports": {"errors", "registries", "requests", "reports"},
     "cli": {"errors", "config", "paths", "requests", "cli"}
-    | {"checkpoint", "cluster", "conformance", "datasets", "dryrun", "inference", "reports", "training"},
+    | {"checkpoint", "cluster", "conformance", "datasets", "dryrun", "inference", "planner", "reports", "training"},
 }
 """Part of the program -> the parts it may import. cli imports the last eight when a command runs; `registries` names four for types."""
 

@@ -23,6 +23,11 @@ def problems_of(config: RunConfig, world_size: int | None) -> list[str]:
     return explain(config, world_size, _all_problems)
 
 
+def is_valid(config: RunConfig, world_size: int) -> bool:
+    """Whether ``config`` can run on ``world_size`` processes; in less time than `problems_of`, which looks for advice."""
+    return not _all_problems(config, world_size)
+
+
 def _all_problems(config: RunConfig, world_size: int | None) -> list[Problem]:
     found = list(section_problems(config))
     if world_size is not None:

@@ -1,0 +1,84 @@
+"""Every legal layout with its cheapest memory policies that fit: how fast it is, how full, and why others are not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from rcm_megatron.config import RunConfig
+from rcm_megatron.planner.candidates import POLICIES, Policies, layouts_of
+from rcm_megatron.planner.cost import Cost, Schedule, cost_of
+from rcm_megatron.planner.hardware import Hardware
+from rcm_megatron.planner.memory import GIB, Peak, peak_of
+from rcm_megatron.planner.shapes import Inventories, Shapes
+
+
+@dataclass(frozen=True)
+class Option:
+    """A layout with policies."""
+
+    run: RunConfig
+    policies: Policies
+    peak: Peak
+    cost: Cost | None
+    """None: it does not fit."""
+
+    @property
+    def fits(self) -> bool:
+        return self.cost is not None
+
+
+@dataclass(frozen=True)
+class Search:
+    """All of them."""
+
+    fitting: list[Option]
+    """The fastest first; one of each layout."""
+    refused: list[Option]
+    """The emptiest first; of each layout the policies with which it is emptiest."""
+
+
+def search(run: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware) -> Search:
+    """Formulas alone: nothing is simulated."""
+    schedule, fitting, refused = Schedule.of(run), [], []
+    for laid_out in layouts_of(run, world_size, gpus_per_node=hardware.gpus_per_node):
+        options = list(_options(laid_out, world_size, inventories, hardware, schedule))
+        if fits := [option for option in options if option.fits]:
+            fitting.append(min(fits, key=lambda option: option.cost.step))
+        else:
+            refused.append(min(options, key=lambda option: option.peak.total))
+    fitting.sort(key=lambda option: option.cost.step)
+    refused.sort(key=lambda option: option.peak.total)
+    return Search(fitting, refused)
+
+
+def _options(
+    laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
+) -> Iterator[Option]:
+    """With each kind of recomputation the cheapest of the other policies that fits, or the emptiest."""
+    for _, policies in groupby(sorted(POLICIES, key=lambda p: p.recompute), key=lambda p: p.recompute):
+        emptiest = None
+        for policy in policies:
+            shapes = Shapes(policy.applied_to(laid_out), world_size)
+            peak = peak_of(shapes, inventories)
+            if peak.total <= hardware.usable_gib * GIB:
+                yield Option(shapes.run, policy, peak, cost_of(shapes, inventories, hardware, schedule))
+                break
+            if emptiest is None or peak.total < emptiest.peak.total:
+                emptiest = Option(shapes.run, policy, peak, None)
+        else:
+            yield emptiest
+
+
+def smallest_world(
+    run: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, *, doublings: int = 4
+) -> tuple[int, Option] | None:
+    """The next number of GPUs, doubled and doubled, on which something fits, and what; None: not within ``doublings``."""
+    for k in range(1, doublings + 1):
+        more = world_size * 2**k
+        batch = max(run.trainer.global_batch_size, 1)
+        found = search(replace(run, trainer=replace(run.trainer, global_batch_size=batch)), more, inventories, hardware)
+        if found.fitting:
+            return more, found.fitting[0]
+    return None
