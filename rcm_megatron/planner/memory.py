@@ -54,6 +54,8 @@ RING, ULYSSES = 5.7, 1.6
 """l more in a backward: buffers of blocks on their way and of their gradients; of all-to-alls."""
 KEPT = {"full": (0, 1, 0), "selective": (0, 10.3, 1), "none": (0, 19.3, 2)}
 """Of a block, what a plain forward keeps for its backward."""
+KEPT_A_HOP = 1.05
+"""l more of `selective`, of each block that comes round the ring: the policy keeps what attention puts out of every one."""
 BESIDE_KEPT = {"full": BACKWARD, "selective": ((1, 6.3, 0),), "none": ((0, 3.3, 0),)}
 """What the backward of a block holds beside what was kept of all."""
 
@@ -98,7 +100,8 @@ def _phases(shapes: Shapes, held: Mapping[str, Held], stage: int) -> Iterator[tu
             kept = in_flight * units.local + 2 * sent
             yield "dual", round(given + kept + _fullest(units, DUAL))
             yield "backward of a dual", round(given + kept + _fullest(units, BACKWARD) + buffers)
-        kept = in_flight * units.of(*KEPT[policy]) + sent
+        hops = KEPT_A_HOP * (shapes.parallel.ring - 1) if policy == "selective" else 0
+        kept = in_flight * (units.of(*KEPT[policy]) + units.of(0, hops)) + sent
         if policy == "full":
             yield role, round(given + kept + _fullest(units, FORWARD))
         yield "backward", round(given + kept + _fullest(units, BESIDE_KEPT[policy]) + buffers)
