@@ -234,9 +234,8 @@ class StageWork:
         held, network, tp, pp = self.held[role], self._networks[role], shapes.parallel.tp, shapes.parallel.pp
         work.message("dp_cp", 4 * held.elements + held.bytes, ranks=shapes.shards, calls=4)
         of_text = {w.module for w in network.inventory if w.place == "every" and w.rows in ("text", "image")}
-        partial = [
-            w for w in network.inventory if not w.is_split and w.module not in of_text
-        ]  # text's are equal on all ranks
+        # gradients of what embeds texts are equal on all ranks already
+        partial = [w for w in network.inventory if not w.is_split and w.module not in of_text]
         work.message("tp", 4 * sum(w.elements * network.times[w.place] for w in partial), ranks=tp, rounds=2)
         work.message("pp", 4 * sum(w.on(tp) for w in network.inventory if w.place == "every"), ranks=pp, rounds=2)
         for name in shapes.frozen_roles:
