@@ -2,7 +2,7 @@
 
 What stands is arithmetic and exact. What a block's pass holds at its fullest moment are counts of tensors, in hidden states: the gathered
 one of a tensor-parallel group (H), this rank's (l), its part of the feed-forward layer (F). They were read off dry runs of Wan2.1 14B at
-480p on eight layouts; tests/planner/test_formulas.py holds how far they are off elsewhere.
+480p on ten layouts and policies; tests/dryrun/test_planner.py holds how far they are off elsewhere.
 """
 
 from __future__ import annotations

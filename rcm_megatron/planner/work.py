@@ -1,4 +1,4 @@
-"""What a rank computes and sends in an update, by formula: equal to the counts of a dry run (tests/planner/test_formulas.py).
+"""What a rank computes and sends in an update, by formula: equal to the counts of a dry run (tests/dryrun/test_agreement.py).
 
 One pass of one sample through one network is taken apart first; an update is the passes that its objectives say they make.
 """
