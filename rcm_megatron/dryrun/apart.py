@@ -7,15 +7,15 @@ import logging
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rcm_megatron.errors import UserError
 
 
-def run_apart(function: Callable[..., Any], calls: Sequence[tuple], *, modules: Sequence[str] = ()) -> list[Any]:
-    """``function(*arguments)`` of each of ``calls``, all at once, each in a process; what they return.
+def run_apart(function: Callable[..., Any], calls: Mapping[str, tuple], *, modules: Sequence[str] = ()) -> list[Any]:
+    """``function(*arguments)`` of each of ``calls``, by what an error names it, all at once, each in a process; what they return.
 
     The processes share the imports of Megatron and of ``modules``. Raises the first UserError that one raises, and RuntimeError with the
     traceback of another error."""
@@ -28,14 +28,14 @@ def run_apart(function: Callable[..., Any], calls: Sequence[tuple], *, modules: 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(1)
     context, children = multiprocessing.get_context("fork"), []
-    for arguments in calls:
+    for name, arguments in calls.items():
         ours, theirs = context.Pipe(duplex=False)
         child = context.Process(target=_child, args=(theirs, function, arguments), daemon=True)
         child.start()
         theirs.close()
-        children.append((child, ours))
-    found = [_result(ours, number) for number, (_, ours) in enumerate(children)]
-    for child, _ in children:
+        children.append((child, ours, name))
+    found = [_result(ours, name) for _, ours, name in children]
+    for child, _, _ in children:
         child.join()
     return found
 
@@ -52,11 +52,11 @@ def _child(connection: Connection, function: Callable[..., Any], arguments: tupl
     os._exit(0)  # nothing of a process group that is not there needs an end
 
 
-def _result(connection: Connection, number: int) -> Any:
+def _result(connection: Connection, name: str) -> Any:
     try:
         is_good, result = connection.recv()
     except EOFError:
-        raise RuntimeError(f"process {number} ended without a result: out of memory?") from None
+        raise RuntimeError(f"the process of {name} ended without a result: out of memory?") from None
     if is_good:
         return result
-    raise result if isinstance(result, UserError) else RuntimeError(f"process {number}:\n{result}")
+    raise result if isinstance(result, UserError) else RuntimeError(f"{name}:\n{result}")

@@ -43,10 +43,13 @@ def ranks_of(run: RunConfig, request: DryRunRequest) -> tuple[int, ...]:
                 f"--rank: got {request.rank}, need one of 0 to {request.world_size - 1} (--world-size less 1)"
             )
         return (request.rank,)
-    parallel = run.parallel
-    held = [blocks_of_stage(run, stage) for stage in range(parallel.pp)]
-    deeper = {stage for stage, blocks in enumerate(held) if blocks > held[0]}
-    return tuple(stage * (request.world_size // parallel.pp) for stage in sorted({0, parallel.pp - 1} | deeper))
+    return tuple(stage * (request.world_size // run.parallel.pp) for stage in fullest_stages(run))
+
+
+def fullest_stages(run: RunConfig) -> list[int]:
+    """Pipeline stages that may be the fullest or differ."""
+    held = [blocks_of_stage(run, stage) for stage in range(run.parallel.pp)]
+    return sorted({0, run.parallel.pp - 1} | {stage for stage, blocks in enumerate(held) if blocks > held[0]})
 
 
 def blocks_of_stage(run: RunConfig, stage: int) -> int:
@@ -71,7 +74,9 @@ def check_experts(run: RunConfig) -> None:
 
 def simulate_all(run: RunConfig, ranks: Sequence[int], request: DryRunRequest) -> list[dict[str, Any]]:
     """What `simulate` says of each of ``ranks``, all at once in processes that share the imports."""
-    return run_apart(_simulate, [(run, rank, request) for rank in ranks], modules=("rcm_megatron.dryrun.rank",))
+    return run_apart(
+        _simulate, {f"rank {rank}": (run, rank, request) for rank in ranks}, modules=("rcm_megatron.dryrun.rank",)
+    )
 
 
 def _simulate(run: RunConfig, rank: int, request: DryRunRequest) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rcm_megatron.config import StageConfig
+from rcm_megatron.config import DistillationConfig, StageConfig
 from rcm_megatron.config.roles import low_noise_of
 from rcm_megatron.diffusion import timesteps
-from rcm_megatron.registries import OBJECTIVES
+from rcm_megatron.objectives.base import Pass
+from rcm_megatron.registries import OBJECTIVES, settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,12 @@ def optimizer_resets(stages: Sequence[StageConfig], index: int) -> tuple[str, ..
     if stage.reset_optimizer is not None:
         return tuple(role for role in trainers_of(stage) if stage.reset_optimizer and role in before)
     return tuple(role for role, names in trainers_of(stage).items() if before.get(role, names) != names)
+
+
+def passes_of(step: Step, *, distillation: DistillationConfig, objectives: Mapping[str, Any]) -> Iterator[Pass]:
+    """The passes of all objectives of ``step``; ``objectives``: their settings."""
+    for name in step.objectives:
+        yield from OBJECTIVES[name].passes(settings_of(name, objectives), step, distillation)
 
 
 def plan_step(

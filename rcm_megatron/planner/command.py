@@ -9,12 +9,12 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from rcm_megatron.config import RunConfig, to_yaml
-from rcm_megatron.config.validate import is_valid
+from rcm_megatron.config import ConfigError, ParallelConfig, RunConfig, to_yaml
+from rcm_megatron.config.validate import is_valid, problems_of
 from rcm_megatron.dryrun.apart import run_apart
 from rcm_megatron.dryrun.command import check_experts, ranks_of, simulate_all
 from rcm_megatron.files import write_atomically
-from rcm_megatron.planner.candidates import Policies
+from rcm_megatron.planner.candidates import Policies, with_layout
 from rcm_megatron.planner.cost import Schedule, cost_of
 from rcm_megatron.planner.hardware import Hardware, hardware_of
 from rcm_megatron.planner.inventory import read_inventory
@@ -29,10 +29,13 @@ NOTHING_FITS = 3
 
 
 def plan(run: RunConfig, request: PlanRequest) -> int:
-    """Print the report, and write the files that are asked for. Raises ConfigError for hardware that is not known."""
+    """Print the report, and write the files that are asked for. Raises ConfigError for hardware that is not known,
+    and where no layout is legal."""
     hardware = hardware_of(request.gpu)
     inventories = inventories_of(run)
     found = search(run, request.gpus, inventories, hardware)
+    if not (found.fitting or found.refused):
+        raise ConfigError("\n".join(problems_of(with_layout(run, ParallelConfig()), request.gpus)))
     own = _as_configured(run, request.gpus, inventories, hardware)
     if request.confirm and found.fitting:
         found = replace(found, fitting=_confirmed(found.fitting, request, hardware))
@@ -64,7 +67,9 @@ def inventories_of(run: RunConfig) -> Inventories:
     first = {role: next(other for other in run.roles if models[other] == models[role]) for role in run.roles}
     roles = list(dict.fromkeys(first.values()))
     modules = ("rcm_megatron.dryrun.world", "rcm_megatron.networks.build")
-    read = dict(zip(roles, run_apart(read_inventory, [(run, role) for role in roles], modules=modules), strict=True))
+    read = dict(
+        zip(roles, run_apart(read_inventory, {role: (run, role) for role in roles}, modules=modules), strict=True)
+    )
     return {role: read[first[role]] for role in run.roles}
 
 

@@ -12,6 +12,7 @@ from rcm_megatron.config import ConfigError
 from rcm_megatron.config.declare import Bounds, Positive, PositiveFloat
 from rcm_megatron.config.reading import read
 from rcm_megatron.text import TextError, read_text
+from rcm_megatron.training.flops import PEAK_TFLOPS
 
 Share = Annotated[float, Bounds(gt=0, le=1)]
 
@@ -71,7 +72,7 @@ HARDWARE: Mapping[str, Hardware] = {
     for hardware in (
         Hardware(
             name="a100-80g",
-            peak_tflops=312.0,
+            peak_tflops=PEAK_TFLOPS["A100"],
             memory_gib=79.2,
             memory_gbs=2039.0,
             inside_gbs=300.0,
@@ -79,14 +80,24 @@ HARDWARE: Mapping[str, Hardware] = {
             host_gbs=25.0,
         ),
         Hardware(
-            name="h100-80g", peak_tflops=989.0, memory_gib=79.6, memory_gbs=3350.0, inside_gbs=450.0, between_gbs=50.0
+            name="h100-80g",
+            peak_tflops=PEAK_TFLOPS["H100"],
+            memory_gib=79.6,
+            memory_gbs=3350.0,
+            inside_gbs=450.0,
+            between_gbs=50.0,
         ),
         Hardware(
-            name="h200-141g", peak_tflops=989.0, memory_gib=139.8, memory_gbs=4800.0, inside_gbs=450.0, between_gbs=50.0
+            name="h200-141g",
+            peak_tflops=PEAK_TFLOPS["H200"],
+            memory_gib=139.8,
+            memory_gbs=4800.0,
+            inside_gbs=450.0,
+            between_gbs=50.0,
         ),
         Hardware(
             name="b200-180g",
-            peak_tflops=2250.0,
+            peak_tflops=PEAK_TFLOPS["B200"],
             memory_gib=178.4,
             memory_gbs=8000.0,
             inside_gbs=900.0,
@@ -106,7 +117,7 @@ def hardware_of(name: str) -> Hardware:
     path = Path(name)
     if path.suffix != ".json":
         raise ConfigError(
-            f"--gpu: got {name}; need one of {', '.join(HARDWARE)}, or a JSON file like docs/hardware.json"
+            f"--gpu: got {name}; need one of {', '.join(HARDWARE)}, or a JSON file with such a table (docs/plan.md)"
         )
     try:
         given = json.loads(read_text(path))

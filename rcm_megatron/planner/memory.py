@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from rcm_megatron.dryrun.command import fullest_stages
 from rcm_megatron.planner.shapes import Inventories, Shapes, held_of
 from rcm_megatron.training.footprint import Held, standing_bytes
 
@@ -62,9 +63,7 @@ BESIDE_KEPT = {"full": BACKWARD, "selective": ((1, 6.3, 0),), "none": ((0, 3.3, 
 
 def peaks_of(shapes: Shapes, inventories: Inventories) -> Iterator[Peak]:
     """Of each pipeline stage that may be the fullest: the first, the last, and those with more blocks than the first."""
-    last = shapes.parallel.pp - 1
-    blocks = [sum(shapes.blocks(role, stage) for role in shapes.run.roles) for stage in range(last + 1)]
-    for stage in sorted({0, last} | {stage for stage, held in enumerate(blocks) if held > blocks[0]}):
+    for stage in fullest_stages(shapes.run):
         yield peak_on(shapes, inventories, stage=stage)
 
 
@@ -106,8 +105,7 @@ def _phases(shapes: Shapes, held: Mapping[str, Held], stage: int) -> Iterator[tu
             yield role, round(given + kept + _fullest(units, FORWARD))
         yield "backward", round(given + kept + _fullest(units, BESIDE_KEPT[policy]) + buffers)
         if run.networks[role].offload_optimizer:
-            state = (8 * held[role].elements + 4 * held[role].narrow) // shapes.shards
-            yield "optimizer", given + state
+            yield "optimizer", given + held[role].optimizer_bytes // shapes.shards
 
 
 def _units(shapes: Shapes, role: str) -> _Units:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from rcm_megatron.config import RunConfig
@@ -77,8 +77,7 @@ def smallest_world(
     """The next number of GPUs, doubled and doubled, on which something fits, and what; None: not within ``doublings``."""
     for k in range(1, doublings + 1):
         more = world_size * 2**k
-        batch = max(run.trainer.global_batch_size, 1)
-        found = search(replace(run, trainer=replace(run.trainer, global_batch_size=batch)), more, inventories, hardware)
+        found = search(run, more, inventories, hardware)
         if found.fitting:
             return more, found.fitting[0]
     return None

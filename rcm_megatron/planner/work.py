@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rcm_megatron.config import RunConfig
+from rcm_megatron.objectives import plan
 from rcm_megatron.objectives.base import Pass
 from rcm_megatron.objectives.plan import Step
 from rcm_megatron.planner.inventory import Inventory, Weight
 from rcm_megatron.planner.shapes import Inventories, Shapes, held_of
-from rcm_megatron.registries import OBJECTIVES, settings_of
 
 Kind = Literal["forward", "dual", "backward", "dual backward"]
 """Of a pass: plain; output and tangent at once; the gradient of a plain pass, and of a dual one's primal, with what is computed again."""
@@ -258,5 +258,4 @@ def _branches(shapes: Shapes, role: str) -> int:
 
 
 def _passes(run: RunConfig, step: Step) -> Iterator[Pass]:
-    for name in step.objectives:
-        yield from OBJECTIVES[name].passes(settings_of(name, run.objectives), step, run.distillation)
+    return plan.passes_of(step, distillation=run.distillation, objectives=run.objectives)

@@ -14,8 +14,8 @@ import torch
 
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import DistillationConfig, LatentConfig, ModelConfig, RunConfig
-from rcm_megatron.objectives.plan import Step
-from rcm_megatron.registries import OBJECTIVES, family_of, settings_of
+from rcm_megatron.objectives.plan import Step, passes_of
+from rcm_megatron.registries import family_of
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +98,9 @@ def step_flops(
 ) -> int:
     """FLOPs of one sample in ``step``, all objectives together; ``networks`` by role."""
     total = 0
-    for name in step.objectives:
-        for p in OBJECTIVES[name].passes(settings_of(name, objectives), step, distillation):
-            network = networks[p.role]
-            total += p.forward * network.forward + p.dual * network.dual + p.backward * network.backward
+    for p in passes_of(step, distillation=distillation, objectives=objectives):
+        network = networks[p.role]
+        total += p.forward * network.forward + p.dual * network.dual + p.backward * network.backward
     return total
 
 

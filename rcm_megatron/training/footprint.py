@@ -28,6 +28,11 @@ class Held:
     narrow: int = 0
     """Elements that are not fp32. An fp32 weight is its own main parameter."""
 
+    @property
+    def optimizer_bytes(self) -> int:
+        """Moments and main parameters, of all ranks that share them."""
+        return MOMENTS * self.elements + MAIN * self.narrow
+
     def __add__(self, other: "Held") -> "Held":
         return Held(self.elements + other.elements, self.bytes + other.bytes, self.narrow + other.narrow)
 
@@ -61,8 +66,7 @@ def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> 
         found[f"{role} weights"] = own.bytes
         if role == largest or not run.memory.free_idle_gradients:  # else one network's at a time
             found[f"{role} gradients"] = GRADIENT * own.elements
-        state = (MOMENTS * own.elements + MAIN * own.narrow) // shards
-        found[f"{role} optimizer"] = 0 if settings.offload_optimizer else state
+        found[f"{role} optimizer"] = 0 if settings.offload_optimizer else own.optimizer_bytes // shards
         if settings.ema is not None:
             found[f"{role} EMA"] = EMA * own.elements // shards
     return found

@@ -123,6 +123,11 @@ def test_check_says_what_a_layout_takes_and_warns():
     assert full.returncode == 0 and "warning: got 99." in full.stderr and "rcm plan CONFIG --gpus 8" in full.stderr
 
 
+def test_a_number_of_gpus_without_a_legal_layout_is_refused():
+    done = rcm("plan", "model_configs/wan2.1_t2v_14b_480p.yaml", "--gpus=7")
+    assert done.returncode == 2 and "trainer.global_batch_size=64 must divide by micro_batch_size*dp" in done.stderr
+
+
 def test_what_fits_nowhere_is_said_with_what_would_do():
     done = rcm("plan", "model_configs/wan2.1_t2v_14b_480p.yaml", "--gpus=2")
     assert done.returncode == 3 and "too many" in done.stdout and "of them would do" in done.stdout
