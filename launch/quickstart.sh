@@ -56,6 +56,7 @@ bash launch/setup_venv.sh
 export PATH="$PWD/.venv/bin:$PATH"
 # shellcheck disable=SC1091
 . launch/environment.sh
+unset PYTHONDONTWRITEBYTECODE # every process would compile what it imports
 export OMP_NUM_THREADS="$cores"
 python -m rcm_megatron check --world-size "$processes" "${settings[@]}" >/dev/null
 output="$(setting output_dir)"

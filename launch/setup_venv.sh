@@ -23,10 +23,12 @@ main() {
     fi
 
     echo "setup_venv: installing into $venv (Python $got)"
-    # --no-compile: byte code of the few modules that are used is made when they are
+    # --no-compile: byte code of the few modules that are used is made below, and when others are used first
     "$python" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    # An environment may say that no byte code is written (images of containers do): every process would compile torch and Megatron anew.
+    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -c "import rcm_megatron.training.trainer, rcm_megatron.inference.sample, diffusers"
     echo "$stamp" >"$venv/stamp" # last, so that an interrupted installation is made again
 }
 main

@@ -11,6 +11,7 @@ fi
 bash launch/setup_venv.sh
 PATH="$(realpath -m "${VENV:-.venv}")/bin:$PATH"
 export PATH OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes would compile what they import
 ruff check .
 ruff format --check .
 # More than cores, for many tests wait (for SLURM, for a rank that is to hang); the long files come first in the tree's order.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
 
@@ -92,20 +93,19 @@ class ModelConfig:
 
     def _heads(self, path: str) -> Iterator[Problem]:
         sizes = f"{path}.hidden_size={self.hidden_size}", f"{path}.num_heads={self.num_heads}"
-        changes = (
-            Change(f"{path}.hidden_size", multiples_near(self.hidden_size, self.num_heads)),
-            Change(
-                f"{path}.num_heads", sorted(range(1, self.hidden_size), key=lambda heads: abs(heads - self.num_heads))
-            ),
-        )
         if self.hidden_size % self.num_heads:
-            yield Problem(f"{sizes[0]} must divide by {sizes[1]}", changes)
+            yield Problem(f"{sizes[0]} must divide by {sizes[1]}", self._other_heads(path))
         elif self.head_dim % 2 or self.head_dim < 6:
             yield Problem(
                 f"{sizes[0]} / {sizes[1]} = {self.head_dim} must be even and at least 6 "
                 "(rotary embedding turns pairs of channels on three axes)",
-                changes,
+                self._other_heads(path),
             )
+
+    def _other_heads(self, path: str) -> tuple[Change, ...]:
+        heads = sorted(range(1, self.hidden_size), key=lambda heads: abs(heads - self.num_heads))
+        sizes = multiples_near(self.hidden_size, self.num_heads)
+        return Change(f"{path}.hidden_size", sizes), Change(f"{path}.num_heads", heads)
 
     def _frames(self, path: str) -> Iterator[str]:
         if self.conditional_frames and self.patch_size[0] != 1:
@@ -173,9 +173,7 @@ class ParallelConfig:
 
     def layer_ranges(self, num_layers: int) -> tuple[range, ...]:
         """The blocks of each piece, in the network's order."""
-        counts = self.chunk_layers or _even_split(num_layers, self.num_chunks)
-        stops = list(accumulate(counts))
-        return tuple(range(stop - count, stop) for count, stop in zip(counts, stops, strict=True))
+        return _ranges(self.chunk_layers or _even_split(num_layers, self.num_chunks))
 
     def dp(self, world_size: int) -> int:
         """Data parallel degree in a world of `world_size` ranks (which model_parallel_size must divide)."""
@@ -190,6 +188,13 @@ class ParallelConfig:
             )
 
 
+@lru_cache
+def _ranges(counts: tuple[int, ...]) -> tuple[range, ...]:
+    stops = list(accumulate(counts))
+    return tuple(range(stop - count, stop) for count, stop in zip(counts, stops, strict=True))
+
+
+@lru_cache
 def _even_split(total: int, parts: int) -> tuple[int, ...]:
     """Sizes that differ by one at most, the larger ones in the middle."""
     small, larger = divmod(total, parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from rcm_megatron.config import roles
@@ -322,23 +323,23 @@ class RunConfig:
         """Iterations of all stages."""
         return sum(stage.steps for stage in self.stages)
 
-    @property
+    @cached_property
     def roles(self) -> tuple[str, ...]:
         """The networks that the stages need, in the order in which they are built: those that stay as they are come first, because
         what is whole for a moment before it is sharded then finds the device empty."""
         return roles.needed_roles(self.stages, self.networks)
 
-    @property
+    @cached_property
     def objectives_used(self) -> tuple[str, ...]:
         """The objectives of all stages with their companions, in the order of the registry."""
         return roles.objectives_of(self.stages)
 
-    @property
+    @cached_property
     def trained_roles(self) -> tuple[str, ...]:
         """Those of `roles` that a stage trains."""
         return roles.trained_roles(self.stages, self.networks)
 
-    @property
+    @cached_property
     def tangent_roles(self) -> tuple[str, ...]:
         """Those of `trained_roles` of which a stage takes a tangent."""
         return roles.tangent_roles(self.stages, self.networks)

@@ -33,10 +33,11 @@ class Policies:
 
 POLICIES = tuple(
     Policies(recompute=recompute, free_idle_gradients=freed, frozen_weights=weights, offload_optimizer=offloaded)
-    for offloaded, weights, freed, recompute in product(
-        (False, True), ("resident", "sharded", "offloaded"), (False, True), ("none", "selective", "full")
+    for recompute, offloaded, weights, freed in product(
+        ("none", "selective", "full"), (False, True), ("resident", "sharded", "offloaded"), (False, True)
     )
 )
+"""By recomputation, and of each from cheap to dear."""
 
 
 def layouts_of(run: RunConfig, world_size: int, *, gpus_per_node: int) -> Iterator[RunConfig]:

@@ -8,9 +8,10 @@ pipeline fills and drains, once for each pass; kernels take no less than the hos
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 from rcm_megatron.config import RunConfig, StageConfig
 from rcm_megatron.objectives.plan import Step, plan_step
@@ -21,9 +22,11 @@ from rcm_megatron.planner.work import (
     ATTENTION_BACKWARD,
     ATTENTION_JVP,
     LINEAR,
+    Kind,
     StageWork,
     Work,
     gathers_of,
+    passes_of,
 )
 from rcm_megatron.training.flops import network_flops, step_flops
 
@@ -34,6 +37,10 @@ EFFICIENCY = {
     ATTENTION_JVP: "attention_jvp",
 }
 """Operation -> its field of `Efficiency`."""
+Passes = Sequence[tuple[str, Kind, int]]
+"""(Role, kind of pass, how often a sample goes through it)."""
+PassSeconds = Callable[[str, Kind], tuple[Mapping[str, float], float]]
+"""(Role, kind of pass) -> seconds of it for all samples of an update, by what takes them, and all of them but those of launches."""
 HIDDEN_BACKWARD = 0.5
 """Share of the last micro-batch's backward behind which gradients travel."""
 
@@ -61,8 +68,8 @@ class Cost:
 class Schedule:
     """What a run's iterations are, on whatever layout."""
 
-    steps: Sequence[tuple[float, Step]]
-    """(Share of the iterations, step) of each kind."""
+    steps: Sequence[tuple[float, Step, Passes]]
+    """(Share of the iterations, step, what it executes) of each kind."""
     useful_flops: float
     """Of a mean iteration, all GPUs together."""
     iterations: int
@@ -72,15 +79,17 @@ class Schedule:
         networks = {role: network_flops(run.model_of(role), run.latent) for role in run.roles}
         steps, given = _weighted_steps(run), {"distillation": run.distillation, "objectives": run.objectives}
         useful = sum(share * step_flops(networks, step, **given) for share, step in steps)
-        return Schedule(steps, useful * run.trainer.global_batch_size, run.total_steps)
+        known = [(share, step, tuple(passes_of(run, step))) for share, step in steps]
+        return Schedule(known, useful * run.trainer.global_batch_size, run.total_steps)
 
 
 def cost_of(shapes: Shapes, inventories: Inventories, hardware: Hardware, schedule: Schedule) -> Cost:
     """Of the whole run, as a mean over its iterations."""
     total: Counter[str] = Counter()
-    stages = [StageWork(shapes, inventories, stage=stage) for stage in _slowest(shapes)]
-    for share, step in schedule.steps:
-        each = [_on_stage(work, step, hardware) for work in stages]
+    works = [StageWork(shapes, inventories, stage=stage) for stage in _slowest(shapes)]
+    stages = [(work, _passes_on(work, hardware)) for work in works]
+    for share, step, passes in schedule.steps:
+        each = [_on_stage(work, step, passes, one_pass, hardware) for work, one_pass in stages]
         for name, seconds in max(each, key=lambda seconds: sum(seconds.values())).items():
             total[name] += share * seconds
     hours = schedule.iterations * sum(total.values()) / 3600
@@ -121,23 +130,37 @@ def _of_stage(run: RunConfig, stage: StageConfig) -> Iterator[tuple[Fraction, St
             yield Fraction(left, stage.steps * period), step(iteration)
 
 
-def _on_stage(work: StageWork, step: Step, hardware: Hardware) -> dict[str, float]:
+def _passes_on(work: StageWork, hardware: Hardware) -> PassSeconds:
+    """Each kind of pass is worked out once, for its seconds are proportional to how often it is made."""
+
+    @cache
+    def one_pass(role: str, kind: Kind) -> tuple[Mapping[str, float], float]:
+        done = work.all_samples(role, kind)
+        own = _pass_seconds(work.shapes, done, hardware)
+        busy = sum(own.values())
+        own["launches"] = max(0.0, done.launches * hardware.launch_us * 1e-6 - busy)
+        return own, busy
+
+    return one_pass
+
+
+def _on_stage(
+    work: StageWork, step: Step, passes: Passes, one_pass: PassSeconds, hardware: Hardware
+) -> dict[str, float]:
     """Seconds of one update, by what takes them."""
     shapes = work.shapes
     seconds: Counter[str] = Counter()
     backward = frozen = 0.0
-    for (role, kind), done in work.passes(step).items():
-        own = _pass_seconds(shapes, done, hardware)
-        busy = sum(own.values())
-        idle = max(0.0, done.launches * hardware.launch_us * 1e-6 - busy)
-        seconds.update(own)
-        seconds["launches"] += idle
-        fill = (shapes.parallel.pp - 1) / (shapes.micro_batches * shapes.parallel.vpp)
-        seconds["pipeline fills and drains"] += (busy + idle) * fill
+    fill = (shapes.parallel.pp - 1) / (shapes.micro_batches * shapes.parallel.vpp)
+    for role, kind, times in passes:
+        own, busy = one_pass(role, kind)
+        for name, value in own.items():
+            seconds[name] += times * value
+        seconds["pipeline fills and drains"] += times * (busy + own["launches"]) * fill
         if "backward" in kind:
-            backward += busy / shapes.micro_batches
+            backward += times * busy / shapes.micro_batches
         if role in shapes.frozen_roles:
-            frozen += busy
+            frozen += times * busy
     reduce = _link_seconds(shapes, work.once(step), hardware)
     hidden = min(reduce.get("dp_cp", 0.0) / 2, HIDDEN_BACKWARD * backward)
     gathering = reduce.pop("weights", 0.0) + _from_host_seconds(work, step, hardware)

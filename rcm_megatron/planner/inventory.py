@@ -7,9 +7,9 @@ of a family's layers exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cached_property
+from typing import Literal, get_args
 
 from rcm_megatron.config import ModelConfig, ParallelConfig, RunConfig
 from rcm_megatron.registries import family_of
@@ -49,26 +49,30 @@ class Weight:
         return self.elements // tp if self.is_split else self.elements
 
 
-Inventory = tuple[Weight, ...]
+class Inventory(tuple[Weight, ...]):
+    """The parameters of a network; of its blocks those of one."""
 
+    @cached_property
+    def _known(self) -> dict[tuple[Place, int], Held]:
+        return {}
 
-def _held(weights: Sequence[Weight], *, tp: int) -> Held:
-    """Of these weights one rank of ``tp``."""
-    sizes = [(weight.on(tp), weight.width) for weight in weights]
-    return Held(
-        sum(n for n, _ in sizes), sum(n * width for n, width in sizes), sum(n for n, width in sizes if width < 4)
-    )
+    def held(self, place: Place, *, tp: int) -> Held:
+        """Of what is at ``place`` one rank of ``tp``."""
+        if (place, tp) not in self._known:
+            sizes = [(weight.on(tp), weight.width) for weight in self if weight.place == place]
+            low_precision = sum(n for n, width in sizes if width < 4)
+            self._known[place, tp] = Held(sum(n for n, _ in sizes), sum(n * width for n, width in sizes), low_precision)
+        return self._known[place, tp]
 
 
 def held_on_stage(inventory: Inventory, parallel: ParallelConfig, num_layers: int, *, stage: int) -> Held:
     """Of a network a rank of pipeline stage ``stage``."""
-    of = {place: _held([w for w in inventory if w.place == place], tp=parallel.tp) for place in Place.__args__}
+    of = {place: inventory.held(place, tp=parallel.tp) for place in get_args(Place)}
     pieces = parallel.layer_ranges(num_layers)
     total = Held()
     for index in range(stage, len(pieces), parallel.pp):
         total += of["every"]
-        for _ in pieces[index]:
-            total += of["block"]
+        total += of["block"].times(len(pieces[index]))
         if index == 0:
             total += of["first"]
         if index == len(pieces) - 1:
@@ -112,7 +116,7 @@ def read_inventory(run: RunConfig, role: str) -> Inventory:
                 rows=rows_of(name, rows) if is_linear else None,
             )
         )
-    return tuple(found)
+    return Inventory(found)
 
 
 def _smallest_cut(model: ModelConfig) -> int:

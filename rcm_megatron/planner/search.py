@@ -57,7 +57,7 @@ def _options(
     laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
 ) -> Iterator[Option]:
     """With each kind of recomputation the cheapest of the other policies that fits, or the emptiest."""
-    for _, policies in groupby(sorted(POLICIES, key=lambda p: p.recompute), key=lambda p: p.recompute):
+    for _, policies in groupby(POLICIES, key=lambda policy: policy.recompute):
         emptiest = None
         for policy in policies:
             shapes = Shapes(policy.applied_to(laid_out), world_size)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rcm_megatron.config import RunConfig
+from rcm_megatron.config import ParallelConfig, RunConfig
 from rcm_megatron.objectives import plan
 from rcm_megatron.objectives.base import Pass
 from rcm_megatron.objectives.plan import Step
@@ -68,7 +68,7 @@ class NetworkWork:
     """Passes of one sample through the pieces of one network on one pipeline stage."""
 
     def __init__(self, shapes: Shapes, role: str, inventory: Inventory, *, stage: int) -> None:
-        self.shapes, self.role, self.inventory, self.stage = shapes, role, inventory, stage
+        self.shapes, self.inventory, self.stage = shapes, inventory, stage
         self.model, self.parallel = shapes.run.model_of(role), shapes.parallel
         self.blocks, self.rows = shapes.blocks(role, stage), shapes.rows(role)
         pieces = shapes.pieces(stage)
@@ -211,39 +211,59 @@ class StageWork:
     def __init__(self, shapes: Shapes, inventories: Inventories, *, stage: int) -> None:
         self.shapes, self.inventories, self.stage = shapes, inventories, stage
         self.held = held_of(shapes, inventories, stage=stage)
-        self._networks = {role: NetworkWork(shapes, role, inventories[role], stage=stage) for role in shapes.run.roles}
-        self._known: dict[tuple[str, Kind], Work] = {}
+        self._networks: dict[str, NetworkWork] = {}
+        alike: dict[tuple[int, ParallelConfig], NetworkWork] = {}
+        for role in shapes.run.roles:
+            inventory, parallel = inventories[role], shapes.run.parallel_of(role)
+            network = alike.setdefault((id(inventory), parallel), NetworkWork(shapes, role, inventory, stage=stage))
+            self._networks[role] = network
+        self._known: dict[tuple[NetworkWork, Kind], Work] = {}
+        self._reductions: dict[str, Work] = {}
 
     def one(self, role: str, kind: Kind) -> Work:
         """One pass of one sample."""
-        if (role, kind) not in self._known:
-            self._known[role, kind] = self._networks[role].of(kind)
-        return self._known[role, kind]
+        network = self._networks[role]
+        if (network, kind) not in self._known:
+            self._known[network, kind] = network.of(kind)
+        return self._known[network, kind]
 
     def passes(self, step: Step) -> Mapping[tuple[str, Kind], Work]:
         """What each (role, kind of pass) does for all samples of an update."""
-        shapes, found = self.shapes, {}
-        for role, kind, times in passes_of(shapes.run, step):
-            calls = times * shapes.micro_batches / _branches(shapes, role)
-            found.setdefault((role, kind), Work()).add(self.one(role, kind), times * shapes.samples, calls=calls)
+        found: dict[tuple[str, Kind], Work] = {}
+        for role, kind, times in passes_of(self.shapes.run, step):
+            found.setdefault((role, kind), Work()).add(self.all_samples(role, kind), times)
         return found
+
+    def all_samples(self, role: str, kind: Kind) -> Work:
+        """One pass of all samples of an update."""
+        work, shapes = Work(), self.shapes
+        work.add(self.one(role, kind), shapes.samples, calls=shapes.micro_batches / _branches(shapes, role))
+        return work
 
     def once(self, step: Step) -> Work:
         """Once an update: gradients of the trained network summed over ranks and its weights gathered; weights of sharded networks."""
-        work, shapes, role = Work(), self.shapes, step.trained
-        held, network, tp, pp = self.held[role], self._networks[role], shapes.parallel.tp, shapes.parallel.pp
-        work.message("dp_cp", 4 * held.elements + held.bytes, ranks=shapes.shards, calls=4)
-        of_text = {w.module for w in network.inventory if w.place == "every" and w.rows in ("text", "image")}
-        # gradients of what embeds texts are equal on all ranks already
-        partial = [w for w in network.inventory if not w.is_split and w.module not in of_text]
-        work.message("tp", 4 * sum(w.elements * network.times[w.place] for w in partial), ranks=tp, rounds=2)
-        work.message("pp", 4 * sum(w.on(tp) for w in network.inventory if w.place == "every"), ranks=pp, rounds=2)
+        work, shapes = Work(), self.shapes
+        work.add(self._reduction(step.trained))
         for name in shapes.frozen_roles:
             if shapes.run.networks[name].weights != "resident":
                 gathers = gathers_of(shapes, name, step)
                 calls = gathers * (shapes.blocks(name, self.stage) + 1)
                 work.message("weights", self.held[name].bytes * gathers, ranks=shapes.shards, calls=calls)
         return work
+
+    def _reduction(self, role: str) -> Work:
+        """Gradients of a network summed over ranks, its weights gathered."""
+        if role not in self._reductions:
+            work, shapes = Work(), self.shapes
+            held, network, tp, pp = self.held[role], self._networks[role], shapes.parallel.tp, shapes.parallel.pp
+            work.message("dp_cp", 4 * held.elements + held.bytes, ranks=shapes.shards, calls=4)
+            of_text = {w.module for w in network.inventory if w.place == "every" and w.rows in ("text", "image")}
+            # gradients of what embeds texts are equal on all ranks already
+            partial = [w for w in network.inventory if not w.is_split and w.module not in of_text]
+            work.message("tp", 4 * sum(w.elements * network.times[w.place] for w in partial), ranks=tp, rounds=2)
+            work.message("pp", 4 * sum(w.on(tp) for w in network.inventory if w.place == "every"), ranks=pp, rounds=2)
+            self._reductions[role] = work
+        return self._reductions[role]
 
 
 def gathers_of(shapes: Shapes, role: str, step: Step) -> int:

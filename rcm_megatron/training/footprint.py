@@ -36,6 +36,10 @@ class Held:
     def __add__(self, other: "Held") -> "Held":
         return Held(self.elements + other.elements, self.bytes + other.bytes, self.narrow + other.narrow)
 
+    def times(self, count: int) -> "Held":
+        """Of so many."""
+        return Held(count * self.elements, count * self.bytes, count * self.narrow)
+
 
 def held_by(parameters: Iterable[nn.Parameter]) -> Held:
     """Of these parameters."""

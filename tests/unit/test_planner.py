@@ -10,7 +10,7 @@ from rcm_megatron.config.validate import is_valid
 from rcm_megatron.planner.candidates import POLICIES, layouts_of
 from rcm_megatron.planner.cost import Schedule, cost_of, is_inside
 from rcm_megatron.planner.hardware import HARDWARE, hardware_of
-from rcm_megatron.planner.inventory import Weight
+from rcm_megatron.planner.inventory import Inventory, Weight
 from rcm_megatron.planner.memory import GIB, peak_of
 from rcm_megatron.planner.search import search, smallest_world
 from rcm_megatron.planner.shapes import Shapes
@@ -36,7 +36,7 @@ def inventories(run):
         "mlp.linear_fc1": (FFN, HIDDEN, "tokens"),
         "mlp.linear_fc2": (HIDDEN, FFN, "tokens"),
     }
-    weights = tuple(
+    weights = Inventory(
         Weight(name=f"{name}.weight", place="block", shape=(out, into), width=2, is_split=True, rows=rows)
         for name, (out, into, rows) in shapes.items()
     )
@@ -107,8 +107,8 @@ def test_policies_reach_the_networks_that_they_are_of(run):
 def test_a_schedule_is_the_mean_of_a_run(run):
     """One iteration in ten is of the student, rollouts of one to four steps are as frequent."""
     steps = Schedule.of(run).steps
-    assert sum(share for share, _ in steps) == pytest.approx(1.0)
-    student = {step.rollout_steps: share for share, step in steps if step.trained == "student"}
+    assert sum(share for share, *_ in steps) == pytest.approx(1.0)
+    student = {step.rollout_steps: share for share, step, _ in steps if step.trained == "student"}
     assert student == pytest.approx(dict.fromkeys(range(1, 5), 0.025))
 
 
@@ -120,8 +120,8 @@ def test_seconds_by_hand(run, inventories):
     alone = replace(alone, trainer=replace(run.trainer, global_batch_size=8))
     alone = replace(alone, distillation=replace(run.distillation, max_rollout_steps=1))
     shapes, schedule = Shapes(alone, 8), Schedule.of(alone)
-    ((share, step),) = [(share, step) for share, step in schedule.steps if step.trained == "fake_score"]
-    only = replace(schedule, steps=[(1.0, step)])
+    ((share, *rest),) = [kind for kind in schedule.steps if kind[1].trained == "fake_score"]
+    only = replace(schedule, steps=[(1.0, *rest)])
     cost = cost_of(shapes, inventories, H100, only)
     tokens = 32760
     own, cross = (4.0 * tokens * HIDDEN * 40 * keys for keys in (tokens, 512))
