@@ -52,6 +52,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+RESOLUTIONS = {"480p": (480, 832), "720p": (720, 1280)}
+"""(height, width) as Wan's are."""
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """`480p`, `720p`, or as `parse_size`."""
+    return RESOLUTIONS[text] if text in RESOLUTIONS else parse_size(text)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
     """Run all stages of a configuration; start it with torchrun or srun."""
@@ -97,6 +106,12 @@ class PlanRequest:
     """GPUs that the run is to take"""
     gpu: Annotated[str, Option(metavar="NAME")] = "h100-80g"
     """a table of hardware (a100-80g, h100-80g, h200-141g, b200-180g), or a JSON file with one"""
+    teacher: Annotated[str | None, Option(metavar="CONFIG")] = None
+    """teacher and fake score are networks of this configuration: a large teacher of a smaller student"""
+    resolution: Annotated[tuple[int, int] | None, Option(metavar="480p|720p|HxW", parse=parse_resolution)] = None
+    """of the videos, in pixels"""
+    seconds: Annotated[float | None, Option(metavar="S")] = None
+    """length of the videos at 16 frames a second"""
     top: Annotated[int, Option(metavar="N")] = 5
     """how many of the fastest are listed"""
     confirm: Annotated[int, Option(metavar="N")] = 0

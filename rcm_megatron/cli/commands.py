@@ -57,7 +57,9 @@ def load_to_plan(config: str, overrides: Sequence[str], request: requests.PlanRe
     """With whatever layout, which is what is looked for. Raises ConfigError for no GPUs."""
     if request.gpus < 1:
         raise ConfigError(f"--gpus: got {request.gpus}, need an integer greater than 0")
-    return load_config(config, overrides)
+    from rcm_megatron.planner.question import asked
+
+    return load_config(config, [*overrides, *asked(load_config(config, overrides), request)])
 
 
 def load_for_inference(config: str, overrides: Sequence[str], request: Any) -> RunConfig:

@@ -76,7 +76,9 @@ def _add_commands(
         if name in argv:
             if command.load is not None:
                 added.add_argument(
-                    "config_file", metavar="config", help="YAML of a run, e.g. model_configs/quickstart.yaml"
+                    "config_file",
+                    metavar="config",
+                    help="YAML of a run, or the name of a shipped one, e.g. wan2.1-t2v-14b",
                 )
                 added.add_argument(
                     "overrides", nargs="*", metavar=KEY_VALUE, help="e.g. parallel.tp=2 stages.0.steps=100"

@@ -14,17 +14,18 @@ from rcm_megatron.config.describe import describe
 from rcm_megatron.config.errors import ConfigError
 from rcm_megatron.config.reading import read
 from rcm_megatron.config.run import RunConfig
+from rcm_megatron.config.shipped import config_path
 from rcm_megatron.config.validate import problems_of
 from rcm_megatron.config.yaml_text import Dumper, parse, parse_override
 from rcm_megatron.text import TextError, read_text
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> RunConfig:
-    """Read a run configuration and apply `overrides` ("trainer.log_every=10", "stages.0.steps=5").
+    """Read a run configuration, a path or a shipped one's name, and apply `overrides` ("trainer.log_every=10", "stages.0.steps=5").
 
     Raises ConfigError with every reason why it cannot run on ``world_size`` processes; without that number, with what is wrong within its
     sections alone, for a caller that goes on to change it."""
-    data, problems = _overridden(_read(Path(path)), overrides)
+    data, problems = _overridden(_read(config_path(path)), overrides)
     unusable = list(_import_plugins(data))
     config, refused = read(RunConfig, data)
     if problems := [*problems, *unusable, *refused, *problems_of(config, world_size)]:
@@ -54,7 +55,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = parse(read_text(path))
     except TextError as error:
-        raise ConfigError(f"{error} (need a YAML file, e.g. one of model_configs/)") from None
+        raise ConfigError(f"{error} (need a YAML file, or the name of one of model_configs/)") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):

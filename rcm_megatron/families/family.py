@@ -106,6 +106,10 @@ class Family:
         """The network as diffusers computes it, where its constants are not the release's."""
         return model
 
+    def vae_factors(self, channels: int) -> tuple[int, int]:
+        """(frames, rows and columns) of pixels that the VAE of so many latent channels makes one; the first frame stays one."""
+        return 4, 8
+
     def largest_latent(self, model: ModelConfig) -> tuple[float, float, float]:
         """(frames, height, width) up to which the network has positions, beside `rope_max_seq_len`."""
         return (float("inf"),) * 3

@@ -19,6 +19,7 @@ from rcm_megatron.planner.cost import Schedule, cost_of
 from rcm_megatron.planner.hardware import Hardware, hardware_of
 from rcm_megatron.planner.inventory import read_inventory
 from rcm_megatron.planner.memory import GIB, peak_of
+from rcm_megatron.planner.question import asked
 from rcm_megatron.planner.report import overrides_of, report_of, to_text
 from rcm_megatron.planner.search import Option, search, smallest_world
 from rcm_megatron.planner.shapes import Inventories, Shapes
@@ -56,7 +57,7 @@ def plan(run: RunConfig, request: PlanRequest) -> int:
         write_atomically(request.write, to_yaml(best.run).encode())
         command = f"sbatch --nodes={nodes} launch/slurm/train.sbatch {shlex.quote(str(request.write))}"
     else:
-        command = f"sbatch --nodes={nodes} launch/slurm/train.sbatch CONFIG {shlex.join(overrides_of(best))}"
+        command = f"sbatch --nodes={nodes} launch/slurm/train.sbatch CONFIG {shlex.join([*asked(run, request), *overrides_of(best)])}"
     print(f"\nto run 1: {command}")
     return 0
 

@@ -184,6 +184,20 @@ def test_a_file_that_is_no_configuration(tmp_path):
         load_config(tmp_path / "bad.yaml")
 
 
+def test_a_shipped_configuration_is_found_by_words_of_its_name(tmp_path, monkeypatch):
+    assert load_config("wan2.1-T2V-14b").name == load_config("wan2.1_t2v_14b_480p").name == "wan2.1_t2v_14b_480p"
+    assert load_config("quickstart").name == "quickstart"
+    with pytest.raises(ConfigError, match="which may be wan2.1_i2v_14b_480p or wan2.1_t2v_14b_480p; need one"):
+        load_config("wan2.1-14b")
+    with pytest.raises(ConfigError, match="quickstrat cannot be read.*the name of one of model_configs/"):
+        load_config("quickstrat")
+    # a file of that name comes first
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("name: [")
+    with pytest.raises(ConfigError, match="^quickstart: "):
+        load_config("quickstart")
+
+
 def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
     plain = Path(__file__).parents[2] / "model_configs" / "quickstart.yaml"
     (tmp_path / "marked.yaml").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))

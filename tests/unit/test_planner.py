@@ -12,8 +12,10 @@ from rcm_megatron.planner.cost import Schedule, cost_of, is_inside
 from rcm_megatron.planner.hardware import HARDWARE, hardware_of
 from rcm_megatron.planner.inventory import Inventory, Weight
 from rcm_megatron.planner.memory import GIB, peak_of
+from rcm_megatron.planner.question import asked
 from rcm_megatron.planner.search import search, smallest_world
 from rcm_megatron.planner.shapes import Shapes
+from rcm_megatron.requests import PlanRequest
 
 H100 = HARDWARE["h100-80g"]
 HIDDEN, FFN = 5120, 13824
@@ -41,6 +43,31 @@ def inventories(run):
         for name, (out, into, rows) in shapes.items()
     )
     return dict.fromkeys(run.roles, weights)
+
+
+# ---- what is asked
+
+
+def test_a_larger_teacher_and_other_videos_are_overrides(run):
+    """5 s of 81 frames are 21 latent frames; the student begins as the small teacher, whose place the large one takes."""
+    small = load_config("wan2.1-t2v-1.3b")
+    request = PlanRequest(gpus=64, teacher="wan2.1-t2v-14b", resolution=(720, 1280), seconds=5.0)
+    overrides = list(asked(small, request))
+    asked_for = load_config("wan2.1-t2v-1.3b", overrides)
+    assert asked_for.latent.shape_CTHW == (16, 21, 90, 160)
+    assert asked_for.model_of("teacher") == asked_for.model_of("fake_score") == run.model
+    assert asked_for.model_of("student") == small.model and asked_for.init_of("student") == small.init_of("teacher")
+    assert asked_for.init_of("teacher") == asked_for.init_of("fake_score") == run.init_of("teacher")
+    assert list(asked(asked_for, request)) == overrides
+
+
+def test_the_vae_of_48_channels_makes_16_pixels_one():
+    wide = load_config("wan2.2-ti2v-5b")
+    assert list(asked(wide, PlanRequest(gpus=8, resolution=(704, 1280)))) == ["latent.height=44", "latent.width=80"]
+    with pytest.raises(ConfigError, match="got height 728, need a multiple of 16.*720 is one"):
+        list(asked(wide, PlanRequest(gpus=8, resolution=(728, 1280))))
+    with pytest.raises(ConfigError, match="--seconds: got -1, need"):
+        list(asked(wide, PlanRequest(gpus=8, seconds=-1.0)))
 
 
 # ---- hardware

@@ -55,10 +55,11 @@ class Cosmos(Family):
     def pipeline(self, run: RunConfig) -> PipelineCall:
         kind = "v2w" if run.model.conditional_frames else "t2i"
         pipeline, base = _BASES[kind]
-        _, frames, height, width = run.latent.shape_CTHW
-        call = (f"height={8 * height}", f"width={8 * width}")
+        channels, frames, height, width = run.latent.shape_CTHW
+        time, space = self.vae_factors(channels)
+        call = (f"height={space * height}", f"width={space * width}")
         if kind == "v2w":  # the pipeline's own 16 frames a second would stretch time as the network was not trained
-            call += (f"num_frames={4 * (frames - 1) + 1}", f"fps={run.model.rope_fps or ROPE_FPS:g}")
+            call += (f"num_frames={time * (frames - 1) + 1}", f"fps={run.model.rope_fps or ROPE_FPS:g}")
         return PipelineCall(pipeline=pipeline, base=base, arguments=call, makes_noise=True, takes_image=kind == "v2w")
 
     def diffusers_inputs(self, model: CosmosModelConfig, given: WholeInput) -> dict[str, Any]:

@@ -63,14 +63,17 @@ class Wan(Family):
         mask_BCTHW[:, :, 0] = 1
         return torch.cat([mask_BCTHW, image_latent_BCTHW], dim=1)
 
+    def vae_factors(self, channels: int) -> tuple[int, int]:
+        return 4, 16 if channels == _WIDE_VAE_CHANNELS else 8
+
     def pipeline(self, run: RunConfig) -> PipelineCall:
         kind = "ti2v" if run.model.conditional_frames else "i2v" if run.model.image.channels else "t2v"
         pipeline, base = _BASES[kind]
         if low_noise_of("student") in run.networks:
             base = f"Wan-AI/Wan2.2-{kind.upper()}-A14B-Diffusers"
         channels, frames, height, width = run.latent.shape_CTHW
-        factor = 16 if channels == _WIDE_VAE_CHANNELS else 8
-        size = (f"height={factor * height}", f"width={factor * width}", f"num_frames={4 * (frames - 1) + 1}")
+        time, space = self.vae_factors(channels)
+        size = (f"height={space * height}", f"width={space * width}", f"num_frames={time * (frames - 1) + 1}")
         return PipelineCall(
             pipeline=pipeline, base=base, arguments=size, makes_noise=False, takes_image=kind in ("i2v", "ti2v")
         )
