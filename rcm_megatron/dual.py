@@ -5,6 +5,7 @@ rows first, so one GEMM, one collective and one pipeline message serve both (doc
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +106,18 @@ class _Stack(torch.autograd.Function):
         return grad_stacked.narrow(BATCH_DIM, 0, grad_stacked.shape[BATCH_DIM] // 2), None
 
 
-def recomputed(function: Callable, *inputs: "Tensor | Dual") -> "Tensor | Dual":
-    """Run ``function`` without a graph and recompute it, on the primals alone, in the backward.
+Contexts = tuple[AbstractContextManager, AbstractContextManager]
+"""Of the forward and of the recomputation."""
+
+
+def no_contexts() -> Contexts:
+    return nullcontext(), nullcontext()
+
+
+def recomputed(
+    function: Callable, *inputs: "Tensor | Dual", contexts: Callable[[], Contexts] = no_contexts
+) -> "Tensor | Dual":
+    """Run ``function`` without a graph and recompute it, on the primals alone, in the backward, both inside of their ``contexts``.
 
     The forward runs on the inputs as given: with a Dual among them the result is a Dual. The backward re-runs ``function`` on the
     saved primals with gradient, so a tangent costs no activation memory and no backward. Everything that carries gradient must be
@@ -115,7 +126,7 @@ def recomputed(function: Callable, *inputs: "Tensor | Dual") -> "Tensor | Dual":
     if not torch.is_grad_enabled():
         return function(*inputs)
     anchor = torch.empty((), requires_grad=True, device=primal_of(inputs[0]).device)
-    result = _Recompute.apply(function, inputs, anchor, *(primal_of(value) for value in inputs))
+    result = _Recompute.apply(function, inputs, contexts(), anchor, *(primal_of(value) for value in inputs))
     if isinstance(result, tuple):
         primal, stacked = result
         return Dual(stacked, primal)
@@ -124,10 +135,12 @@ def recomputed(function: Callable, *inputs: "Tensor | Dual") -> "Tensor | Dual":
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, inputs, anchor, *primals):
+    def forward(ctx, function, inputs, contexts, anchor, *primals):
+        around, ctx.around_recomputation = contexts
         ctx.function = function
         ctx.save_for_backward(*primals)
-        output = function(*inputs)
+        with around:
+            output = function(*inputs)
         if not isinstance(output, Dual):
             return output
         # A clone, not a view: the next block saves this primal, and a view would keep the whole stack alive with it.
@@ -138,7 +151,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_primal, _grad_stacked=None):
         primals = [p.detach().requires_grad_(p.requires_grad) for p in ctx.saved_tensors]
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.around_recomputation:
             output = ctx.function(*primals)
         torch.autograd.backward(output, grad_primal)
-        return None, None, None, *(p.grad for p in primals)
+        return None, None, None, None, *(p.grad for p in primals)

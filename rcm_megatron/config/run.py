@@ -239,10 +239,11 @@ class TrainerConfig:
 class MemoryConfig:
     """Time for memory, each policy with its price. The tables of docs/memory.md were measured."""
 
-    recompute: Literal["none", "selective", "full"] = "full"
-    """What plain passes keep for the backward pass (the dual pass always keeps a block's primal input alone).
-    none: every activation. selective: what linears and attention put out; norms, modulation, GELU, RoPE, gathers and the messages of
-    ring and Ulysses run again (Transformer Engine's linears and the reference attention too). full: the block's input; one more forward."""
+    recompute: Literal["none", "selective", "attention", "full"] = "full"
+    """What plain passes keep for the backward pass. none: every activation. selective: what linears and attention put out; norms,
+    modulation, GELU, RoPE, gathers and Ulysses' messages run again (Transformer Engine's linears too). attention: a block's input and what
+    its self-attention puts out. full: the block's input; one more forward. The dual pass keeps a block's primal input and, of all but
+    full, the primal that self-attention puts out: one hidden state a block more, for which its backward runs no attention and no ring."""
     free_idle_gradients: bool = False
     """Free the fp32 gradients of the network that a step does not train: 4 bytes a parameter of the rank less (dp and cp do not share
     them) where two are trained; an allocation a step, and large blocks in the allocator that may not fit together again."""

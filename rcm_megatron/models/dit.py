@@ -52,7 +52,7 @@ class DiffusionTransformer(MegatronModule):
         layout: how the tokens of one latent shape lie on the ranks.
         stage: which blocks this piece holds; by default all of them.
         spec: the blocks' linears and their precision (``config`` adapted to it); by default Megatron-Core's own.
-        recompute: what plain passes keep for the backward pass, as in MemoryConfig (dual passes keep a block's primal input alone).
+        recompute: what a block keeps for the backward pass, as in MemoryConfig.
     """
 
     blocks: nn.ModuleDict

@@ -1,12 +1,16 @@
 """What the plain pass of a block keeps for its backward pass, and what it computes again. (Dual passes: rcm_megatron.dual.)
 
+What self-attention puts out is kept as a whole (rcm_megatron.parallel.kept_attention), under every policy but ``full``, and of dual
+passes too: their recomputation runs no attention.
+
 ``selective`` runs PyTorch's checkpoint under a pair of dispatch modes: one notes the outputs of chosen operations in the forward, the other
 gives them back in the recomputation. PyTorch's own pair (create_selective_checkpoint_contexts) does this for operations that return new
 tensors; a tensor-parallel linear ends in a reduce-scatter into a given buffer, and keeping its matmul instead would cost tp times as much.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +23,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from rcm_megatron.dual import Dual, recomputed
+from rcm_megatron.parallel.kept_attention import KeptAttention
 
 _COLLECTIVES = ("c10d::_reduce_scatter_base_", "c10d::allreduce_")
 """Kept by what they wrote into their first argument, a tensor or a list. Others run again: all-gathers, messages of ring and Ulysses."""
@@ -28,15 +33,17 @@ def run_block(block: Callable[..., Tensor | Dual], *inputs: Tensor | Dual, polic
     """``block(*inputs)``; ``policy`` as in MemoryConfig.recompute. A Dual is recomputed whatever it says: its tangent leaves no graph."""
     if not torch.is_grad_enabled():
         return block(*inputs)
-    if policy == "full" or any(isinstance(value, Dual) for value in inputs):
+    if policy == "full":
         return recomputed(block, *inputs)
+    if policy == "attention" or any(isinstance(value, Dual) for value in inputs):
+        return recomputed(block, *inputs, contexts=KeptAttention().contexts)
     if policy == "none":
         return block(*inputs)
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_and_replay)
 
 
 def is_kept(operation: OpOverload) -> bool:
-    """Whether ``selective`` keeps the outputs of ``operation``: a linear's matmul, or the attention of a fused backend.
+    """Whether ``selective`` keeps the outputs of ``operation``: a linear's matmul, or cross-attention of a fused backend.
 
     Batched matmuls are the reference attention's scores, quadratic in tokens: never kept. Transformer Engine's GEMMs are no operators of
     torch: they run again.
@@ -77,19 +84,28 @@ def _versions(result: Any) -> list[int]:
 _Tape = defaultdict[OpOverload, list[_Kept]]
 
 
-def _keep_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _keep_and_replay() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of a block's forward and of its recomputation."""
-    tape: _Tape = defaultdict(list)
-    return _Keep(tape), _Replay(tape)
+    tape, attention = defaultdict(list), KeptAttention()
+    around_forward, around_recomputation = attention.contexts()
+    return _both(around_forward, _Keep(tape, attention)), _both(around_recomputation, _Replay(tape))
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 class _Keep(TorchDispatchMode):
-    def __init__(self, tape: _Tape) -> None:
+    def __init__(self, tape: _Tape, attention: KeptAttention) -> None:
         super().__init__()
-        self._tape, self._matmuls = tape, {}
+        self._tape, self._attention, self._matmuls = tape, attention, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         returned = func(*args, **(kwargs or {}))
+        if self._attention.is_computing:
+            return returned
         if is_kept(func):
             self._tape[func].append(_Kept.of(returned))
             if isinstance(returned, Tensor):

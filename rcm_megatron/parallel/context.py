@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rcm_kernels.flash_attention import attention
+from rcm_kernels.flash_attention import attention_backward, attention_forward
 from rcm_kernels.flash_attention_jvp import attention_jvp
-from rcm_megatron.parallel.ring import Ring, RingAttention, ring_attention_jvp
+from rcm_megatron.parallel.kept_attention import keep, kept_or
+from rcm_megatron.parallel.ring import Ring, ring_attention_jvp, ring_backward, ring_forward
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ class ContextParallel:
         valid_tokens = self._check(q, valid_tokens)
         if self.ulysses_size > 1:
             q, k, v = _ScatterHeads.apply(self.ulysses_group, q, k, v)
-        if self.ring_size > 1:
-            o = RingAttention.apply(q, k, v, Ring.of(self.ring_group), valid_tokens)
-        else:
-            o = attention(q, k, v, valid_keys=valid_tokens)
+        o = SelfAttention.apply(q, k, v, Ring.of(self.ring_group) if self.ring_size > 1 else None, valid_tokens)
         return _GatherHeads.apply(self.ulysses_group, o)[0] if self.ulysses_size > 1 else o
 
     @torch.no_grad()
@@ -57,9 +55,10 @@ class ContextParallel:
         if self.ulysses_size > 1:
             q, k, v, tq, tk, tv = _scatter_heads(self.ulysses_group, q, k, v, tq, tk, tv)
         if self.ring_size > 1:
-            o, to = ring_attention_jvp(Ring.of(self.ring_group), q, k, v, tq, tk, tv, valid_tokens)
+            o, to, lse = ring_attention_jvp(Ring.of(self.ring_group), q, k, v, tq, tk, tv, valid_tokens)
         else:
-            o, to, _, _ = attention_jvp(q, k, v, tq, tk, tv, valid_keys=valid_tokens, out_dtype=q.dtype)
+            o, to, lse, _ = attention_jvp(q, k, v, tq, tk, tv, valid_keys=valid_tokens, out_dtype=q.dtype)
+        keep(o, lse)
         return _gather_heads(self.ulysses_group, o, to) if self.ulysses_size > 1 else (o, to)
 
     def _check(self, q, valid_tokens):
@@ -101,6 +100,29 @@ def _gather_heads(group, *tensors):
     buffer = torch.stack(tensors, dim=2).unflatten(0, (size, -1))
     received = _all_to_all(group, buffer).permute(3, 1, 2, 0, 4, 5)
     return received.flatten(3, 4).unbind(0)
+
+
+class SelfAttention(torch.autograd.Function):
+    """Attention with gradient over all blocks of `ring`, or with None over the keys of this rank alone."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, ring, valid_tokens):
+        def compute():
+            if ring is None:
+                return attention_forward(q, k, v, valid_keys=valid_tokens)
+            return ring_forward(ring, q, k, v, valid_tokens)
+
+        o, lse = kept_or(compute)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.ring, ctx.valid_tokens = ring, valid_tokens
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        saved = do, *ctx.saved_tensors
+        if ctx.ring is None:
+            return *attention_backward(*saved, valid_keys=ctx.valid_tokens), None, None
+        return *ring_backward(ctx.ring, *saved, ctx.valid_tokens), None, None
 
 
 class _ScatterHeads(torch.autograd.Function):

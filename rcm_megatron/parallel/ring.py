@@ -112,14 +112,17 @@ def _valid_in_block(owner: int, k: Tensor, valid_tokens: int) -> int:
 
 def ring_attention_jvp(
     ring: Ring, q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor, valid_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """(o, to) in q's dtype: dual attention over all blocks. The kernel merges a block into the fp32 carry, in place: one launch a hop."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, to, lse), o and to in q's dtype: dual attention over all blocks.
+
+    The kernel merges a block into the fp32 carry, in place: one launch a hop."""
     carry = None
     for owner, block in ring.rotate(torch.stack((k, v, tk, tv))):
         valid_keys = _valid_in_block(owner, k, valid_tokens)
         keys = {"tk": block[2], "tv": block[3], "valid_keys": valid_keys}
         carry = attention_jvp(q, block[0], block[1], tq, **keys, carry=carry, update_carry=True)
-    return carry[0].to(q.dtype), carry[1].to(q.dtype)
+    o, to, lse, _ = carry
+    return o.to(q.dtype), to.to(q.dtype), lse
 
 
 def _merge(o: Tensor, lse: Tensor, o_block: Tensor, lse_block: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,8 +141,7 @@ def ring_forward(ring: Ring, q: Tensor, k: Tensor, v: Tensor, valid_tokens: int)
             continue
         o_block, lse_block = attention_forward(q, block[0], block[1], valid_keys=valid_keys)
         if o is None:
-            # a copy in any dtype: selective recomputation keeps o_block, and _merge changes o
-            o, lse = o_block.to(lse_block.dtype, copy=True), lse_block
+            o, lse = o_block.to(lse_block.dtype), lse_block
         else:
             o, lse = _merge(o, lse, o_block, lse_block)
     return o.to(q.dtype), lse
@@ -166,19 +168,3 @@ def ring_backward(
     hop.wait()  # of the hop home
     dk, dv = (here.add_(others).to(k.dtype) for here, others in zip(home, arriving, strict=True))
     return dq.to(q.dtype), dk, dv
-
-
-class RingAttention(torch.autograd.Function):
-    """Plain attention with gradient over all blocks of `ring`."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, ring, valid_tokens):
-        o, lse = ring_forward(ring, q, k, v, valid_tokens)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.ring, ctx.valid_tokens = ring, valid_tokens
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, v, o, lse = ctx.saved_tensors
-        return *ring_backward(ctx.ring, do, q, k, v, o, lse, ctx.valid_tokens), None, None

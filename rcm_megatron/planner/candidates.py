@@ -34,7 +34,7 @@ class Policies:
 POLICIES = tuple(
     Policies(recompute=recompute, free_idle_gradients=freed, frozen_weights=weights, offload_optimizer=offloaded)
     for recompute, offloaded, weights, freed in product(
-        ("none", "selective", "full"), (False, True), ("resident", "sharded", "offloaded"), (False, True)
+        ("none", "selective", "attention", "full"), (False, True), ("resident", "sharded", "offloaded"), (False, True)
     )
 )
 """By recomputation, and of each from cheap to dear."""

@@ -53,11 +53,11 @@ BACKWARD = ((1, 16, 5),)
 """Of one block that is computed again and differentiated."""
 RING, ULYSSES = 5.7, 1.6
 """l more in a backward: buffers of blocks on their way and of their gradients; of all-to-alls."""
-KEPT = {"full": (0, 1, 0), "selective": (0, 10.3, 1), "none": (0, 19.3, 2)}
+ATTENTION = 1.02
+"""l of what self-attention puts out: its output, and a log-sum-exp for 128 channels."""
+KEPT = {"full": (0, 1, 0), "attention": (0, 1 + ATTENTION, 0), "selective": (0, 10.3, 1), "none": (0, 19.3, 2)}
 """Of a block, what a plain forward keeps for its backward."""
-KEPT_A_HOP = 1.05
-"""l more of `selective`, of each block that comes round the ring: the policy keeps what attention puts out of every one."""
-BESIDE_KEPT = {"full": BACKWARD, "selective": ((1, 6.3, 0),), "none": ((0, 3.3, 0),)}
+BESIDE_KEPT = {"full": BACKWARD, "attention": BACKWARD, "selective": ((1, 6.3, 0),), "none": ((0, 3.3, 0),)}
 """What the backward of a block holds beside what was kept of all."""
 
 
@@ -96,12 +96,11 @@ def _phases(shapes: Shapes, held: Mapping[str, Held], stage: int) -> Iterator[tu
         buffers, policy = _context(shapes, units) + _largest_gradient(shapes, role), run.memory.recompute
         sent = _sent_in_flight(shapes, stage) * units.local
         if role in run.tangent_roles:
-            kept = in_flight * units.local + 2 * sent
+            kept = in_flight * units.of(*KEPT["full" if policy == "full" else "attention"]) + 2 * sent
             yield "dual", round(given + kept + _fullest(units, DUAL))
             yield "backward of a dual", round(given + kept + _fullest(units, BACKWARD) + buffers)
-        hops = KEPT_A_HOP * (shapes.parallel.ring - 1) if policy == "selective" else 0
-        kept = in_flight * (units.of(*KEPT[policy]) + units.of(0, hops)) + sent
-        if policy == "full":
+        kept = in_flight * units.of(*KEPT[policy]) + sent
+        if policy in ("attention", "full"):
             yield role, round(given + kept + _fullest(units, FORWARD))
         yield "backward", round(given + kept + _fullest(units, BESIDE_KEPT[policy]) + buffers)
         if run.networks[role].offload_optimizer:

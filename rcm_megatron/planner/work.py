@@ -108,11 +108,14 @@ class NetworkWork:
         return 2 * self.linears(("tokens", "text", "image", "times")) - saved
 
     def _again(self, *, whole: bool) -> tuple[float, float]:
-        """Linears and attention that a backward computes a second time: blocks and what embeds times and patches, never text's embedder."""
+        """Linears and attention that a backward computes a second time: blocks and what embeds times and patches, never text's embedder;
+        self-attention under `full` alone."""
         embedders = self.linears(("tokens", "times")) - self.linears(("tokens", "times"), outside=False)
         if not whole:
             return embedders, 0.0
-        return embedders + self.linears(tuple(self.rows), outside=False), sum(self.attention())
+        own, cross = self.attention()
+        policy = self.shapes.run.memory.recompute
+        return embedders + self.linears(tuple(self.rows), outside=False), cross + (own if policy == "full" else 0.0)
 
     # ---- messages
 
@@ -136,14 +139,17 @@ class NetworkWork:
                 size = 4.0 * (of_q * streams + of_k * tangents) * scatters // 3
                 work.message("tp", size * self.blocks, ranks=tp, calls=2 * scatters // 3 * self.blocks, rounds=2)
 
-    def _context_parallel(self, work: Work, *, streams: int, ring_units: float, passes: int) -> None:
-        """q, k, v and the output by all-to-all; keys and values round the ring, in units of the hidden state."""
+    def _context_parallel(
+        self, work: Work, *, streams: int, ring_units: float, rounds: int = 1, passes: int = 1
+    ) -> None:
+        """q, k, v and the output by all-to-all in each of `passes`; keys and values, in units of the hidden state, `rounds` times round the
+        ring."""
         ring, ulysses = self.parallel.ring, self.parallel.ulysses
         size = 4 * streams * passes * self.hidden * self.blocks
         work.message("ulysses", size, ranks=ulysses, calls=2 * passes * self.blocks)
         if ring > 1:
             work.sent["ring"] += ring_units * self.hidden * self.blocks * (ring - 1)
-            work.calls["ring"] += (ring - 1) * self.blocks * (1 if passes == 1 else 3)
+            work.calls["ring"] += (ring - 1) * self.blocks * rounds
 
     def _stages(self, work: Work, *, streams: int, end: int | None = None) -> None:
         """The hidden state to the next piece, or its gradient to the one before; ``end``: the piece that sends none."""
@@ -161,13 +167,13 @@ class NetworkWork:
             work.flops[LINEAR] = self.linears(tuple(self.rows))
             work.flops[ATTENTION] = own + cross
             self._tensor_parallel(work, gathers=3, scatters=3, streams=1, passes=1)
-            self._context_parallel(work, streams=1, ring_units=2, passes=1)
+            self._context_parallel(work, streams=1, ring_units=2)
             self._stages(work, streams=1)
         elif kind == "dual":
             work.flops[LINEAR] = 2 * self.linears(("tokens", "times")) + self.linears(("text", "image"))
             work.flops[ATTENTION_JVP] = 3 * own + 2 * cross
             self._tensor_parallel(work, gathers=3, scatters=3, streams=2, passes=1)
-            self._context_parallel(work, streams=2, ring_units=4, passes=1)
+            self._context_parallel(work, streams=2, ring_units=4)
             self._stages(work, streams=2)
         else:
             self._backward(work, dual=kind == "dual backward")
@@ -177,15 +183,17 @@ class NetworkWork:
 
     def _backward(self, work: Work, *, dual: bool) -> None:
         own, cross = self.attention()
-        whole = dual or self.shapes.run.memory.recompute == "full"
+        policy = self.shapes.run.memory.recompute
+        whole = dual or policy in ("attention", "full")
         linears, attention = self._again(whole=whole)
         work.flops[LINEAR] = linears + self._backward_linears()
         work.flops[ATTENTION] = attention
         work.flops[ATTENTION_BACKWARD] = FLASH_BACKWARD * (own + cross)
-        again = whole or self.shapes.run.memory.recompute == "selective"
         self._tensor_parallel(work, gathers=9 if whole else 6, scatters=6 if whole else 3, streams=1, passes=2)
         gradients = 2 * 4 / self.shapes.width  # of k and v, in fp32
-        self._context_parallel(work, streams=1, ring_units=(4 if again else 2) + gradients, passes=2 if again else 1)
+        rounds, passes = (3 if policy == "full" else 2), (2 if whole or policy == "selective" else 1)
+        units = 2 * (rounds - 1) + gradients
+        self._context_parallel(work, streams=1, ring_units=units, rounds=rounds, passes=passes)
         for w in self.inventory:
             if w.is_split and w.rows in ("text", "image"):  # the gradient of what every rank's part reads
                 size = self.rows[w.rows] * w.shape[1] * self.shapes.width

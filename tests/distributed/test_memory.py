@@ -20,11 +20,12 @@ LAYOUTS = {
     "dp2": (2, {}, 2),
     "tp2": (2, {"tp": 2}, 2),
     "ring2": (2, {"ring": 2}, 2),
+    "ulysses2": (2, {"ulysses": 2}, 2),
     "pp2": (2, {"pp": 2}, 3),
     "pp2_vpp2_dp2": (4, {"pp": 2, "vpp": 2}, 5),
 }
 """Name -> (processes, parallel degrees, blocks)."""
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "selective", "attention", "full")
 
 
 def quantities_under_policies(parallel, num_layers):
@@ -37,7 +38,8 @@ def quantities_under_policies(parallel, num_layers):
     for policy in POLICIES:
         for chunk in networks["student"]:
             unwrapped(chunk).recompute = policy
-        measured[policy] = quantities_of(networks, "flow", 2)
+        measured[policy] = {f"flow: {name}": value for name, value in quantities_of(networks, "flow", 2).items()}
+        measured[policy] |= {f"scm: {name}": value for name, value in quantities_of(networks, "scm", 2).items()}
     measured["resident"] = quantities_of(networks, "scm", 2)
     whole, group = bytes_of(networks["teacher"]), networks.layout.groups.dp_cp
     shard_weights(networks["teacher"], group=group)
@@ -79,7 +81,7 @@ def watch_gathered_blocks(chunks):
 def test_policies_change_no_number(layout):
     processes, parallel, num_layers = LAYOUTS[layout]
     for measured, teacher in run_ranks(quantities_under_policies, processes, parallel, num_layers):
-        for policy in ("selective", "full"):
+        for policy in ("selective", "attention", "full"):
             assert measured[policy].keys() == measured["none"].keys()
             for name, value in measured[policy].items():
                 assert_close(f"recompute={policy}: {name}", measured["none"][name], value, rel=1e-6)
@@ -92,13 +94,15 @@ def test_policies_change_no_number(layout):
 
 
 def kept_and_repeated(parallel):
-    """{policy: (bytes that a plain forward of 256 tokens keeps for its backward, operations of that backward that selective spares)}."""
+    """{policy: (bytes that a plain forward of 256 tokens keeps for its backward, operations of that backward that selective spares, runs of
+    attention in that backward, and in a dual pass's)}."""
     from rcm_megatron.platform.megatron import prepare_megatron
 
     prepare_megatron()
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from rcm_megatron.config import LatentConfig
+    from rcm_megatron.dual import Dual
     from rcm_megatron.models.recompute import is_kept
     from rcm_megatron.networks.build import build_chunks
     from rcm_megatron.networks.weights import load_weights, seeded_weights
@@ -107,13 +111,18 @@ def kept_and_repeated(parallel):
     from tools.measuring import PeakBytes
 
     class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.repeated = self.attended = 0
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if is_kept(func) or func._schema.name in ("c10d::_reduce_scatter_base_", "c10d::allreduce_"):
-                repeated[policy] += 1
+            name = func._schema.name
+            self.repeated += is_kept(func) or name in ("c10d::_reduce_scatter_base_", "c10d::allreduce_")
+            self.attended += "attention" in name and "backward" not in name
             return func(*args, **(kwargs or {}))
 
     parallel, latent = ParallelConfig(**parallel), LatentConfig(channels=3, frames=4, height=16, width=16)
-    groups, kept, repeated = initialize_parallel(parallel), {}, dict.fromkeys(POLICIES, 0)
+    groups, kept, counts = initialize_parallel(parallel), {}, {}
     (network,) = build_chunks(MODEL, latent, parallel, groups=groups, params_dtype=torch.float32)
     load_weights([network], seeded_weights(MODEL, seed=1))
     for parameter in network.parameters():
@@ -126,21 +135,30 @@ def kept_and_repeated(parallel):
         with PeakBytes() as tracked:
             loss = network(*inputs).square().sum()
             kept[policy] = tracked.live
-            with Count():
+            with Count() as plain:
                 loss.backward()
             del loss
             assert tracked.live < kept["none"] / 100, f"{policy}: {tracked.live} bytes outlive the backward"
-    return {policy: (kept[policy], repeated[policy]) for policy in POLICIES}
+        loss = network(Dual.pack(x, x), Dual.pack(inputs[1], inputs[1]), inputs[2]).primal.square().sum()
+        with Count() as dual:
+            loss.backward()
+        counts[policy] = plain.repeated, plain.attended, dual.attended
+    return {policy: (kept[policy], *counts[policy]) for policy in POLICIES}
 
 
 @pytest.mark.parametrize("layout", ["one", "tp2", "ring2"])
 def test_less_is_kept_for_the_backward(layout):
-    """Selective recomputation repeats no matmul of a linear, no attention and no reduction."""
-    processes, parallel, _ = LAYOUTS[layout]
+    """Selective recomputation repeats no matmul of a linear, no attention and no reduction; only `full` runs self-attention again, of a
+    dual pass too. Cross-attention, one run a block, is kept by `selective` alone."""
+    processes, parallel, num_layers = LAYOUTS[layout]
     for measured in run_ranks(kept_and_repeated, processes, parallel):
-        none, selective, full = (measured[policy] for policy in POLICIES)
-        assert selective[0] < 0.55 * none[0] and full[0] < 0.2 * selective[0], measured
-        assert none[1] == selective[1] < full[1], measured
+        none, selective, attention, full = (measured[policy] for policy in POLICIES)
+        assert full[0] < attention[0] < 0.35 * selective[0] and selective[0] < 0.55 * none[0], measured
+        assert none[1] == selective[1] < attention[1] < full[1], measured
+        hops = parallel.get("ring", 1) * num_layers
+        assert none[2] == selective[2] == 0 and attention[2] == num_layers and full[2] == num_layers + hops, measured
+        assert [policy[3] for policy in (none, selective, attention)] == [num_layers] * 3, measured
+        assert full[3] == num_layers + hops, measured
 
 
 # ---- optimizer state and gradients
@@ -187,11 +205,17 @@ def tiny(tmp_path_factory):
 
 
 def test_a_run_with_every_policy_is_the_same(tiny, tmp_path):
-    """Through steps of all kinds, checkpoints, and resuming. In bf16 some main parameters are views of fp32 parameters, most not."""
+    """Through steps of all kinds, checkpoints, and resuming, to the bit. In bf16 some main parameters are views of fp32 parameters, most
+    not. (Of recomputation `test_policies_change_no_number`: a dual pass's attention rounds otherwise than a plain one's.)"""
     results = {}
-    policies = ["memory.recompute=selective", "networks.teacher.weights=sharded", "memory.free_idle_gradients=true"]
+    policies = ["networks.teacher.weights=sharded", "memory.free_idle_gradients=true"]
     for away in (False, True):
-        overrides = ["precision.params_dtype=bf16", f"output_dir={tmp_path / str(away)}", "trainer.checkpoint_every=4"]
+        overrides = [
+            "precision.params_dtype=bf16",
+            "memory.recompute=selective",
+            f"output_dir={tmp_path / str(away)}",
+            "trainer.checkpoint_every=4",
+        ]
         overrides += policies if away else []
         for stop in (7, 8):
             results[away] = run_ranks(train, 2, str(tiny), [*overrides, f"trainer.stop_after={stop}"], away)

@@ -22,6 +22,7 @@ LATENT = {"channels": 16, "frames": 8, "height": 64, "width": 64}
 PEAKS = {
     "tp2_ulysses2": Case(4, {"tp": 2, "ulysses": 2}, layers=4),
     "selective": Case(1, changes={"memory": {"recompute": "selective"}}, layers=4),
+    "ring2_attention": Case(2, {"ring": 2}, changes={"memory": {"recompute": "attention"}}, layers=4),
 }
 
 

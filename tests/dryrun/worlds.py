@@ -24,6 +24,7 @@ class Case:
 
 
 NONE, SELECTIVE = {"memory": {"recompute": "none"}}, {"memory": {"recompute": "selective"}}
+ATTENTION = {"memory": {"recompute": "attention"}}
 FREED = {"memory": {"free_idle_gradients": True}}
 SHARDED = {"networks": {"teacher": {"weights": "sharded"}}}
 BF16 = {"precision": {"params_dtype": "bf16"}}
@@ -35,6 +36,8 @@ CASES = {
     "dp2_sharded": Case(2, changes=SHARDED, batch=4),
     "tp2": Case(2, {"tp": 2}),
     "ring2": Case(2, {"ring": 2}),
+    "ring2_attention": Case(2, {"ring": 2}, changes=ATTENTION),
+    "ring2_selective": Case(2, {"ring": 2}, changes=SELECTIVE),
     "ulysses2": Case(2, {"ulysses": 2}),
     "pp2": Case(2, {"pp": 2}, batch=4),
     "pp2_vpp2": Case(2, {"pp": 2, "vpp": 2}, layers=4, batch=4),

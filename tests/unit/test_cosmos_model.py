@@ -330,8 +330,10 @@ def test_gradient_of_every_parameter_equals_diffusers(name, groups):
         (theirs(twin, case, wide, wide.x, wide.s) * wide.loss_weight).sum().backward()
     reference = {key: parameter.grad for key, parameter in twin.named_parameters()}
     passes = {
-        "dual": ("none", lambda *args: ours_dual(*args)[0]),
+        "dual": ("full", lambda *args: ours_dual(*args)[0]),
+        "dual, attention kept": ("attention", lambda *args: ours_dual(*args)[0]),
         "plain, recomputed": ("full", ours_plain),
+        "plain, attention kept": ("attention", ours_plain),
         "plain, partly recomputed": ("selective", ours_plain),
         "plain, kept": ("none", ours_plain),
     }

@@ -125,7 +125,7 @@ def test_policies_reach_the_networks_that_they_are_of(run):
     assert cheapest.networks["teacher"].weights == "resident" and cheapest.memory.recompute == "none"
     assert dearest.networks["teacher"].weights == "offloaded" and dearest.networks["student"].weights == "resident"
     assert dearest.networks["student"].offload_optimizer and dearest.networks["fake_score"].offload_optimizer
-    assert is_valid(dearest, 64) and len(set(POLICIES)) == len(POLICIES) == 36
+    assert is_valid(dearest, 64) and len(set(POLICIES)) == len(POLICIES) == 48
 
 
 # ---- time

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rcm_megatron.parallel import ring as ring_module
-from rcm_megatron.parallel.ring import Ring, RingAttention, ring_attention_jvp
+from rcm_megatron.parallel.context import SelfAttention
+from rcm_megatron.parallel.ring import Ring, ring_attention_jvp
 from tests.helpers import assert_close, dense_attention
 
 SIZE, TOKENS = 4, 5
@@ -111,7 +112,7 @@ def dense_ring(q, k, v, valid_tokens):
 def run_jvp(ring, valid_tokens, device):
     q, k, v, tq, tk, tv = make_inputs()
     with device:
-        o, to = ring_attention_jvp(ring, q, k, v, tq, tk, tv, valid_tokens)
+        o, to, _ = ring_attention_jvp(ring, q, k, v, tq, tk, tv, valid_tokens)
     dense = functools.partial(dense_ring, valid_tokens=valid_tokens)
     return torch.func.jvp(dense, (q, k, v), (tq, tk, tv)), (o, to)
 
@@ -120,7 +121,7 @@ def run_gradient(ring, valid_tokens, device):
     q, k, v, do, *_ = make_inputs()
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     with device:
-        o = RingAttention.apply(*leaves, ring, valid_tokens)
+        o = SelfAttention.apply(*leaves, ring, valid_tokens)
         got = torch.autograd.grad(o, leaves, do)
     expected = dense_ring(*leaves, valid_tokens)
     return (expected, *torch.autograd.grad(expected, leaves, do)), (o, *got)
@@ -159,7 +160,7 @@ def test_a_carry_is_updated_in_place(monkeypatch):
 
     monkeypatch.setattr(ring_module, "attention_jvp", noted)
     inputs = [x.bfloat16() for x in make_inputs()]
-    o, to = ring_attention_jvp(Ring(0, SIZE, copy_hop), *inputs, SIZE * TOKENS)
+    o, to, _ = ring_attention_jvp(Ring(0, SIZE, copy_hop), *inputs, SIZE * TOKENS)
     assert (o.dtype, to.dtype) == (torch.bfloat16, torch.bfloat16)
     first = calls[0][1]
     assert calls == [(None, first, torch.float32)] + [(first, first, torch.float32)] * 3
@@ -186,7 +187,7 @@ def test_sums_of_bf16_blocks_are_fp32(monkeypatch):
     monkeypatch.setattr(ring_module, "attention_backward", noted_backward)
     q, k, v, do, *_ = (x.bfloat16() for x in make_inputs())
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    o = RingAttention.apply(*leaves, Ring(0, SIZE, exchange), SIZE * TOKENS)
+    o = SelfAttention.apply(*leaves, Ring(0, SIZE, exchange), SIZE * TOKENS)
     assert messages == [(torch.bfloat16, (2,))] * 3
     messages.clear()
     gradients = torch.autograd.grad(o, leaves, do)

@@ -176,8 +176,10 @@ def test_gradient_of_every_parameter_equals_diffusers(name, groups):
         (theirs(twin, case, wide, wide.x, wide.timestep) * wide.loss_weight).sum().backward()
     reference = {key: parameter.grad for key, parameter in twin.named_parameters()}
     passes = {
-        "dual": ("none", lambda model, inputs: ours_dual(model, case, inputs)[0]),
+        "dual": ("full", lambda model, inputs: ours_dual(model, case, inputs)[0]),
+        "dual, attention kept": ("attention", lambda model, inputs: ours_dual(model, case, inputs)[0]),
         "plain, recomputed": ("full", lambda model, inputs: ours_plain(model, case, inputs)),
+        "plain, attention kept": ("attention", lambda model, inputs: ours_plain(model, case, inputs)),
         "plain, partly recomputed": ("selective", lambda model, inputs: ours_plain(model, case, inputs)),
         "plain, kept": ("none", lambda model, inputs: ours_plain(model, case, inputs)),
     }

@@ -254,7 +254,9 @@ def test_gradient_of_every_parameter_equals_diffusers(name, groups):
     reference = {key: parameter.grad for key, parameter in twin.named_parameters()}
     passes = {
         "dual": ("full", lambda *args: ours_dual(*args)[0]),
+        "dual, attention kept": ("attention", lambda *args: ours_dual(*args)[0]),
         "plain, recomputed": ("full", ours_plain),
+        "plain, attention kept": ("attention", ours_plain),
         "plain, partly recomputed": ("selective", ours_plain),
         "plain, kept": ("none", ours_plain),
     }
