@@ -57,7 +57,7 @@ from tools.measuring import (  # noqa: E402
     wan_run,
 )
 
-POLICIES = tuple(product(("none", "selective", "full"), ("resident", "sharded")))
+POLICIES = tuple(product(("none", "selective", "attention", "full"), ("resident", "sharded")))
 """(memory.recompute, networks.teacher.weights)."""
 
 
@@ -216,8 +216,9 @@ MiB of one rank; medians of {repeats} steps. *Step*: the peak of what the step a
 | --- | --- | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
-The dual pass of sCM recomputes its blocks under every policy; `memory.recompute` decides on DMD's pass here, and on those of the
-fake score, dCM and flow matching. On a GPU `sharded` gathers a block while the one before computes; on Gloo, here, it waits.
+`memory.recompute` decides on DMD's pass here, and on those of the fake score, dCM and flow matching. The dual pass of sCM recomputes its
+blocks under every policy, of all but `full` without their self-attention. On a GPU `sharded` gathers a block while the one before
+computes; on Gloo, here, it waits.
 
 What stands on a rank:
 

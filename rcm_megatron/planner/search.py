@@ -41,16 +41,24 @@ class Search:
 
 def search(run: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware) -> Search:
     """Formulas alone: nothing is simulated."""
-    schedule, fitting, refused = Schedule.of(run), [], []
-    for laid_out in layouts_of(run, world_size, gpus_per_node=hardware.gpus_per_node):
-        options = list(_options(laid_out, world_size, inventories, hardware, schedule))
-        if fits := [option for option in options if option.fits]:
-            fitting.append(min(fits, key=lambda option: option.cost.step))
-        else:
-            refused.append(min(options, key=lambda option: option.peak.total))
-    fitting.sort(key=lambda option: option.cost.step)
-    refused.sort(key=lambda option: option.peak.total)
+    schedule = Schedule.of(run)
+    best = [
+        best_of(laid_out, world_size, inventories, hardware, schedule)
+        for laid_out in layouts_of(run, world_size, gpus_per_node=hardware.gpus_per_node)
+    ]
+    fitting = sorted((option for option in best if option.fits), key=lambda option: option.cost.step)
+    refused = sorted((option for option in best if not option.fits), key=lambda option: option.peak.total)
     return Search(fitting, refused)
+
+
+def best_of(
+    laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
+) -> Option:
+    """Of one layout the policies with which it is the fastest that fits, or the emptiest."""
+    options = list(_options(laid_out, world_size, inventories, hardware, schedule))
+    if fits := [option for option in options if option.fits]:
+        return min(fits, key=lambda option: option.cost.step)
+    return min(options, key=lambda option: option.peak.total)
 
 
 def _options(

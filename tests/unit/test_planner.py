@@ -16,6 +16,7 @@ from rcm_megatron.planner.question import asked
 from rcm_megatron.planner.search import search, smallest_world
 from rcm_megatron.planner.shapes import Shapes
 from rcm_megatron.requests import PlanRequest
+from tools import simulate_scaling as scaling
 
 H100 = HARDWARE["h100-80g"]
 HIDDEN, FFN = 5120, 13824
@@ -203,3 +204,20 @@ def test_the_next_number_of_gpus_that_would_do(run, inventories):
     more = smallest_world(run, 2, inventories, H100)
     assert more is not None and more[0] in (4, 8) and not search(run, 2, inventories, H100).fitting
     assert peak_of(Shapes(more[1].run, more[0]), inventories).total <= H100.usable_gib * GIB
+
+
+# ---- tables
+
+
+def test_tables_compare_what_they_say(run, inventories):
+    """Each row's layout is of its kind; rings and Ulysses of one degree; more GPUs take less time."""
+    planner = scaling.Planner(run, inventories, H100)
+    found = {row[0]: row[1] for row in scaling.kinds(planner, 64)}
+    assert "pp" not in found["tp, no pp, no cp"] and "tp" in found["tp and cp, no pp"]
+    assert {"tp", "pp"} <= set(found["tp, cp and pp"].split()) and "tp" not in found["cp and pp, no tp"]
+    ways = [row[:2] for row in scaling.context(planner, 64, 8)]
+    assert [way for way, _ in ways] == ["ulysses 1 ring 8", "ulysses 2 ring 4", "ulysses 4 ring 2", "ulysses 8 ring 1"]
+    assert all(part in layout for (way, layout) in ways for part in way.replace("ulysses 1 ", "").split(" ring 1"))
+    longer = planner.with_video(720, 10)
+    assert longer.run.latent.shape_CTHW == (16, 41, 90, 160)
+    assert longer.fastest(256).cost.step > 2 * planner.fastest(256).cost.step > 2 * planner.fastest(512).cost.step
