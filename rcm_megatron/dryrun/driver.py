@@ -70,7 +70,7 @@ def _tag_standing(trainer: Trainer, ledger: Ledger) -> None:
                 ledger.tag(buffer.grad_data, f"gradients {role}")
     for role, network in trainer.state.trained.items():
         for shard in owned_shards(network.optimizer):
-            own = [] if shard.main_is_view else [shard.main]
+            own = [] if shard.main_is_weight else [shard.main]
             for state in (*own, *shard.adam_state().values()):
                 ledger.tag(state, f"optimizer {role}")
         for average in () if network.ema is None else network.ema.shards:
