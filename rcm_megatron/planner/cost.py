@@ -199,5 +199,7 @@ def _optimizer_seconds(work: StageWork, step: Step, hardware: Hardware) -> float
     memory = hardware.memory_gbs * 1e9 * hardware.efficiency.memory
     seconds = (28 * held.elements / shapes.shards + 4 * held.elements) / memory
     if shapes.run.networks[step.trained].offload_optimizer:
-        seconds += 2 * held.optimizer_bytes / shapes.shards / (hardware.host_gbs * 1e9)
+        seconds += (
+            2 * held.optimizer_bytes(shapes.run.networks[step.trained]) / shapes.shards / (hardware.host_gbs * 1e9)
+        )
     return seconds

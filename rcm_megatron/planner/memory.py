@@ -105,7 +105,7 @@ def _phases(shapes: Shapes, held: Mapping[str, Held], stage: int) -> Iterator[tu
             yield role, round(given + kept + _fullest(units, FORWARD))
         yield "backward", round(given + kept + _fullest(units, BESIDE_KEPT[policy]) + buffers)
         if run.networks[role].offload_optimizer:
-            yield "optimizer", given + held[role].optimizer_bytes // shapes.shards
+            yield "optimizer", given + held[role].optimizer_bytes(run.networks[role]) // shapes.shards
 
 
 def _units(shapes: Shapes, role: str) -> _Units:
