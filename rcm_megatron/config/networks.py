@@ -70,8 +70,8 @@ class NetworkConfig:
     ema: EmaConfig | None = None
     """Of a network that a stage trains. null: none."""
     offload_optimizer: bool = False
-    """fp32 main parameters and moments wait in pinned host memory between the updates: 12/(dp*cp) bytes a parameter of device memory less (8
-    with sharded weights, whose main parameters every pass needs; as many of the host's, each tensor rounded up to a power of two), two
+    """fp32 main parameters and moments wait in pinned host memory between the updates: 12/(dp*cp) bytes a parameter of device memory less
+    (8 with sharded weights, whose main parameters every pass needs; as many of the host's, each tensor rounded up to a power of two), two
     copies over PCIe an update. Those of all networks are on the device while a checkpoint is written or read. A CUDA device only."""
 
     def check(self, path: str) -> Iterator[str]:

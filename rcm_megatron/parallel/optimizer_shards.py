@@ -35,8 +35,6 @@ class OwnedShard:
     """fp32 ``[stop - start]``."""
     main_is_weight: bool
     """Whether `main` is the weight itself: of an fp32 parameter, or of a network in pieces; else it is a copy of a narrower one."""
-    gradient: Tensor
-    """The reduced gradient ``[stop - start]``, valid after the gradients' reduce-scatter."""
     adam: torch.optim.Optimizer
     group: ProcessGroup
     """dp*cp: the ranks over which the parameter's elements are spread."""
@@ -61,6 +59,12 @@ class OwnedShard:
         """The elements of the flattened parameter that `rank` of `group` owns."""
         start = rank * self.piece_size - self.offset_in_bucket
         return slice(max(0, start), min(self.parameter.numel(), start + self.piece_size))
+
+    @property
+    def gradient(self) -> Tensor:
+        """The reduced gradient ``[stop - start]``, valid after the gradients' reduce-scatter."""
+        held = self.parameter.main_grad.view(-1)
+        return held if len(held) == self.stop - self.start else held[self.start : self.stop]
 
     def adam_state(self) -> dict[str, Tensor]:
         """Adam's moments ``[stop - start]``, zero before the first step."""
@@ -99,7 +103,6 @@ def _of_pieces(chunks: Sequence[ShardedDataParallel], adam: torch.optim.Optimize
                     stop=place.stop,
                     main=place.main,
                     main_is_weight=True,
-                    gradient=flat.gradient[place.in_piece],
                     adam=adam,
                     group=flat.group,
                     bucket=(0, number),
@@ -132,7 +135,6 @@ def _of_buffers(optimizer: MegatronOptimizer) -> list[OwnedShard]:
                     stop=elements.end,
                     main=main,
                     main_is_weight=parameter.dtype == main.dtype,
-                    gradient=parameter.main_grad.view(-1)[elements.start : elements.end],
                     adam=part.optimizer,
                     group=part.data_parallel_group,
                     bucket=(buffer_index, bucket_index),

@@ -43,6 +43,8 @@ class Place:
     """Where they are in the piece."""
     main: Tensor | None = None
     """These elements of the piece, one object for good: the optimizer knows its state by it."""
+    gradient: Tensor | None = None
+    """Of these elements, reduced."""
 
 
 class Flat:
@@ -63,14 +65,14 @@ class Flat:
         begin = group.rank() * self.piece_size
         self.main = self.whole[begin : begin + self.piece_size].to(torch.float32, copy=True)
         """fp32 ``[piece_size]``: the weight."""
-        for place in self.places:
-            place.main = self.main[place.in_piece]
         self.gradient = torch.zeros_like(self.main)
         """fp32 ``[piece_size]``: what :meth:`finish_reduction` has added up."""
         self.whole_gradient = torch.empty_like(self.whole, dtype=torch.float32)
         """Has storage within a backward."""
         for tensor in (self.whole, self.whole_gradient):
             tensor.untyped_storage().resize_(0)
+        for place in self.places:
+            place.main, place.gradient = self.main[place.in_piece], self.gradient[place.in_piece]
         self.show_pieces()
 
     def _place(self, parameter: Parameter, offset: int) -> Place:
@@ -93,12 +95,13 @@ class Flat:
     def show_pieces(self) -> None:
         """``main_grad`` of each parameter is this rank's piece of it, ``[stop - start]``."""
         for place in self.places:
-            place.parameter.main_grad = self.gradient[place.in_piece]
+            place.parameter.main_grad = place.gradient
 
-    def start_gathering(self) -> dist.Work:
-        """Fill `whole` from the ranks' pieces; it may be read after the wait for what this returns."""
+    def start_gathering(self) -> tuple[dist.Work, Tensor]:
+        """Fill `whole` from the ranks' pieces; it may be read after the wait, and what is sent lives as long."""
         _give_storage(self.whole)
-        return dist.all_gather_into_tensor(self.whole, self.main.to(self.whole.dtype), group=self.group, async_op=True)
+        piece = self.main.to(self.whole.dtype)
+        return dist.all_gather_into_tensor(self.whole, piece, group=self.group, async_op=True), piece
 
     def begin_gradients(self) -> None:
         """``main_grad`` of each parameter is a whole one, zero."""
@@ -143,7 +146,7 @@ class Unit:
         kinds = groupby(sorted(parameters, key=kind), key=kind)
         self.flats = [Flat(list(of_kind), group=group) for _, of_kind in kinds]
         self.parameters = [place.parameter for flat in self.flats for place in flat.places]
-        self._gathering: list[dist.Work] | None = None
+        self._gathering: list[tuple[dist.Work, Tensor]] | None = None
         self._reducing: list[tuple[dist.Work, Tensor]] = []
         self._is_whole = self.has_gradients = False
         self.lacking = 0
@@ -157,7 +160,7 @@ class Unit:
     def gather(self) -> None:
         """The parameters have their values after this."""
         self.start_gathering()
-        for work in self._gathering or ():
+        for work, _ in self._gathering or ():
             work.wait()
         self._gathering, self._is_whole = None, True
 

@@ -35,7 +35,7 @@ EFFICIENCY = {
 }
 """Operation -> its field of `Efficiency`."""
 HIDDEN_BACKWARD = 0.5
-"""Share of the last micro-batch's backward behind which gradients travel."""
+"""Share of the last micro-batch's backward behind which gradients travel; of every one's, where the network is in pieces."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _on_stage(work: StageWork, step: Step, hardware: Hardware) -> dict[str, floa
     """Seconds of one update, by what takes them."""
     shapes = work.shapes
     seconds: Counter[str] = Counter()
-    backward = frozen = 0.0
+    backward = gathered = 0.0
     for (role, kind), done in work.passes(step).items():
         own = _pass_seconds(shapes, done, hardware)
         busy = sum(own.values())
@@ -136,12 +136,14 @@ def _on_stage(work: StageWork, step: Step, hardware: Hardware) -> dict[str, floa
         seconds["pipeline fills and drains"] += (busy + idle) * fill
         if "backward" in kind:
             backward += busy / shapes.micro_batches
-        if role in shapes.frozen_roles:
-            frozen += busy
+        if shapes.is_gathered(role):
+            gathered += busy
     reduce = _link_seconds(shapes, work.once(step), hardware)
     hidden = min(reduce.get("dp_cp", 0.0) / 2, HIDDEN_BACKWARD * backward)
+    if shapes.in_pieces(step.trained):
+        hidden = min(reduce.get("dp_cp", 0.0), HIDDEN_BACKWARD * backward * shapes.micro_batches)
     gathering = reduce.pop("weights", 0.0) + _from_host_seconds(work, step, hardware)
-    seconds["sharded weights"] += max(0.0, gathering - frozen)
+    seconds["sharded weights"] += max(0.0, gathering - gathered)
     seconds["gradients and weights"] += max(0.0, sum(reduce.values()) - hidden)
     seconds["optimizer and offload"] += _optimizer_seconds(work, step, hardware)
     return dict(seconds)
@@ -197,7 +199,8 @@ def _optimizer_seconds(work: StageWork, step: Step, hardware: Hardware) -> float
     """Adam reads and writes 28 bytes an element of this rank's part, gradients are zeroed; what is offloaded comes and goes."""
     shapes, held = work.shapes, work.held[step.trained]
     memory = hardware.memory_gbs * 1e9 * hardware.efficiency.memory
-    seconds = (28 * held.elements / shapes.shards + 4 * held.elements) / memory
+    zeroed = held.elements // (shapes.shards if shapes.in_pieces(step.trained) else 1)
+    seconds = (28 * held.elements / shapes.shards + 4 * zeroed) / memory
     if shapes.run.networks[step.trained].offload_optimizer:
         seconds += (
             2 * held.optimizer_bytes(shapes.run.networks[step.trained]) / shapes.shards / (hardware.host_gbs * 1e9)

@@ -76,6 +76,11 @@ def held_on_stage(inventory: Inventory, parallel: ParallelConfig, num_layers: in
     return total
 
 
+def held_of_block(inventory: Inventory, *, tp: int) -> Held:
+    """Of one block of a network a rank."""
+    return _held([w for w in inventory if w.place == "block"], tp=tp)
+
+
 def place_of(name: str) -> Place:
     """By the name, as DiffusionTransformer says what is built where."""
     start = name.split(".")[0]

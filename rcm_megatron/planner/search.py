@@ -56,8 +56,15 @@ def search(run: RunConfig, world_size: int, inventories: Inventories, hardware: 
 def _options(
     laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
 ) -> Iterator[Option]:
-    """With each kind of recomputation the cheapest of the other policies that fits, or the emptiest."""
-    for _, policies in groupby(sorted(POLICIES, key=lambda p: p.recompute), key=lambda p: p.recompute):
+    """With each kind of recomputation, and trained networks whole or in pieces, the cheapest of the other policies that fits, or the
+    emptiest."""
+
+    def kind(policies: Policies) -> tuple[str, str]:
+        return policies.recompute, policies.trained_weights
+
+    # on one rank of dp*cp nothing is in pieces
+    possible = [p for p in POLICIES if p.trained_weights == "resident" or Shapes(laid_out, world_size).shards > 1]
+    for _, policies in groupby(sorted(possible, key=kind), key=kind):
         emptiest = None
         for policy in policies:
             shapes = Shapes(policy.applied_to(laid_out), world_size)

@@ -128,7 +128,7 @@ class PiecesOptimizer(FP32Optimizer):
         mains = []
         for flat in (flat for chunk in chunks for flat in chunk.flats):
             for place in flat.held:
-                place.main.main_grad = flat.gradient[place.in_piece]
+                place.main.main_grad = place.gradient
                 mains.append(place.main)
         betas = (config.adam_beta1, config.adam_beta2)
         settings = {"lr": config.lr, "betas": betas, "eps": config.adam_eps, "weight_decay": config.weight_decay}

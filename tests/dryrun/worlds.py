@@ -37,7 +37,7 @@ CASES = {
     "dp2_sharded": Case(2, changes=SHARDED, batch=4),
     "dp2_in_pieces": Case(2, changes=IN_PIECES, batch=4),
     "ring2_in_pieces_bf16": Case(2, {"ring": 2}, changes=IN_PIECES | BF16 | NONE),
-    "pp2_dp2_in_pieces": Case(4, {"pp": 2}, changes=IN_PIECES | SELECTIVE_FREED, batch=8),
+    "pp2_dp2_in_pieces": Case(4, {"pp": 2}, changes=IN_PIECES | SELECTIVE_FREED, batch=4),
     "tp2": Case(2, {"tp": 2}),
     "ring2": Case(2, {"ring": 2}),
     "ulysses2": Case(2, {"ulysses": 2}),
