@@ -20,13 +20,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from rcm_megatron.checkpoint.torch_dist import read_metadata
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.parallel.optimizer_shards import OwnedShard, owned_shards
+from rcm_megatron.parallel.sharded import ShardedDataParallel
 
 FORMAT = 2
 """2: counters by role, and the architectures that were trained."""
@@ -36,10 +37,15 @@ FORMAT = 2
 class NetworkState:
     """A trained network: what of it a checkpoint holds."""
 
-    chunks: Sequence[DistributedDataParallel]
+    chunks: Sequence[_BaseDataParallel]
     optimizer: MegatronOptimizer
     ema: Sequence[Tensor] | None = None
     """The averages of `owned_shards(optimizer)`, in that order: `PowerEMA.shards`."""
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether no rank holds its parameters: they are their main parameters, rounded."""
+        return isinstance(self.chunks[0], ShardedDataParallel)
 
 
 def state_to_save(networks: Mapping[str, NetworkState], progress: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def state_to_save(networks: Mapping[str, NetworkState], progress: dict[str, Any]
     }
     for name, network in networks.items():
         weights = _weights(name, network.chunks)
-        state["tensors"] |= weights | _optimizer_tensors(network, weights)
+        state["tensors"] |= _optimizer_tensors(network, weights) | ({} if network.in_pieces else weights)
     return state
 
 
@@ -73,7 +79,7 @@ def load_checkpoint(checkpoint: str | Path, *, networks: Mapping[str, NetworkSta
     partial: dict[str, tuple[OwnedShard, Tensor]] = {}
     for name, network in networks.items():
         weights = _weights(name, network.chunks)
-        tensors |= weights
+        tensors |= {} if network.in_pieces else weights
         for key, sharded, shard, target in _load_requests(network, weights):
             if sharded.key.split(".", 2)[1] == "ema" and sharded.key not in keys:
                 continue
@@ -118,7 +124,7 @@ def _weights(network: str, chunks: Iterable[nn.Module]) -> dict[str, ShardedTens
     """The model's own tensors, `NAME.model.*`, under a key that is unique on this rank."""
     tensors = {}
     for index, chunk in enumerate(chunks):
-        module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+        module = chunk.module if isinstance(chunk, _BaseDataParallel) else chunk
         for name, sharded in module.sharded_state_dict(prefix=f"{network}.model.").items():
             if not isinstance(sharded, ShardedTensor):
                 raise TypeError(
@@ -167,10 +173,13 @@ def _find_weight(weight_of: Mapping[int, tuple[str, ShardedTensor]], shard: Owne
 
 
 def _optimizer_tensors(network: NetworkState, weights: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-    """What this rank writes: the main parameter, moments and EMA of each parameter that begins in its piece."""
+    """What this rank writes: the main parameter, moments and EMA of each parameter that begins in its piece; of a network in pieces also
+    the parameter."""
     weight_of, tensors = _weight_of(weights), {}
     for shard, state in _complete(_shards_and_states(network)):
         key, weight = _find_weight(weight_of, shard)
+        if network.in_pieces:
+            state = state | {"model": state["main"].to(shard.parameter.dtype)}
         for kind, tensor in state.items():
             tensors[f"{key} {kind}"] = _describe(weight, kind, tensor.view(shard.parameter.shape), owner=0)
     return tensors

@@ -55,9 +55,11 @@ class NetworkConfig:
     chunk_layers: tuple[Positive, ...] | None = None
     """As `parallel.chunk_layers`, of this network's blocks. null: `parallel.chunk_layers` for as many blocks as `model` has, else even."""
     weights: Literal["resident", "sharded", "offloaded"] = "resident"
-    """Of a network that no stage trains. resident: whole on every rank. sharded: 1/(dp*cp) of each block on a rank, gathered block by block
-    in each pass: one all-gather of the weights a pass and micro-batch, hidden behind the block before where there is CUDA. offloaded: the
-    same, with the parts in pinned host memory: also 1/(dp*cp) of the weights over PCIe; a CUDA device only."""
+    """resident: whole on every rank. sharded: 1/(dp*cp) of each block on a rank, gathered block by block in each pass: one all-gather of
+    the weights a pass and micro-batch, hidden behind the block before where there is CUDA. Of a network that a stage trains, its fp32
+    weights and gradients too are 1/(dp*cp) on a rank (ZeRO stage 3), for a second all-gather in each micro-batch's backward and a
+    reduce-scatter of its fp32 gradients after it. offloaded: as sharded, with the parts in pinned host memory: also 1/(dp*cp) of the
+    weights over PCIe; a CUDA device only, and a network that no stage trains."""
     fp8: bool = False
     """Plain passes in training, backward too, run the blocks' linears in FP8 (Transformer Engine on Ada, Hopper or newer); never used for
     a tangent, so not for a network that sCM trains. Saves about a third of their time on paper, changes their outputs by FP8's rounding,
@@ -69,8 +71,8 @@ class NetworkConfig:
     """Of a network that a stage trains. null: none."""
     offload_optimizer: bool = False
     """fp32 main parameters and moments wait in pinned host memory between the updates: 12/(dp*cp) bytes a parameter of device memory less
-    (as many of the host's, each tensor rounded up to a power of two), two copies over PCIe an update. Those of all networks are on the
-    device while a checkpoint is written or read. A CUDA device only."""
+    (8 with sharded weights, whose main parameters every pass needs; as many of the host's, each tensor rounded up to a power of two), two
+    copies over PCIe an update. Those of all networks are on the device while a checkpoint is written or read. A CUDA device only."""
 
     def check(self, path: str) -> Iterator[str]:
         """What belongs to an optimizer."""

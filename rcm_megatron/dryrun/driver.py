@@ -8,13 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from torch import Tensor, nn
 
 from rcm_megatron.config import RunConfig
 from rcm_megatron.dryrun.ledger import Ledger
 from rcm_megatron.dryrun.meter import Meter
 from rcm_megatron.dryrun.updates import Update, updates_of
 from rcm_megatron.parallel.groups import ParallelGroups
-from rcm_megatron.parallel.optimizer_shards import owned_shards
+from rcm_megatron.parallel.optimizer_shards import gradient_buffers, owned_shards
+from rcm_megatron.parallel.sharded import ShardedDataParallel
 from rcm_megatron.training.surroundings import Surroundings
 from rcm_megatron.training.trainer import Trainer
 
@@ -64,18 +67,26 @@ def _tag_standing(trainer: Trainer, ledger: Ledger) -> None:
             for parameter in chunk.parameters():
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 ledger.tag(local.detach(), f"weights {role}")
-            for buffer in chunk.buffers if isinstance(chunk, DistributedDataParallel) else ():
-                if buffer.param_data is not None:
-                    ledger.tag(buffer.param_data, f"weights {role}")
-                ledger.tag(buffer.grad_data, f"gradients {role}")
+            for weights in _weight_buffers(chunk):
+                ledger.tag(weights, f"weights {role}")
+            for gradients in gradient_buffers(chunk) if isinstance(chunk, _BaseDataParallel) else ():
+                ledger.tag(gradients, f"gradients {role}")
     for role, network in trainer.state.trained.items():
         for shard in owned_shards(network.optimizer):
-            own = [] if shard.main_is_view else [shard.main]
+            own = [] if shard.main_is_weight else [shard.main]
             for state in (*own, *shard.adam_state().values()):
                 ledger.tag(state, f"optimizer {role}")
         for average in () if network.ema is None else network.ema.shards:
             ledger.tag(average, f"EMA {role}")
     ledger.settle()
+
+
+def _weight_buffers(chunk: nn.Module) -> list[Tensor]:
+    """What holds a chunk's weights beside its parameters."""
+    if isinstance(chunk, ShardedDataParallel):
+        return [flat.main for flat in chunk.flats]
+    buffers = chunk.buffers if isinstance(chunk, DistributedDataParallel) else ()
+    return [buffer.param_data for buffer in buffers if buffer.param_data is not None]
 
 
 def _iterate(trainer: Trainer, meter: Meter, update: Update) -> Numbers:

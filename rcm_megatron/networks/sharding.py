@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.parallel.sharded import ShardedDataParallel
 from rcm_megatron.platform.device import this_device
 
 
@@ -26,3 +28,8 @@ def shard_weights(
         for module in (*chunk.blocks.values(), chunk):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     return list(chunks)
+
+
+def is_gathered(chunks: Sequence[nn.Module]) -> bool:
+    """Whether passes gather the network's weights from other ranks, which must run the same ones then."""
+    return isinstance(chunks[0], FSDPModule | ShardedDataParallel)

@@ -15,7 +15,6 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from rcm_megatron.config import DistillationConfig, TimeDistribution
 from rcm_megatron.config.roles import low_noise_of
@@ -25,6 +24,7 @@ from rcm_megatron.inputs import NetworkInput, Rows, nonfinite_on_rank, take, zer
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.networks.inputs import dual_network_input, network_input
 from rcm_megatron.networks.roles import Networks
+from rcm_megatron.networks.sharding import is_gathered
 from rcm_megatron.objectives.base import Loss, Objective
 from rcm_megatron.objectives.plan import Step
 from rcm_megatron.objectives.samples import Samples
@@ -139,7 +139,7 @@ class Work(Generic[S]):
         is_high_B = (trigflow.to_rf(t_1B1) >= self.distillation.expert_boundary)[0, :, 0]
         found, places = [], []
         for chunks, own_B in ((self.networks[role], is_high_B), (low_noise, ~is_high_B)):
-            seen_B = torch.ones_like(own_B) if isinstance(chunks[0], FSDPModule) else own_B
+            seen_B = torch.ones_like(own_B) if is_gathered(chunks) else own_B
             rows = seen_B.nonzero()[:, 0]
             if len(rows):
                 v = v_of(chunks, take(xt_SBP, rows), take(t_1B1, rows), rows)

@@ -2,18 +2,23 @@
 
 Megatron's DistributedOptimizer lays all gradients of a model chunk into buffers, cuts every bucket of a buffer into dp*cp equal pieces and
 gives each rank one: a piece begins and ends anywhere inside a parameter. Gradient norms, EMA and checkpoints all walk over
-these shards. Names are those of the wrapped module: no "module." prefix.
+these shards. Names are those of the wrapped module: no "module." prefix. A network in pieces (rcm_megatron.parallel.sharded) is cut in the
+same way, so there is one description of both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+
+from rcm_megatron.parallel.sharded import ShardedDataParallel
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -27,7 +32,9 @@ class OwnedShard:
     start: int
     stop: int
     main: Tensor
-    """fp32 ``[stop - start]``; a view of the parameter itself where that is fp32."""
+    """fp32 ``[stop - start]``."""
+    main_is_weight: bool
+    """Whether `main` is the weight itself: of an fp32 parameter, or of a network in pieces; else it is a copy of a narrower one."""
     adam: torch.optim.Optimizer
     group: ProcessGroup
     """dp*cp: the ranks over which the parameter's elements are spread."""
@@ -36,11 +43,6 @@ class OwnedShard:
     offset_in_bucket: int
     piece_size: int
     """Elements of the bucket that each rank of `group` owns."""
-
-    @property
-    def main_is_view(self) -> bool:
-        """Whether `main` is a part of an fp32 parameter itself, and not a copy of a narrower one."""
-        return self.parameter.dtype == self.main.dtype
 
     @property
     def whole(self) -> bool:
@@ -61,7 +63,8 @@ class OwnedShard:
     @property
     def gradient(self) -> Tensor:
         """The reduced gradient ``[stop - start]``, valid after the gradients' reduce-scatter."""
-        return self.parameter.main_grad.view(-1)[self.start : self.stop]
+        held = self.parameter.main_grad.view(-1)
+        return held if len(held) == self.stop - self.start else held[self.start : self.stop]
 
     def adam_state(self) -> dict[str, Tensor]:
         """Adam's moments ``[stop - start]``, zero before the first step."""
@@ -74,6 +77,42 @@ class OwnedShard:
 
 def owned_shards(optimizer: MegatronOptimizer) -> list[OwnedShard]:
     """This rank's shards, in an order that does not change while the optimizer lives."""
+    if isinstance(optimizer.model_chunks[0], ShardedDataParallel):
+        return list(_of_pieces(optimizer.model_chunks, optimizer.optimizer))
+    return _of_buffers(optimizer)
+
+
+def gradient_buffers(chunk: _BaseDataParallel) -> list[Tensor]:
+    """What holds the gradients of a chunk from step to step."""
+    if isinstance(chunk, ShardedDataParallel):
+        return [flat.gradient for flat in chunk.flats]
+    return [buffer.grad_data for buffer in chunk.buffers]
+
+
+def _of_pieces(chunks: Sequence[ShardedDataParallel], adam: torch.optim.Optimizer) -> Iterator[OwnedShard]:
+    number = 0
+    for index, chunk in enumerate(chunks):
+        names = {parameter: name for name, parameter in chunk.module.named_parameters()}
+        for flat in chunk.flats:
+            for place in flat.held:
+                yield OwnedShard(
+                    name=names[place.parameter],
+                    chunk=index,
+                    parameter=place.parameter,
+                    start=place.start,
+                    stop=place.stop,
+                    main=place.main,
+                    main_is_weight=True,
+                    adam=adam,
+                    group=flat.group,
+                    bucket=(0, number),
+                    offset_in_bucket=place.offset,
+                    piece_size=flat.piece_size,
+                )
+            number += 1
+
+
+def _of_buffers(optimizer: MegatronOptimizer) -> list[OwnedShard]:
     places = {
         parameter: (name, index)
         for index, chunk in enumerate(optimizer.model_chunks)
@@ -95,6 +134,7 @@ def owned_shards(optimizer: MegatronOptimizer) -> list[OwnedShard]:
                     start=elements.start,
                     stop=elements.end,
                     main=main,
+                    main_is_weight=parameter.dtype == main.dtype,
                     adam=part.optimizer,
                     group=part.data_parallel_group,
                     bucket=(buffer_index, bucket_index),

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -87,7 +88,7 @@ def accumulate_gradients(
     return {name: torch.cat([report[name] for report in reports], BATCH_DIM) for name in (reports or [{}])[0]}
 
 
-def reduce_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+def reduce_gradients(chunks: Sequence[_BaseDataParallel]) -> None:
     """Reduce what the passes of one step accumulated: over dp*cp, over tp where token shards left partial gradients, and over
     the stages for the embedders that each of them holds."""
     with timed(chunks, "reduce"):
@@ -101,8 +102,8 @@ def timed(chunks: Sequence[nn.Module], phase: str | None) -> AbstractContextMana
 
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
-    """The network inside Megatron's DDP."""
-    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    """The network inside Megatron's DDP, or inside its pieces."""
+    return chunk.module if isinstance(chunk, _BaseDataParallel) else chunk
 
 
 def share_from_last_stage(tensor: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -116,7 +117,7 @@ def share_from_last_stage(tensor: Tensor, *, group: ProcessGroup) -> Tensor:
 def _no_sync(chunks: Sequence[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for chunk in chunks:
-            if isinstance(chunk, DistributedDataParallel):
+            if isinstance(chunk, _BaseDataParallel):
                 stack.enter_context(chunk.no_sync())
         yield
 

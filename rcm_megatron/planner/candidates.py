@@ -18,6 +18,8 @@ class Policies:
     free_idle_gradients: bool
     frozen_weights: str
     """Of the networks that do not train."""
+    trained_weights: str
+    """Of those that do; FP8 keeps them resident."""
     offload_optimizer: bool
 
     def applied_to(self, run: RunConfig) -> RunConfig:
@@ -25,16 +27,29 @@ class Policies:
         networks = dict(run.networks)
         for role in run.roles:
             trained = role in run.trained_roles
-            changes = {"offload_optimizer": self.offload_optimizer} if trained else {"weights": self.frozen_weights}
+            changes = {"weights": self.frozen_weights}
+            if trained:
+                weights = "resident" if networks[role].fp8 else self.trained_weights
+                changes = {"offload_optimizer": self.offload_optimizer, "weights": weights}
             networks[role] = replace(networks[role], **changes)
         memory = replace(run.memory, recompute=self.recompute, free_idle_gradients=self.free_idle_gradients)
         return replace(run, networks=networks, memory=memory)
 
 
 POLICIES = tuple(
-    Policies(recompute=recompute, free_idle_gradients=freed, frozen_weights=weights, offload_optimizer=offloaded)
-    for recompute, offloaded, weights, freed in product(
-        ("none", "selective", "attention", "full"), (False, True), ("resident", "sharded", "offloaded"), (False, True)
+    Policies(
+        recompute=recompute,
+        free_idle_gradients=freed,
+        frozen_weights=frozen,
+        trained_weights=trained,
+        offload_optimizer=offloaded,
+    )
+    for recompute, trained, offloaded, frozen, freed in product(
+        ("none", "selective", "attention", "full"),
+        ("resident", "sharded"),
+        (False, True),
+        ("resident", "sharded", "offloaded"),
+        (False, True),
     )
 )
 """By recomputation, and of each from cheap to dear."""

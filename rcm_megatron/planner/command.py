@@ -102,6 +102,7 @@ def _as_configured(run: RunConfig, world_size: int, inventories: Inventories, ha
         recompute=run.memory.recompute,
         free_idle_gradients=run.memory.free_idle_gradients,
         frozen_weights=next((run.networks[role].weights for role in shapes.frozen_roles), "resident"),
+        trained_weights=next((run.networks[role].weights for role in run.trained_roles), "resident"),
         offload_optimizer=any(run.networks[role].offload_optimizer for role in run.trained_roles),
     )
     return Option(run, policies, peak, cost_of(shapes, inventories, hardware, Schedule.of(run)) if fits else None)

@@ -42,7 +42,7 @@ Passes = Sequence[tuple[str, Kind, int]]
 PassSeconds = Callable[[str, Kind], tuple[Mapping[str, float], float]]
 """(Role, kind of pass) -> seconds of it for all samples of an update, by what takes them, and all of them but those of launches."""
 HIDDEN_BACKWARD = 0.5
-"""Share of the last micro-batch's backward behind which gradients travel."""
+"""Share of the last micro-batch's backward behind which gradients travel; of every one's, where the network is in pieces."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _on_stage(
     """Seconds of one update, by what takes them."""
     shapes = work.shapes
     seconds: Counter[str] = Counter()
-    backward = frozen = 0.0
+    backward = gathered = 0.0
     fill = (shapes.parallel.pp - 1) / (shapes.micro_batches * shapes.parallel.vpp)
     for role, kind, times in passes:
         own, busy = one_pass(role, kind)
@@ -159,12 +159,14 @@ def _on_stage(
         seconds["pipeline fills and drains"] += times * (busy + own["launches"]) * fill
         if "backward" in kind:
             backward += times * busy / shapes.micro_batches
-        if role in shapes.frozen_roles:
-            frozen += times * busy
+        if shapes.is_gathered(role):
+            gathered += times * busy
     reduce = _link_seconds(shapes, work.once(step), hardware)
     hidden = min(reduce.get("dp_cp", 0.0) / 2, HIDDEN_BACKWARD * backward)
+    if shapes.in_pieces(step.trained):
+        hidden = min(reduce.get("dp_cp", 0.0), HIDDEN_BACKWARD * backward * shapes.micro_batches)
     gathering = reduce.pop("weights", 0.0) + _from_host_seconds(work, step, hardware)
-    seconds["sharded weights"] += max(0.0, gathering - frozen)
+    seconds["sharded weights"] += max(0.0, gathering - gathered)
     seconds["gradients and weights"] += max(0.0, sum(reduce.values()) - hidden)
     seconds["optimizer and offload"] += _optimizer_seconds(work, step, hardware)
     return dict(seconds)
@@ -220,7 +222,10 @@ def _optimizer_seconds(work: StageWork, step: Step, hardware: Hardware) -> float
     """Adam reads and writes 28 bytes an element of this rank's part, gradients are zeroed; what is offloaded comes and goes."""
     shapes, held = work.shapes, work.held[step.trained]
     memory = hardware.memory_gbs * 1e9 * hardware.efficiency.memory
-    seconds = (28 * held.elements / shapes.shards + 4 * held.elements) / memory
+    zeroed = held.elements // (shapes.shards if shapes.in_pieces(step.trained) else 1)
+    seconds = (28 * held.elements / shapes.shards + 4 * zeroed) / memory
     if shapes.run.networks[step.trained].offload_optimizer:
-        seconds += 2 * held.optimizer_bytes / shapes.shards / (hardware.host_gbs * 1e9)
+        seconds += (
+            2 * held.optimizer_bytes(shapes.run.networks[step.trained]) / shapes.shards / (hardware.host_gbs * 1e9)
+        )
     return seconds

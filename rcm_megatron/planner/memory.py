@@ -76,12 +76,15 @@ def peak_on(shapes: Shapes, inventories: Inventories, *, stage: int) -> Peak:
     """Of a rank of ``stage``."""
     held = held_of(shapes, inventories, stage=stage)
     standing = standing_bytes(shapes.run, held, shards=shapes.shards)
-    phases = dict(_phases(shapes, held, stage))
+    blocks = {role: inventories[role].held("block", tp=shapes.parallel.tp) for role in shapes.run.roles}
+    phases = dict(_phases(shapes, held, blocks, stage))
     phase = max(phases, key=phases.__getitem__)
     return Peak(standing=standing, working=phases[phase], phase=phase, stage=stage)
 
 
-def _phases(shapes: Shapes, held: Mapping[str, Held], stage: int) -> Iterator[tuple[str, int]]:
+def _phases(
+    shapes: Shapes, held: Mapping[str, Held], block: Mapping[str, Held], stage: int
+) -> Iterator[tuple[str, int]]:
     """(Phase, what it holds beside the standing bytes)."""
     run = shapes.run
     branches = 2 if run.distillation.teacher_guidance > 1 else 1
@@ -93,18 +96,20 @@ def _phases(shapes: Shapes, held: Mapping[str, Held], stage: int) -> Iterator[tu
             yield role, given + branches * _fullest(units, FORWARD) + gathered
             continue
         in_flight = _in_flight(shapes, stage) * blocks
+        whole, with_gradient = _gathered(shapes, role, held[role], block[role], blocks)
         buffers, policy = _context(shapes, units) + _largest_gradient(shapes, role), run.memory.recompute
+        buffers += with_gradient
         sent = _sent_in_flight(shapes, stage) * units.local
         if role in run.tangent_roles:
             kept = in_flight * units.of(*KEPT["full" if policy == "full" else "attention"]) + 2 * sent
-            yield "dual", round(given + kept + _fullest(units, DUAL))
+            yield "dual", round(given + kept + _fullest(units, DUAL) + whole)
             yield "backward of a dual", round(given + kept + _fullest(units, BACKWARD) + buffers)
         kept = in_flight * units.of(*KEPT[policy]) + sent
         if policy in ("attention", "full"):
-            yield role, round(given + kept + _fullest(units, FORWARD))
+            yield role, round(given + kept + _fullest(units, FORWARD) + whole)
         yield "backward", round(given + kept + _fullest(units, BESIDE_KEPT[policy]) + buffers)
         if run.networks[role].offload_optimizer:
-            yield "optimizer", given + held[role].optimizer_bytes // shapes.shards
+            yield "optimizer", given + held[role].optimizer_bytes(run.networks[role]) // shapes.shards
 
 
 def _units(shapes: Shapes, role: str) -> _Units:
@@ -135,6 +140,17 @@ def _largest_gradient(shapes: Shapes, role: str) -> int:
 def _two_blocks(held: Held, blocks: int) -> int:
     """Of sharded weights: the block that computes, and the next that is gathered beside it."""
     return 2 * held.bytes // max(1, blocks)
+
+
+def _gathered(shapes: Shapes, role: str, held: Held, block: Held, blocks: int) -> tuple[int, int]:
+    """Of a network in pieces, in a forward and in a backward: what is outside of the blocks, the block that computes and the next; in a
+    backward their fp32 gradients, those of the block before on their way."""
+    if not shapes.in_pieces(role):
+        return 0, 0
+    several = min(2, blocks)
+    outside_bytes, outside_elements = held.bytes - blocks * block.bytes, held.elements - blocks * block.elements
+    weights = outside_bytes + several * block.bytes
+    return weights, weights + 4 * (outside_elements + several * block.elements + block.elements // shapes.shards)
 
 
 def _in_flight(shapes: Shapes, stage: int) -> float:

@@ -79,6 +79,7 @@ def overrides_of(option: Option) -> list[str]:
     for role in run.roles:
         if role in run.trained_roles:
             found.append(f"networks.{role}.offload_optimizer={str(policies.offload_optimizer).lower()}")
+            found.append(f"networks.{role}.weights={run.networks[role].weights}")
         else:
             found.append(f"networks.{role}.weights={policies.frozen_weights}")
     return found
@@ -142,6 +143,8 @@ def policies_text(policies: Mapping[str, Any]) -> str:
         words.append("idle gradients freed")
     if policies["frozen_weights"] != "resident":
         words.append(f"teacher {policies['frozen_weights']}")
+    if policies["trained_weights"] != "resident":
+        words.append(f"trained {policies['trained_weights']}")
     if policies["offload_optimizer"]:
         words.append("optimizer offloaded")
     return ", ".join(words)
@@ -176,7 +179,7 @@ def _refusals(report: Mapping[str, Any]) -> Iterator[str]:
         parts = option["standing_gib"] | {option["peak_phase"]: option["working_gib"]}
         holds = ", ".join(f"{name} {size:.1f}" for name, size in _largest(parts, 4))
         yield f"  {at}: {option['peak_gib']:.1f} GiB, {option['over_gib']:.1f} too many ({holds}, …)"
-    yield "  such a layout fits with more tp or pp, which cut weights and gradients; more dp or cp cut the optimizer alone"
+    yield "  such a layout fits with more of any degree: tp and pp cut all of it, dp and cp what is sharded"
 
 
 def _assumptions(hardware: Mapping[str, Any]) -> Iterator[str]:

@@ -64,8 +64,12 @@ def best_of(
 def _options(
     laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
 ) -> Iterator[Option]:
-    """With each kind of recomputation the cheapest of the other policies that fits, or the emptiest."""
-    for _, policies in groupby(POLICIES, key=lambda policy: policy.recompute):
+    """With each kind of recomputation, and trained networks whole or in pieces, the cheapest of the other policies that fits, or the
+    emptiest."""
+    # on one rank of dp*cp nothing is in pieces
+    shards = Shapes(laid_out, world_size).shards
+    possible = [policy for policy in POLICIES if policy.trained_weights == "resident" or shards > 1]
+    for _, policies in groupby(possible, key=lambda policy: (policy.recompute, policy.trained_weights)):
         emptiest = None
         for policy in policies:
             shapes = Shapes(policy.applied_to(laid_out), world_size)

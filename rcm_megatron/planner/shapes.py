@@ -27,6 +27,15 @@ class Shapes:
         """The networks that do not train."""
         return tuple(role for role in self.run.roles if role not in self.run.trained_roles)
 
+    def in_pieces(self, role: str) -> bool:
+        """Whether a network trains and rests in pieces."""
+        trains = role in self.run.trained_roles
+        return trains and self.run.networks[role].weights == "sharded" and self.shards > 1
+
+    def is_gathered(self, role: str) -> bool:
+        """Whether passes gather a network's weights."""
+        return self.in_pieces(role) or (role in self.frozen_roles and self.run.networks[role].weights != "resident")
+
     @cached_property
     def tokens(self) -> int:
         """Of a sample, padding not counted."""

@@ -21,6 +21,8 @@ Kind = Literal["forward", "dual", "backward", "dual backward"]
 """Of a pass: plain; output and tangent at once; the gradient of a plain pass, and of a dual one's primal, with what is computed again."""
 LINEAR, ATTENTION, ATTENTION_BACKWARD, ATTENTION_JVP = "linear", "attention", "attention backward", "attention jvp"
 OPERATIONS = (LINEAR, ATTENTION, ATTENTION_BACKWARD, ATTENTION_JVP)
+FLATS = 2
+"""Messages of a block's weights, or of its gradients: of the parameters of each dtype."""
 FLASH_BACKWARD = 2.5
 """FLOPs of flash attention's backward, of its forward: five products for two."""
 
@@ -226,7 +228,7 @@ class StageWork:
             network = alike.setdefault((id(inventory), parallel), NetworkWork(shapes, role, inventory, stage=stage))
             self._networks[role] = network
         self._known: dict[tuple[NetworkWork, Kind], Work] = {}
-        self._reductions: dict[str, Work] = {}
+        self._reductions: dict[tuple[str, int], Work] = {}
 
     def one(self, role: str, kind: Kind) -> Work:
         """One pass of one sample."""
@@ -249,34 +251,44 @@ class StageWork:
         return work
 
     def once(self, step: Step) -> Work:
-        """Once an update: gradients of the trained network summed over ranks and its weights gathered; weights of sharded networks."""
-        work, shapes = Work(), self.shapes
-        work.add(self._reduction(step.trained))
-        for name in shapes.frozen_roles:
-            if shapes.run.networks[name].weights != "resident":
-                gathers = gathers_of(shapes, name, step)
-                calls = gathers * (shapes.blocks(name, self.stage) + 1)
-                work.message("weights", self.held[name].bytes * gathers, ranks=shapes.shards, calls=calls)
+        """What passes do not send by themselves: gradients summed over ranks (of a network in pieces after each micro-batch), weights
+        gathered after the update, and those of sharded networks for each pass."""
+        work, shapes, times = Work(), self.shapes, 1
+        if shapes.in_pieces(step.trained):
+            times = shapes.micro_batches * sum(p.backward for p in _passes(shapes.run, step))
+        work.add(self._reduction(step.trained, times))
+        for name in filter(shapes.is_gathered, shapes.run.roles):
+            gathers = gathers_of(shapes, name, step)
+            calls = gathers * FLATS * (shapes.blocks(name, self.stage) + 1)
+            work.message("weights", self.held[name].bytes * gathers, ranks=shapes.shards, calls=calls)
         return work
 
-    def _reduction(self, role: str) -> Work:
-        """Gradients of a network summed over ranks, its weights gathered."""
-        if role not in self._reductions:
-            work, shapes = Work(), self.shapes
-            held, network, tp, pp = self.held[role], self._networks[role], shapes.parallel.tp, shapes.parallel.pp
+    def _reduction(self, role: str, times: int) -> Work:
+        """Gradients of a network summed over ranks, `times` an update where it is in pieces; else its weights gathered too."""
+        if (role, times) in self._reductions:
+            return self._reductions[role, times]
+        work, shapes = Work(), self.shapes
+        held, network, tp, pp = self.held[role], self._networks[role], shapes.parallel.tp, shapes.parallel.pp
+        pieces = shapes.shards if shapes.in_pieces(role) else 1
+        if pieces > 1:
+            calls = times * FLATS * (shapes.blocks(role, self.stage) + 1)
+            work.message("dp_cp", 4 * held.elements * times, ranks=shapes.shards, calls=calls)
+        else:
             work.message("dp_cp", 4 * held.elements + held.bytes, ranks=shapes.shards, calls=4)
-            of_text = {w.module for w in network.inventory if w.place == "every" and w.rows in ("text", "image")}
-            # gradients of what embeds texts are equal on all ranks already
-            partial = [w for w in network.inventory if not w.is_split and w.module not in of_text]
-            work.message("tp", 4 * sum(w.elements * network.times[w.place] for w in partial), ranks=tp, rounds=2)
-            work.message("pp", 4 * sum(w.on(tp) for w in network.inventory if w.place == "every"), ranks=pp, rounds=2)
-            self._reductions[role] = work
-        return self._reductions[role]
+        of_text = {w.module for w in network.inventory if w.place == "every" and w.rows in ("text", "image")}
+        # gradients of what embeds texts are equal on all ranks already
+        partial = [w for w in network.inventory if not w.is_split and w.module not in of_text]
+        replicated = [w for w in network.inventory if w.place == "every"]
+        work.message("tp", 4 * sum(w.elements * network.times[w.place] for w in partial) / pieces, ranks=tp, rounds=2)
+        work.message("pp", 4 * sum(w.on(tp) for w in replicated) / pieces, ranks=pp, rounds=2)
+        self._reductions[role, times] = work
+        return work
 
 
 def gathers_of(shapes: Shapes, role: str, step: Step) -> int:
-    """How often an update gathers the weights of a network that is sharded: once an evaluation of a micro-batch."""
-    evaluations = sum(p.forward for p in _passes(shapes.run, step) if p.role == role)
+    """How often an update gathers the weights of a network that is sharded: once a pass of a micro-batch, and once its backward."""
+    own = [p for p in _passes(shapes.run, step) if p.role == role]
+    evaluations = sum(p.forward + p.again + p.dual + p.backward for p in own)
     return shapes.micro_batches * evaluations // _branches(shapes, role)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rcm_megatron.config import RunConfig
+from rcm_megatron.config import NetworkConfig, RunConfig
 from rcm_megatron.networks.build import build_network
 from rcm_megatron.parallel.groups import ParallelGroups
 
@@ -28,10 +28,9 @@ class Held:
     narrow: int = 0
     """Elements that are not fp32. An fp32 weight is its own main parameter."""
 
-    @property
-    def optimizer_bytes(self) -> int:
-        """Moments and main parameters, of all ranks that share them."""
-        return MOMENTS * self.elements + MAIN * self.narrow
+    def optimizer_bytes(self, settings: NetworkConfig) -> int:
+        """Moments and main parameters, of all ranks that share them; those of sharded weights are the weights."""
+        return MOMENTS * self.elements + (0 if settings.weights == "sharded" else MAIN * self.narrow)
 
     def __add__(self, other: "Held") -> "Held":
         return Held(self.elements + other.elements, self.bytes + other.bytes, self.narrow + other.narrow)
@@ -67,10 +66,11 @@ def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> 
         if role not in run.trained_roles:
             found[role] = {"resident": own.bytes, "sharded": own.bytes // shards, "offloaded": 0}[settings.weights]
             continue
-        found[f"{role} weights"] = own.bytes
+        in_pieces = settings.weights == "sharded" and shards > 1
+        found[f"{role} weights"] = MAIN * own.elements // shards if in_pieces else own.bytes
         if role == largest or not run.memory.free_idle_gradients:  # else one network's at a time
-            found[f"{role} gradients"] = GRADIENT * own.elements
-        found[f"{role} optimizer"] = 0 if settings.offload_optimizer else own.optimizer_bytes // shards
+            found[f"{role} gradients"] = GRADIENT * own.elements // (shards if in_pieces else 1)
+        found[f"{role} optimizer"] = 0 if settings.offload_optimizer else own.optimizer_bytes(settings) // shards
         if settings.ema is not None:
             found[f"{role} EMA"] = EMA * own.elements // shards
     return found

@@ -11,19 +11,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from rcm_megatron.config import ConfigError, RunConfig
-from rcm_megatron.parallel.optimizer_shards import owned_shards
+from rcm_megatron.parallel.optimizer_shards import gradient_buffers, owned_shards
 from rcm_megatron.platform.device import this_device
 
 
 class Trained(Protocol):
     """A trained network, as far as its memory goes."""
 
-    chunks: Sequence[DistributedDataParallel]
+    chunks: Sequence[_BaseDataParallel]
     optimizer: MegatronOptimizer
 
 
@@ -49,8 +49,9 @@ def check_memory(run: RunConfig, *, has_gpu: bool) -> None:
 class OptimizerOffload:
     """Adam's moments and the fp32 main parameters of one optimizer, on the host except within :meth:`resident`.
 
-    Their tensors stay what they are, without storage: read them inside alone. Main parameters that are views of fp32 model parameters stay
-    where they are. Copies are ordered by the current stream, so none waits for the device.
+    Their tensors stay what they are, without storage: read them inside alone. Main parameters that are the weights themselves (fp32 ones,
+    and those of a network in pieces, which every pass gathers) stay where they are. Copies are ordered by the current stream, so none
+    waits for the device.
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
@@ -91,9 +92,9 @@ class OptimizerOffload:
 
 
 def _state_of(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
-    """Adam's moments and the main parameters that are not views of the model's: each is the whole of its storage."""
+    """Adam's moments and the main parameters that are not the weights themselves: each is the whole of its storage."""
     for shard in owned_shards(optimizer):
-        if not shard.main_is_view:
+        if not shard.main_is_weight:
             yield shard.main
         yield from shard.adam_state().values()
 
@@ -129,7 +130,7 @@ class Residency:
             gradients.untyped_storage().resize_(0)
 
     def _gradients(self, role: str) -> Iterator[Tensor]:
-        return (buffer.grad_data for chunk in self._trained[role].chunks for buffer in chunk.buffers)
+        return (buffer for chunk in self._trained[role].chunks for buffer in gradient_buffers(chunk))
 
     @contextmanager
     def state(self, *roles: str) -> Iterator[None]:

@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor, nn
 
 from rcm_megatron.parallel.optimizer_shards import owned_shards
+from rcm_megatron.parallel.sharded import ShardedDataParallel
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.platform.megatron import use_adam
 
@@ -107,7 +111,39 @@ def wrap_ddp(model_chunks: Sequence[nn.Module], transformer_config: TransformerC
     return [DistributedDataParallel(transformer_config, ddp_config, chunk) for chunk in model_chunks]
 
 
-def build_optimizer(ddp_chunks: list[DistributedDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
+def cut_in_pieces(
+    model_chunks: Sequence[nn.Module], transformer_config: TransformerConfig, *, group: dist.ProcessGroup
+) -> list[_BaseDataParallel]:
+    """Each chunk in pieces over ``group`` (dp*cp); under Megatron's DDP where that is one rank."""
+    if group.size() == 1:
+        return wrap_ddp(model_chunks, transformer_config)
+    return [ShardedDataParallel(transformer_config, chunk, group=group) for chunk in model_chunks]
+
+
+class PiecesOptimizer(FP32Optimizer):
+    """AdamW on a network in pieces: they are its weights, so there is nothing to copy or to gather after a step."""
+
+    def __init__(self, chunks: Sequence[ShardedDataParallel], config: MegatronOptimizerConfig) -> None:
+        self.model_chunks = list(chunks)
+        mains = []
+        for flat in (flat for chunk in chunks for flat in chunk.flats):
+            for place in flat.held:
+                place.main.main_grad = place.gradient
+                mains.append(place.main)
+        betas = (config.adam_beta1, config.adam_beta2)
+        settings = {"lr": config.lr, "betas": betas, "eps": config.adam_eps, "weight_decay": config.weight_decay}
+        super().__init__(megatron_optimizer.Adam(mains, **settings), config, init_state_fn=lambda *_: None)
+
+    @property
+    def chained_optimizers(self) -> list[MegatronOptimizer]:
+        """Itself: one Adam."""
+        return [self]
+
+    def _copy_main_params_to_model_params(self) -> None:
+        """They are the weights."""
+
+
+def build_optimizer(ddp_chunks: list[_BaseDataParallel], config: OptimizerConfig) -> MegatronOptimizer:
     """Distributed AdamW over `ddp_chunks`: fp32 main parameters and moments, each rank of dp*cp holding its share.
 
     Weight decay acts on every parameter: Megatron's scheduler, not used here, exempts biases and one-dimensional ones
@@ -127,6 +163,8 @@ def build_optimizer(ddp_chunks: list[DistributedDataParallel], config: Optimizer
         params_dtype=torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32,
         use_distributed_optimizer=True,
     )
+    if isinstance(ddp_chunks[0], ShardedDataParallel):
+        return PiecesOptimizer(ddp_chunks, megatron_config)
     no_exemptions: dict[Any, Any] = {}
     return get_megatron_optimizer(
         megatron_config, ddp_chunks, config_overrides=no_exemptions, use_gloo_process_groups=False
@@ -210,13 +248,17 @@ def global_gradient_norm(optimizer: MegatronOptimizer, groups: ParallelGroups) -
     return total.sqrt().item()
 
 
-def gather_main_grads(ddp_chunks: Sequence[DistributedDataParallel]) -> dict[nn.Parameter, Tensor]:
+def gather_main_grads(ddp_chunks: Sequence[_BaseDataParallel]) -> dict[nn.Parameter, Tensor]:
     """The whole finalized gradient, fp32, of each parameter of this rank: for tests and conformance checks.
 
     After the reduce-scatter a rank's `main_grad` is valid on its own shard only; this gathers the shards over dp*cp.
     Tensor-parallel slices stay slices."""
     gradients = {}
     for chunk in ddp_chunks:
+        if isinstance(chunk, ShardedDataParallel):
+            for flat in chunk.flats:
+                gradients.update(flat.gathered_gradient())
+            continue
         for buffer in chunk.buffers:
             buckets = [_gathered(bucket.grad_data, group=buffer.data_parallel_group) for bucket in buffer.buckets]
             for parameter, (start, stop, bucket) in buffer.param_index_map.items():

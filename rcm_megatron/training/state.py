@@ -32,7 +32,7 @@ from rcm_megatron.runtime.timers import Timers, attach
 from rcm_megatron.training.footprint import log_footprint
 from rcm_megatron.training.memory import Residency, check_memory
 from rcm_megatron.training.metrics import reduce_objectives
-from rcm_megatron.training.optimizer import wrap_ddp
+from rcm_megatron.training.optimizer import cut_in_pieces, wrap_ddp
 from rcm_megatron.training.step import accumulate_step
 from rcm_megatron.training.trained import TrainedNetwork, UpdateCounters
 
@@ -133,7 +133,10 @@ def timers_of(run: RunConfig) -> Timers:
 
 
 def build_networks(run: RunConfig, groups: ParallelGroups, *, fill: Fill = fill_with_initial_weights) -> Networks:
-    """The networks that the stages of ``run`` need, with the weights of ``fill``: trained ones under Megatron's DDP, the others frozen."""
+    """The networks that the stages of ``run`` need, with the weights of ``fill``.
+
+    Trained ones are under Megatron's DDP or in pieces, the others frozen.
+    """
     check_memory(run, has_gpu=has_gpu())
     choose_kernels(run, run.roles, dtype=DTYPES[run.precision.params_dtype])
     # All of them before any weight is read, because a machine without Transformer Engine may refuse.
@@ -149,9 +152,11 @@ def _build(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec, f
     """This rank's pieces of one network."""
     chunks = build_network(run, role, groups, spec=spec, recompute=run.memory.recompute)
     fill(run, role, chunks)
+    weights = run.networks[role].weights
+    if role in run.trained_roles and weights == "sharded":
+        return cut_in_pieces(chunks, chunks[0].config, group=groups.dp_cp)
     if role in run.trained_roles:
         return wrap_ddp(chunks, chunks[0].config)
-    weights = run.networks[role].weights
     if weights != "resident":
         shard_weights(frozen(chunks), group=groups.dp_cp, offload=weights == "offloaded")
     return frozen(chunks)

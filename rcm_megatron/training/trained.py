@@ -1,8 +1,8 @@
-"""One network that a run trains: its weights under Megatron's DDP, its optimizer, the average of its weights, its counters."""
+"""One network that a run trains: its weights under Megatron's DDP or in pieces, its optimizer, the average of its weights, its counters."""
 
 from dataclasses import dataclass
 
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 
 from rcm_megatron.checkpoint.dist import NetworkState
 from rcm_megatron.config import NetworkConfig
@@ -33,7 +33,7 @@ class UpdateCounters:
 class TrainedNetwork:
     """The network ``role`` of a run. Build it when ``chunks`` hold the weights that training starts from."""
 
-    def __init__(self, role: str, chunks: list[DistributedDataParallel], settings: NetworkConfig) -> None:
+    def __init__(self, role: str, chunks: list[_BaseDataParallel], settings: NetworkConfig) -> None:
         self.role, self.chunks, self.settings, self.counters = role, chunks, settings, UpdateCounters()
         self.optimizer = build_optimizer(chunks, settings.optimizer)
         self.learning_rate = 0.0

@@ -6,6 +6,7 @@ micro-batch holds 2 samples, a step 8: four micro-batches, or two on each of two
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -108,12 +109,12 @@ def run_of(parallel, weights, *, optimizer, kind="exact", num_layers=MODEL.num_l
     )
 
 
-def build(parallel, dtype, *, num_layers):
-    """Three different networks of one size on this rank, student and fake score under DDP."""
-    return build_of(dict.fromkeys(SEEDS, (replace(MODEL, num_layers=num_layers), parallel)), dtype)
+def build(parallel, dtype, *, num_layers, in_pieces=False):
+    """Three different networks of one size on this rank, student and fake score under DDP or in pieces."""
+    return build_of(dict.fromkeys(SEEDS, (replace(MODEL, num_layers=num_layers), parallel)), dtype, in_pieces=in_pieces)
 
 
-def build_of(networks, dtype, seeds=None):
+def build_of(networks, dtype, seeds=None, *, in_pieces=False):
     """The networks of {role: (architecture, how it is cut over ranks)}, with weights of ``seeds`` (SEEDS)."""
     from rcm_megatron.platform.megatron import prepare_megatron
 
@@ -122,13 +123,14 @@ def build_of(networks, dtype, seeds=None):
     from rcm_megatron.networks.roles import Networks
     from rcm_megatron.networks.weights import load_weights
     from rcm_megatron.parallel.groups import initialize_parallel
-    from rcm_megatron.training.optimizer import wrap_ddp
+    from rcm_megatron.training.optimizer import cut_in_pieces, wrap_ddp
 
     groups, built = initialize_parallel(networks["student"][1]), {}
+    wrap = partial(cut_in_pieces, group=groups.dp_cp) if in_pieces else wrap_ddp
     for role, (model, parallel) in networks.items():
         chunks = build_chunks(model, LATENT, parallel, groups=groups, params_dtype=dtype)
         load_weights(chunks, weights_of(model, (seeds or SEEDS)[role]))
-        built[role] = frozen(chunks) if role.startswith("teacher") else wrap_ddp(chunks, chunks[0].config)
+        built[role] = frozen(chunks) if role.startswith("teacher") else wrap(chunks, chunks[0].config)
     return Networks(layout=built["student"][0].module.layout, **built)
 
 

@@ -7,6 +7,7 @@ rounding in a gradient near zero does not become a full step.
 import contextlib
 import io
 import json
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -131,8 +132,12 @@ def whole_weights(trainer):
     weights = {}
     for name in trainer.state.trained:
         groups = trainer.groups
-        gathered = gather_full(trainer.state.networks[name], tp_group=groups.tp, pp_group=groups.pp)
-        weights[name] = {key: None if value is None else value.clone() for key, value in gathered}
+        chunks = trainer.state.networks[name]
+        with ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(chunk.gathered() if hasattr(chunk, "gathered") else nullcontext())
+            gathered = gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp)
+            weights[name] = {key: None if value is None else value.clone() for key, value in gathered}
     return weights
 
 

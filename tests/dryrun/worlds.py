@@ -26,7 +26,9 @@ class Case:
 NONE, SELECTIVE = {"memory": {"recompute": "none"}}, {"memory": {"recompute": "selective"}}
 ATTENTION = {"memory": {"recompute": "attention"}}
 FREED = {"memory": {"free_idle_gradients": True}}
+SELECTIVE_FREED = {"memory": SELECTIVE["memory"] | FREED["memory"]}
 SHARDED = {"networks": {"teacher": {"weights": "sharded"}}}
+IN_PIECES = {"networks": {"student": {"weights": "sharded"}, "fake_score": {"weights": "sharded"}}}
 BF16 = {"precision": {"params_dtype": "bf16"}}
 CASES = {
     "one": Case(1),
@@ -34,6 +36,9 @@ CASES = {
     "one_selective": Case(1, changes=SELECTIVE),
     "one_bf16_freed": Case(1, changes=BF16 | FREED),
     "dp2_sharded": Case(2, changes=SHARDED, batch=4),
+    "dp2_in_pieces": Case(2, changes=IN_PIECES, batch=4),
+    "ring2_in_pieces_bf16": Case(2, {"ring": 2}, changes=IN_PIECES | BF16 | NONE),
+    "pp2_dp2_in_pieces": Case(4, {"pp": 2}, changes=IN_PIECES | SELECTIVE_FREED, batch=4),
     "tp2": Case(2, {"tp": 2}),
     "ring2": Case(2, {"ring": 2}),
     "ring2_attention": Case(2, {"ring": 2}, changes=ATTENTION),

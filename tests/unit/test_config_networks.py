@@ -64,8 +64,8 @@ def test_pieces_of_a_pipeline_are_each_networks_own():
             "or set networks.teacher.chunk_layers to null",
         ),
         (
-            ["networks.student.weights=sharded"],
-            "networks.student.weights=sharded, but a stage trains it, need resident; set networks.student.weights to resident",
+            ["networks.student.weights=offloaded"],
+            "networks.student.weights=offloaded, but a stage trains it, need resident or sharded; set networks.student.weights to sharded",
         ),
         (["networks.teachr={}"], "did you mean networks.teacher?"),
         (

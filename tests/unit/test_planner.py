@@ -124,9 +124,10 @@ def test_every_candidate_is_legal_and_the_shipped_layout_is_one(run):
 def test_policies_reach_the_networks_that_they_are_of(run):
     cheapest, dearest = POLICIES[0].applied_to(run), POLICIES[-1].applied_to(run)
     assert cheapest.networks["teacher"].weights == "resident" and cheapest.memory.recompute == "none"
-    assert dearest.networks["teacher"].weights == "offloaded" and dearest.networks["student"].weights == "resident"
+    assert dearest.networks["teacher"].weights == "offloaded" and dearest.networks["student"].weights == "sharded"
+    assert cheapest.networks["student"].weights == "resident"
     assert dearest.networks["student"].offload_optimizer and dearest.networks["fake_score"].offload_optimizer
-    assert is_valid(dearest, 64) and len(set(POLICIES)) == len(POLICIES) == 48
+    assert is_valid(dearest, 64) and len(set(POLICIES)) == len(POLICIES) == 96
 
 
 # ---- time

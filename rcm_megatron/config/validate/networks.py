@@ -112,10 +112,10 @@ def _roles(config: RunConfig) -> Iterator[str | Problem]:
             yield f"networks.{role}: got nothing, but a stage {use}; add it, with at least {fix}"
         elif trained and network.optimizer is None:
             yield f"networks.{role}.optimizer=null, but a stage trains it; give it at least lr"
-        elif trained and network.weights != "resident":
+        elif trained and network.weights == "offloaded":
             yield Problem(
-                f"networks.{role}.weights={network.weights}, but a stage trains it, need resident",
-                (Change(f"networks.{role}.weights", ("resident",)),),
+                f"networks.{role}.weights=offloaded, but a stage trains it, need resident or sharded",
+                (Change(f"networks.{role}.weights", ("sharded", "resident")),),
             )
         elif not trained and config.init_of(role) is None:
             yield f"networks.{role}.init=null, but a stage needs it as it was trained before; name a checkpoint, e.g. a diffusers folder"

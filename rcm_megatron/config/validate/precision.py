@@ -24,6 +24,12 @@ def _fp8(config: RunConfig) -> Iterator[Problem | str]:
             yield Problem(
                 f"{path}=true, but a stage takes a tangent through this network, of which FP8 leaves nothing", off
             )
+        if role in config.trained_roles and config.networks[role].weights == "sharded":
+            yield Problem(
+                f"{path}=true keeps what it made of the weights from pass to pass, but networks.{role}.weights=sharded has them gathered "
+                "anew in each",
+                (Change(f"networks.{role}.weights", ("resident",)), *off),
+            )
         if precision.linear_layers == "local":
             yield Problem(
                 f"{path}=true needs Transformer Engine's linears, got precision.linear_layers=local",
