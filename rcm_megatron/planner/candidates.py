@@ -44,15 +44,15 @@ POLICIES = tuple(
         trained_weights=trained,
         offload_optimizer=offloaded,
     )
-    for recompute, trained, offloaded, frozen, freed in product(
-        ("none", "selective", "attention", "full"),
+    for trained, recompute, offloaded, frozen, freed in product(
         ("resident", "sharded"),
+        ("none", "selective", "attention", "full"),
         (False, True),
         ("resident", "sharded", "offloaded"),
         (False, True),
     )
 )
-"""By recomputation, and of each from cheap to dear."""
+"""By what trains, whole or in pieces, and by recomputation from fast to slow; of each from cheap to dear."""
 
 
 def layouts_of(run: RunConfig, world_size: int, *, gpus_per_node: int) -> Iterator[RunConfig]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -64,23 +64,35 @@ def best_of(
 def _options(
     laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
 ) -> Iterator[Option]:
-    """With each kind of recomputation, and trained networks whole or in pieces, the cheapest of the other policies that fits, or the
-    emptiest."""
+    """Of trained networks whole, and in pieces, what may be the fastest, or is the emptiest."""
     # on one rank of dp*cp nothing is in pieces
     shards = Shapes(laid_out, world_size).shards
     possible = [policy for policy in POLICIES if policy.trained_weights == "resident" or shards > 1]
-    for _, policies in groupby(possible, key=lambda policy: (policy.recompute, policy.trained_weights)):
-        emptiest = None
-        for policy in policies:
-            shapes = Shapes(policy.applied_to(laid_out), world_size)
-            peak = peak_of(shapes, inventories)
-            if peak.total <= hardware.usable_gib * GIB:
-                yield Option(shapes.run, policy, peak, cost_of(shapes, inventories, hardware, schedule))
+
+    def option(policy: Policies) -> Option:
+        shapes = Shapes(policy.applied_to(laid_out), world_size)
+        peak = peak_of(shapes, inventories)
+        fits = peak.total <= hardware.usable_gib * GIB
+        return Option(shapes.run, policy, peak, cost_of(shapes, inventories, hardware, schedule) if fits else None)
+
+    for _, of_kind in groupby(possible, key=lambda policy: policy.trained_weights):
+        for _, policies in groupby(of_kind, key=lambda policy: policy.recompute):
+            found, is_free = _first_that_fits(map(option, policies))
+            yield found
+            # what recomputes more is slower, and saves nothing that this needs
+            if is_free:
                 break
-            if emptiest is None or peak.total < emptiest.peak.total:
-                emptiest = Option(shapes.run, policy, peak, None)
-        else:
-            yield emptiest
+
+
+def _first_that_fits(options: Iterable[Option]) -> tuple[Option, bool]:
+    """From cheap to dear the first that fits, else the emptiest; whether it is the cheapest of all."""
+    emptiest = None
+    for number, option in enumerate(options):
+        if option.fits:
+            return option, number == 0
+        if emptiest is None or option.peak.total < emptiest.peak.total:
+            emptiest = option
+    return emptiest, False
 
 
 def smallest_world(
