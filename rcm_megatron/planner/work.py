@@ -231,8 +231,8 @@ class StageWork:
         return found
 
     def once(self, step: Step) -> Work:
-        """What passes do not send by themselves: gradients summed over ranks (of a network in pieces after each micro-batch), weights gathered
-        after the update, and those of sharded networks for each pass."""
+        """What passes do not send by themselves: gradients summed over ranks (in pieces after each micro-batch), weights gathered after
+        the update, and those of sharded networks for each pass."""
         work, shapes, role = Work(), self.shapes, step.trained
         held, network, tp, pp = self.held[role], self._networks[role], shapes.parallel.tp, shapes.parallel.pp
         units = {name: FLATS * (shapes.blocks(name, self.stage) + 1) for name in shapes.run.roles}
