@@ -82,7 +82,7 @@ def test_gradients_are_those_of_one_rank(references, layout):
 
 
 def bf16_and_updates():
-    """In bf16, whole and in pieces: quantities, (whether NaNs were an update, whether nothing changed), norm, weights after a clipped update."""
+    """In bf16, whole and in pieces: quantities, (whether NaNs made an update, whether nothing changed), norm, weights after clipping."""
     from megatron.core import parallel_state
 
     from rcm_megatron.config import OptimizerConfig
