@@ -63,7 +63,15 @@ def load_into(
             value = read_internal(source, entries[name], partition_dim=partition_dim(first), rank=tp_rank, size=tp_size)
             for held in by_chunk:  # several hold the embedders
                 if name in held:
-                    held[name].copy_(value)
+                    _set_weight(held[name], value)
+
+
+def _set_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """One that rests in pieces (rcm_megatron.parallel.sharded) knows its place in them."""
+    if hasattr(parameter, "place"):
+        parameter.place.set_weight(value)
+    else:
+        parameter.copy_(value)
 
 
 def gather_full(

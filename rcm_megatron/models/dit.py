@@ -82,7 +82,11 @@ class DiffusionTransformer(MegatronModule):
     def _build_blocks(self, block: type[nn.Module], *, context: ContextParallel) -> nn.ModuleDict:
         """The blocks of this piece, by layer number."""
         options = {"config": self.config, "spec": self.spec, "context": context, "tp_group": self.layout.groups.tp}
-        return nn.ModuleDict({str(layer): block(self.model, **options) for layer in self.stage.layers})
+        blocks = nn.ModuleDict()
+        for layer in self.stage.layers:
+            # One by one: each may be cut in pieces before the next is allocated (rcm_megatron.parallel.sharded).
+            blocks[str(layer)] = block(self.model, **options)
+        return blocks
 
     def _mark_replicated(self, *embedders: nn.Module | None) -> None:
         """Tell Megatron of the embedders that every piece holds, where there are several pieces."""

@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rcm_megatron.checkpoint.models import load_into
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig, RunConfig
-from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.parallel.pipeline import unwrapped
 
-Fill = Callable[[RunConfig, str, Sequence[DiffusionTransformer]], object]
-"""Called with a run, a role and this rank's chunks of its network, whose weights are then set."""
+Fill = Callable[[RunConfig, str, Sequence[nn.Module]], object]
+"""Called with a run, a role and this rank's chunks of its network, bare or in pieces, whose weights are then set."""
 
 
 def initial_weights(run: RunConfig, role: str) -> CheckpointSource:
@@ -24,15 +24,16 @@ def initial_weights(run: RunConfig, role: str) -> CheckpointSource:
     return seeded_weights(run.model_of(role), seed=run.seed) if path is None else open_checkpoint(path)
 
 
-def load_weights(chunks: Sequence[DiffusionTransformer], source: Mapping[str, Tensor]) -> list[DiffusionTransformer]:
+def load_weights(chunks: Sequence[nn.Module], source: Mapping[str, Tensor]) -> list[nn.Module]:
     """Fill ``chunks`` from an open checkpoint (or tensors in any known naming); every rank reads its own slices."""
-    groups, stage = chunks[0].layout.groups, chunks[0].stage
+    network = unwrapped(chunks[0])
+    groups, stage = network.layout.groups, network.stage
     place = {"tp_rank": groups.tp_rank, "tp_size": groups.tp_size, "partial": stage.count > 1}
-    load_into(chunks, source, model_config=chunks[0].model, **place)
+    load_into(chunks, source, model_config=network.model, **place)
     return list(chunks)
 
 
-def fill_with_initial_weights(run: RunConfig, role: str, chunks: Sequence[DiffusionTransformer]) -> None:
+def fill_with_initial_weights(run: RunConfig, role: str, chunks: Sequence[nn.Module]) -> None:
     """Every rank reads its own slices of `initial_weights`."""
     load_weights(chunks, initial_weights(run, role))
 

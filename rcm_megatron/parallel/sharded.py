@@ -25,6 +25,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from rcm_megatron.dual import Dual, primal_of
 
@@ -45,6 +46,10 @@ class Place:
     """These elements of the piece, one object for good: the optimizer knows its state by it."""
     gradient: Tensor | None = None
     """Of these elements, reduced."""
+
+    def set_weight(self, value: Tensor) -> None:
+        """Keep this rank's part of the parameter's value, rounded as the whole would be."""
+        self.main.copy_(value.reshape(-1)[self.start : self.stop].to(self.parameter.dtype))
 
 
 class Flat:
@@ -72,6 +77,7 @@ class Flat:
         for tensor in (self.whole, self.whole_gradient):
             tensor.untyped_storage().resize_(0)
         for place in self.places:
+            place.parameter.place = place
             place.main, place.gradient = self.main[place.in_piece], self.gradient[place.in_piece]
         self.show_pieces()
 
@@ -189,6 +195,24 @@ class Unit:
         self._reducing = []
 
 
+class CutBlocks:
+    """Within it, blocks of networks are cut as they are built, so no rank ever holds all of a network: `units` has each block's."""
+
+    def __init__(self, *, group: ProcessGroup) -> None:
+        self.group, self.units = group, {}
+
+    def __enter__(self) -> CutBlocks:
+        self._hook = register_module_module_registration_hook(self._cut)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._hook.remove()
+
+    def _cut(self, holder: nn.Module, _name: str, block: nn.Module) -> None:
+        if isinstance(holder, nn.ModuleDict):
+            self.units[block] = Unit(list(block.parameters()), group=self.group)
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -196,23 +220,23 @@ def _in_backward() -> bool:
 class ShardedDataParallel(_BaseDataParallel):
     """A pipeline chunk in pieces, in the place of Megatron's DDP: its passes, schedules and gradient sums find what they ask for.
 
-    All ranks of ``group`` must run the same passes. Gradients are reduced after each micro-batch's backward: there is no `no_sync`.
+    All ranks of the group must run the same passes. Gradients are reduced after each micro-batch's backward: there is no `no_sync`.
 
     Args:
         config: Megatron's, of the network.
-        module: the chunk, with its weights on every rank; they are cut here.
-        group: dp*cp.
+        module: the chunk. What is whole of it is cut here.
+        cut: what was cut while it was built.
     """
 
-    def __init__(self, config: TransformerConfig, module: nn.Module, *, group: ProcessGroup) -> None:
+    def __init__(self, config: TransformerConfig, module: nn.Module, *, cut: CutBlocks) -> None:
         super().__init__(config, module)
         # finalize_model_grads asks for it
         self.ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         blocks = list(module.blocks.values())
         inside = {parameter for block in blocks for parameter in block.parameters()}
         outside = [parameter for parameter in module.parameters() if parameter not in inside]
-        self._outside = Unit(outside, group=group)
-        self._blocks = [Unit(list(block.parameters()), group=group) for block in blocks]
+        self._outside = Unit(outside, group=cut.group)
+        self._blocks = [cut.units.get(block) or Unit(list(block.parameters()), group=cut.group) for block in blocks]
         self.units = [self._outside, *self._blocks]
         self._reducing: Unit | None = None
         self._hook(blocks)

@@ -10,7 +10,7 @@ One update, once the backward passes are done and the gradients finalized:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor, nn
 
 from rcm_megatron.parallel.optimizer_shards import owned_shards
-from rcm_megatron.parallel.sharded import ShardedDataParallel
+from rcm_megatron.parallel.sharded import CutBlocks, ShardedDataParallel
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.platform.megatron import use_adam
 
@@ -111,13 +111,13 @@ def wrap_ddp(model_chunks: Sequence[nn.Module], transformer_config: TransformerC
     return [DistributedDataParallel(transformer_config, ddp_config, chunk) for chunk in model_chunks]
 
 
-def cut_in_pieces(
-    model_chunks: Sequence[nn.Module], transformer_config: TransformerConfig, *, group: dist.ProcessGroup
-) -> list[_BaseDataParallel]:
-    """Each chunk in pieces over ``group`` (dp*cp); under Megatron's DDP where that is one rank."""
-    if group.size() == 1:
-        return wrap_ddp(model_chunks, transformer_config)
-    return [ShardedDataParallel(transformer_config, chunk, group=group) for chunk in model_chunks]
+def cut_in_pieces(build: Callable[[], Sequence[nn.Module]], *, group: dist.ProcessGroup) -> list[ShardedDataParallel]:
+    """The chunks that ``build`` makes, in pieces over ``group`` (dp*cp), their weights to be set.
+
+    What is outside of the blocks is whole for a moment, and one block after the other."""
+    with CutBlocks(group=group) as cut:
+        chunks = build()
+    return [ShardedDataParallel(chunk.config, chunk, cut=cut) for chunk in chunks]
 
 
 class PiecesOptimizer(FP32Optimizer):

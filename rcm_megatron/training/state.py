@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,14 @@ def build_networks(run: RunConfig, groups: ParallelGroups, *, fill: Fill = fill_
 
 def _build(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec, fill: Fill) -> list[nn.Module]:
     """This rank's pieces of one network."""
-    chunks = build_network(run, role, groups, spec=spec, recompute=run.memory.recompute)
-    fill(run, role, chunks)
+    build = partial(build_network, run, role, groups, spec=spec, recompute=run.memory.recompute)
     weights = run.networks[role].weights
-    if role in run.trained_roles and weights == "sharded":
-        return cut_in_pieces(chunks, chunks[0].config, group=groups.dp_cp)
+    if role in run.trained_roles and weights == "sharded" and groups.dp_cp.size() > 1:
+        pieces = cut_in_pieces(build, group=groups.dp_cp)
+        fill(run, role, pieces)
+        return pieces
+    chunks = build()
+    fill(run, role, chunks)
     if role in run.trained_roles:
         return wrap_ddp(chunks, chunks[0].config)
     if weights != "resident":

@@ -126,11 +126,16 @@ def build_of(networks, dtype, seeds=None, *, in_pieces=False):
     from rcm_megatron.training.optimizer import cut_in_pieces, wrap_ddp
 
     groups, built = initialize_parallel(networks["student"][1]), {}
-    wrap = partial(cut_in_pieces, group=groups.dp_cp) if in_pieces else wrap_ddp
     for role, (model, parallel) in networks.items():
-        chunks = build_chunks(model, LATENT, parallel, groups=groups, params_dtype=dtype)
+        build, frozen_role = (
+            partial(build_chunks, model, LATENT, parallel, groups=groups, params_dtype=dtype),
+            role.startswith("teacher"),
+        )
+        chunks = cut_in_pieces(build, group=groups.dp_cp) if in_pieces and not frozen_role else build()
         load_weights(chunks, weights_of(model, (seeds or SEEDS)[role]))
-        built[role] = frozen(chunks) if role.startswith("teacher") else wrap(chunks, chunks[0].config)
+        if frozen_role or not in_pieces:
+            chunks = frozen(chunks) if frozen_role else wrap_ddp(chunks, chunks[0].config)
+        built[role] = chunks
     return Networks(layout=built["student"][0].module.layout, **built)
 
 
