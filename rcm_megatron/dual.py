@@ -79,6 +79,14 @@ def add_bias(value: "Tensor | Dual", bias: Tensor | None) -> "Tensor | Dual":
     return value + bias
 
 
+def with_graphs_added(a: "Tensor | Dual", b: "Tensor | Dual") -> "Tensor | Dual":
+    """a + b outside of `recomputed`: of duals the sum of the stacks, and of the primals as autograd sees them."""
+    if not isinstance(a, Dual):
+        return a + b
+    has_graph = a.graph is not None or b.graph is not None
+    return Dual(a.stacked + b.stacked, a.primal + b.primal if has_graph else None)
+
+
 def as_message(value: "Tensor | Dual") -> Tensor:
     """What a pipeline stage sends: the hidden state, or the whole stack of a dual; its gradient goes to the primal half."""
     if not isinstance(value, Dual):

@@ -66,6 +66,8 @@ class NetworkInput:
     condition: Condition | None = None
     dropped_1B1: Tensor | None = None
     """Samples of which a micro-batch holds zeros: a NaN that a network sees is in the gradient of every weight, whatever its loss."""
+    interval_1B: Tensor | Dual | None = None
+    """For a network of two times: 1000 (s - s') down to the time s' that its average velocity leads to; None: 0, or one time."""
 
     @property
     def batch(self) -> int:
@@ -77,23 +79,29 @@ class NetworkInput:
         rows: Rows = slice(number * size, (number + 1) * size)
         if rows.stop > self.batch:
             rows = torch.arange(rows.start, rows.stop, device=self.text_LBD.device).clamp(max=self.batch - 1)
-        parts = [take(value, rows) for value in (self.x_SBP, self.timestep_1B, self.text_LBD)]
+        parts = [None if value is None else take(value, rows) for value in self._values]
         condition = None if self.condition is None else self.condition.rows(rows)
         if self.dropped_1B1 is not None:
             dropped_1B1 = take(self.dropped_1B1, rows)
-            parts = [zeroed(value, dropped_1B1) for value in parts]
+            parts = [None if value is None else zeroed(value, dropped_1B1) for value in parts]
             condition = None if condition is None else condition.without(dropped_1B1)
-        return NetworkInput(*parts, condition)
+        x_SBP, timestep_1B, text_LBD, interval_1B = parts
+        return NetworkInput(x_SBP, timestep_1B, text_LBD, condition, interval_1B=interval_1B)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that it is made of; of a Dual both halves."""
         halves = [
             half
-            for value in (self.x_SBP, self.timestep_1B)
+            for value in self._values
+            if value is not None
             for half in ((value.primal, value.tangent) if isinstance(value, Dual) else (value,))
         ]
-        return [*halves, self.text_LBD, *(self.condition.tensors if self.condition else ())]
+        return [*halves, *(self.condition.tensors if self.condition else ())]
+
+    @property
+    def _values(self) -> tuple[Tensor | Dual | None, ...]:
+        return self.x_SBP, self.timestep_1B, self.text_LBD, self.interval_1B
 
 
 def nonfinite_on_rank(tensors: Iterable[Tensor]) -> Tensor:

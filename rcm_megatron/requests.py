@@ -222,6 +222,8 @@ class ConvertRequest:
     """where the source does not say; null: 1 2 2"""
     rope_scale: Annotated[tuple[float, float, float] | None, Option(metavar=("T", "H", "W"))] = None
     """where the source does not say"""
+    second_time: bool = False
+    """of a network of one time make one of two, whose second time changes nothing yet (objectives emd, lmd, mean_flow)"""
     force: bool = False
     """replace the target"""
     verify: bool = False

@@ -16,6 +16,7 @@ from rcm_megatron.checkpoint.formats.base import Format, WriteOptions
 from rcm_megatron.checkpoint.model_card import Companions, folder_texts
 from rcm_megatron.checkpoint.models import write_named
 from rcm_megatron.checkpoint.recognise import differences
+from rcm_megatron.checkpoint.second_time import with_second_time
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import (
     checked_entries,
@@ -110,6 +111,8 @@ def _convert(
     check_target(target, force=request.force)
     form, dtype = FORMATS[request.to], _as_dtype(request.dtype)
     model_config = source.model_config(overrides=_stated_fields(request))
+    if request.second_time:
+        source, model_config = _with_second_time(source, model_config, form)
     form.naming_of(model_config)
     checked_entries(source, model_config)
     check = None
@@ -134,6 +137,19 @@ def _convert(
     if joined:
         say_once(f"{target}: dtypes as they were{_widening(joined)}")
     return model_config
+
+
+def _with_second_time(
+    source: CheckpointSource, model_config: ModelConfig, form: Format
+) -> tuple[CheckpointSource, ModelConfig]:
+    """Raises CheckpointError for a network that has one, and for a format that has no place for it."""
+    if model_config.second_time:
+        raise CheckpointError(
+            f"{source.where}: got --second-time, but it is of two times already; leave the option out"
+        )
+    model_config = replace(model_config, second_time=True)
+    form.naming_of(model_config)
+    return with_second_time(source, model_config), model_config
 
 
 def _stated_fields(request: ConvertRequest) -> dict[str, Any]:

@@ -50,6 +50,10 @@ class ModelConfig:
     conditional_frames: bool = False
     """The network takes clean latent frames (`Condition.x0_SBP` and `frames_B`), and each token has its frame's timestep."""
 
+    second_time: bool = False
+    """The network is told a second, earlier time, as the interval down to it, and returns the average velocity in between: a flow map
+    (objectives emd, lmd, mean_flow). Training starts its layers so that they change nothing yet."""
+
     @property
     def head_dim(self) -> int:
         """Channels of one attention head."""

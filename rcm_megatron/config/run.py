@@ -67,13 +67,16 @@ class DistillationConfig:
     teacher_guidance: PositiveFloat
     """Classifier-free guidance of the teacher, uncond + w (cond - uncond); 1 takes one conditional pass."""
     p_g: TimeDistribution
-    """Times of sCM and dCM."""
+    """Times of sCM and dCM, and of flow maps that have no law of their own."""
     p_d: TimeDistribution
     """Times of DMD and the fake score, and of the rollout's intermediate steps."""
     max_rollout_steps: Positive = 4
     """Backward simulation takes 1 to this many student steps, in turn."""
     fixed_rollout_times: tuple[float, ...] | None = None
     """TrigFlow times between rollout steps, e.g. [1.5, 1.4, 1.0]; null draws them from p_d."""
+    rollout: Literal["renoise", "flow_map"] = "renoise"
+    """From a step of backward simulation to the next time. renoise: noise is added to the student's x0. flow_map: a student of two times
+    (model.second_time) maps there itself, without noise."""
     expert_boundary: Annotated[float, Bounds(gt=0, lt=1)] | None = None
     """RF time at which the network `teacher` takes over from `teacher_low_noise`, and every other role that is two from its second (Wan2.2
     A14B: 0.875 text-to-video, 0.9 image-to-video)."""
@@ -253,10 +256,15 @@ class MemoryConfig:
 class SamplingConfig:
     """Defaults of `sample` and of the samples written during training."""
 
+    student_sampler: Literal["renoise", "flow_map"] = "renoise"
+    """renoise: denoise, and add noise for the next of student_times. flow_map: a student of two times (model.second_time) maps from time to
+    time, deterministically, in any number of steps."""
     student_steps: Annotated[tuple[Positive, ...], Bounds(count=1)] = (1, 2, 4)
-    """Step counts to sample the student with, each 1 to 4."""
+    """Step counts to sample the student with; each 1 to 4 with the sampler renoise."""
     student_times: tuple[float, ...] = (1.5, 1.4, 1.0)
-    """TrigFlow times between the student's steps; n steps use the first n - 1."""
+    """renoise: TrigFlow times between the student's steps; n steps use the first n - 1."""
+    student_shift: PositiveFloat = 5.0
+    """flow_map: shift of the student's RF time grid, which begins at sigma_max and ends at 0."""
     sigma_max: PositiveFloat = 80.0
     """Noise level the student starts at, t = atan(sigma_max). Training draws are not bounded by it."""
     teacher_sampler: Literal["euler", "unipc"] = "unipc"
@@ -271,7 +279,8 @@ class SamplingConfig:
 
     def check(self, path: str) -> Iterator[str]:
         """A time between every two steps of the longest sampling."""
-        yield from check_step_times(f"{path}.student_times", self.student_times, max(self.student_steps))
+        steps = max(self.student_steps) if self.student_sampler == "renoise" else 1
+        yield from check_step_times(f"{path}.student_times", self.student_times, steps)
 
 
 @dataclass(frozen=True, kw_only=True)

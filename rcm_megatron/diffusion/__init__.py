@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rcm_megatron.diffusion import losses, noise, samplers, timesteps, trigflow  # noqa: F401
+    from rcm_megatron.diffusion import flow_maps, losses, noise, samplers, timesteps, trigflow  # noqa: F401
 
 
 def _lazy(name: str) -> ModuleType:
@@ -26,5 +26,5 @@ def _lazy(name: str) -> ModuleType:
     return module
 
 
-for _name in ("losses", "noise", "samplers", "timesteps", "trigflow"):
+for _name in ("flow_maps", "losses", "noise", "samplers", "timesteps", "trigflow"):
     globals()[_name] = _lazy(_name)

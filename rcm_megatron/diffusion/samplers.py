@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from rcm_megatron.diffusion.timesteps import STUDENT_MID_TIMES, sampler_times, shift_rf
-from rcm_megatron.diffusion.trigflow import add_noise
+from rcm_megatron.diffusion.trigflow import add_noise, to_trigflow
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Velocity = Callable[[Tensor, float], Tensor]
+FlowMap = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(xt, t, s) -> xs."""
 
 
 def rollout(
@@ -28,6 +30,25 @@ def rollout(
     for j, (t, t_next) in enumerate(pairwise(times)):
         xt = add_noise(denoise(xt, t), fresh_noise(j), t_next)
     return xt, times[-1]
+
+
+def follow(flow_map: FlowMap, xt: Tensor, *, times: Sequence[Tensor]) -> Tensor:
+    """The sample at the last of ``times``, from that at the first, by a map of two times from each to the next; no noise is added."""
+    for t, s in pairwise(times):
+        xt = flow_map(xt, t, s)
+    return xt
+
+
+@torch.no_grad()
+def flow_map_sample(
+    flow_map: FlowMap, noise: Tensor, *, steps: int, shift: float = 5.0, sigma_max: float | None = None
+) -> Tensor:
+    """Samples x0 of a flow map in any number of steps, fp64: deterministic, on the times of `euler_sample`.
+
+    Starts at t = pi/2, or at atan(sigma_max), with sin(t) noise. Times go to ``flow_map`` as 0-dimensional fp64 tensors.
+    """
+    times = to_trigflow(teacher_rf_times(steps=steps, shift=shift, sigma_max=sigma_max)).to(noise.device)
+    return follow(flow_map, torch.sin(times[0]) * noise.double(), times=list(times)).double()
 
 
 @torch.no_grad()

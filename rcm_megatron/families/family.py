@@ -37,6 +37,8 @@ class Naming:
     """Settings from the shapes of weights that come without a `config.json`, and from what the user says of them."""
     no_weights: tuple[str, ...] = ()
     """Ends of keys that files hold and that are no part of the network: counters, constants, weights that nobody uses."""
+    second_time: bool = False
+    """Whether it has names for what a second time adds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,9 @@ class Family:
     flop_rows: Mapping[str, str]
     """Linear, by the beginning of its name within the network or a block -> what it works on: `tokens` of the video, all `text` positions,
     features of an `image`, or `times`, of which a sample has one, or one a latent frame."""
+    second_time: Mapping[str, str | None] = {}
+    """Beginning of the names of each layer that a second time adds (`ModelConfig.second_time`) -> the layer whose values it starts with, or
+    None: zero. Together they start as a network that does not depend on it, and can learn to. Empty: the family has none."""
     diffusers_class: str
     scheduler_space: Literal["flow", "edm"]
     """Of RCMScheduler: what diffusers' pipelines of this family scale a network's input by."""

@@ -28,7 +28,7 @@ class Row:
     """One module, or bare parameter."""
 
     names: tuple[str, ...]
-    """In the order of the table's columns; those of several tensors that become one are set apart by spaces."""
+    """In the order of the table's columns; those of several tensors that become one are set apart by spaces. Empty: a format has none."""
     shapes: Mapping[str, str]
     """Suffix of a parameter -> its internal shape, in the letters of the table's sizes (or numbers), set apart by spaces."""
 

@@ -51,7 +51,8 @@ def export(run: RunConfig, request: ExportRequest) -> None:
         requests = [replace(request, weights=w, output=request.output / name) for w, name in names.items()]
     for part in requests:
         check_target(part.output, force=part.force)
-        stored_in(run, part.weights)
+        role, _ = stored_in(run, part.weights)
+        FORMATS[_FORMAT].naming_of(run.model_of(role))
     groups = init_parallel(run)
     for part in requests:
         _export(run, part, groups, folder=request.output)

@@ -20,7 +20,7 @@ from rcm_megatron.config.roles import low_noise_weights, split_weights
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inference.conditioning import Conditioning
-from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler
+from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler, student_latents
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
 from rcm_megatron.networks.build import build_network, frozen
@@ -180,5 +180,4 @@ def low_noise_expert(
 
 def student_sampling(run: RunConfig, *, steps: int) -> Callable[[Sampler], Tensor]:
     """Sampling of the student as ``run.sampling`` says."""
-    settings = run.sampling
-    return lambda sampler: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)
+    return lambda sampler: student_latents(sampler, run.sampling, steps=steps)

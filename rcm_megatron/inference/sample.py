@@ -94,8 +94,8 @@ def _check(run: RunConfig, request: SampleRequest) -> None:
         )
     check_conditioning(run, request)
     most = len(run.sampling.student_times) + 1
-    if not is_trained(run, request.weights):
-        most = request.steps
+    if not is_trained(run, request.weights) or run.sampling.student_sampler == "flow_map":
+        most = max(request.steps, 1)
     if not 1 <= request.steps <= most:
         raise InputError(
             f"got --steps {request.steps}, need 1 to {most} for {request.weights}; "

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rcm_megatron.config import SamplingConfig
-from rcm_megatron.diffusion import samplers, trigflow
+from rcm_megatron.diffusion import flow_maps, samplers, trigflow
 from rcm_megatron.diffusion.noise import SeededDraws
 from rcm_megatron.inputs import Condition, NetworkInput
 from rcm_megatron.models.tokens import TokenLayout
 from rcm_megatron.networks.inputs import network_input
-from rcm_megatron.parallel.pipeline import evaluate
+from rcm_megatron.parallel.pipeline import evaluate, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,12 @@ class Sampler:
         )
         return self.layout.gather(x_SBP).float()
 
+    def flow_map(self, *, steps: int, shift: float, sigma_max: float | None) -> Tensor:
+        """Latents [B, C, T, H, W] of a student of two times in any number of steps, each from its time to the next."""
+        noise = self._noise("sample_noise")
+        x_SBP = samplers.flow_map_sample(self._map, noise, steps=steps, shift=shift, sigma_max=sigma_max)
+        return self.layout.gather(x_SBP).float()
+
     def teacher(self, *, steps: int, guidance: float, shift: float, method: Literal["euler", "unipc"]) -> Tensor:
         """Latents [B, C, T, H, W]; with guidance above 1 every step takes two network evaluations."""
 
@@ -75,9 +81,18 @@ class Sampler:
         return replace(self, chunks=self.low_noise.chunks, low_noise=None) if has_low_noise else self
 
     def _denoise(self, xt_SBP: Tensor, t: Tensor) -> Tensor:
-        t_1B1, network = t.expand(1, xt_SBP.shape[1], 1), self._at(float(trigflow.to_rf(t)))
-        v = network._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD, self.condition))
-        return trigflow.denoised(xt_SBP, v, t_1B1)
+        return trigflow.denoised(xt_SBP, self._student_velocity(xt_SBP, t, torch.zeros_like(t)), t)
+
+    def _map(self, xt_SBP: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        F = trigflow.velocity(xt_SBP, self._student_velocity(xt_SBP, t, s), t)
+        return flow_maps.flow_map(xt_SBP, F, t, s)
+
+    def _student_velocity(self, xt_SBP: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """v at t; of a network of two times on the way to s."""
+        network = self._at(float(trigflow.to_rf(t)))
+        t_1B1, s_1B1 = (time.expand(1, xt_SBP.shape[1], 1) for time in (t, s))
+        second = s_1B1 if unwrapped(network.chunks[0]).model.second_time else None
+        return network._evaluate(network_input(xt_SBP, t_1B1, self.text_LBD, self.condition, s_1B1=second))
 
     def _guided_velocity(self, x_SBP: Tensor, s: float, *, guidance: float) -> Tensor:
         text, condition = self.text_LBD, self.condition
@@ -105,7 +120,11 @@ def teacher_evaluations(steps: int, *, guidance: float) -> int:
 
 def student_videos(sampler: Sampler, settings: SamplingConfig) -> dict[int, Tensor]:
     """Student latents by number of steps."""
-    return {
-        steps: sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)
-        for steps in settings.student_steps
-    }
+    return {steps: student_latents(sampler, settings, steps=steps) for steps in settings.student_steps}
+
+
+def student_latents(sampler: Sampler, settings: SamplingConfig, *, steps: int) -> Tensor:
+    """Student latents [B, C, T, H, W] of ``steps`` steps of the sampler that the settings name."""
+    if settings.student_sampler == "flow_map":
+        return sampler.flow_map(steps=steps, shift=settings.student_shift, sigma_max=settings.sigma_max)
+    return sampler.student(steps=steps, mid_times=settings.student_times, sigma_max=settings.sigma_max)

@@ -103,8 +103,11 @@ class DiffusionTransformer(MegatronModule):
         timestep_1B: Tensor | Dual,
         text_LBD: Tensor,
         condition: Condition | None = None,
+        interval_1B: Tensor | Dual | None = None,
     ) -> Tensor | Dual:
         """Velocity ``[S, B, P]`` (RF convention, noise − x0) with padding set to zero; a Dual for Dual inputs.
+
+        Of a network of two times (``model.second_time``) the average velocity over the interval, MeanFlow (arXiv 2505.13447) Eq. 3.
 
         A piece that is not the last returns the hidden state instead, as the next one's message ``[S, B or 2B, D]``.
 
@@ -114,9 +117,11 @@ class DiffusionTransformer(MegatronModule):
                 counts in; a Dual exactly when ``x_SBP`` is one.
             text_LBD: ``[L, B, text_dim]`` text embeddings, equal on all ranks of the sample.
             condition: what is known of the video itself, for families that take it.
+            interval_1B: as ``timestep_1B``, 1000 (s − s') for the earlier time s' of a network of two times; None: 0, the velocity at s.
         """
         geometry = self._token_geometry(text_LBD.device)
-        for_blocks, for_head = self._embed(timestep_1B, text_LBD, condition)
+        interval_1B = self._interval(interval_1B, timestep_1B)
+        for_blocks, for_head = self._embed(timestep_1B, text_LBD, condition, interval_1B)
         if self.stage.is_first:
             h_SBD = recomputed(self.patch_embedding, self._patches(x_SBP, condition))
         else:
@@ -140,8 +145,21 @@ class DiffusionTransformer(MegatronModule):
         dtype = self.config.params_dtype
         return wide_dtype(dtype) if self.model.conditional_frames else dtype
 
-    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
-        """What the blocks and what the head take beside the hidden state."""
+    def _interval(self, interval_1B: Tensor | Dual | None, timestep_1B: Tensor | Dual) -> Tensor | Dual | None:
+        """What a network of two times is given of the second: no interval where none is said."""
+        if not self.model.second_time:
+            assert interval_1B is None, "this network has one time: second_time=false"
+            return None
+        return map_linear(torch.zeros_like, timestep_1B) if interval_1B is None else interval_1B
+
+    def _embed(
+        self,
+        timestep_1B: Tensor | Dual,
+        text_LBD: Tensor,
+        condition: Condition | None,
+        interval_1B: Tensor | Dual | None,
+    ) -> tuple[tuple, tuple]:
+        """What the blocks and what the head take beside the hidden state; ``interval_1B`` exactly for a network of two times."""
         raise NotImplementedError
 
     def _rotation(self) -> Tensor:
@@ -162,10 +180,16 @@ class DiffusionTransformer(MegatronModule):
 
     def _frame_timesteps(self, timestep_1B: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
         """``[1, B]``, or ``[F, B]`` of each latent frame where some are given."""
+        return self._of_frames(timestep_1B, condition, given=self.given_timestep)
+
+    def _frame_intervals(self, interval_1B: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
+        """The same of intervals: a given frame goes nowhere."""
+        return self._of_frames(interval_1B, condition, given=0.0)
+
+    def _of_frames(self, value_1B: Tensor | Dual, condition: Condition | None, *, given: float) -> Tensor | Dual:
         if not self._gives_frames(condition):
-            return timestep_1B
-        frames = self.layout.grid[0]
-        return frame_timesteps(timestep_1B, condition.frames_B, frames=frames, given=self.given_timestep)
+            return value_1B
+        return frame_timesteps(value_1B, condition.frames_B, frames=self.layout.grid[0], given=given)
 
     def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
         """What the patch embedding takes."""

@@ -1,6 +1,7 @@
 """Where a network's weights come from: a checkpoint of any format, the teacher's, or the run's seed."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,19 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from rcm_megatron.checkpoint.models import load_into
+from rcm_megatron.checkpoint.second_time import holds_second_time, second_time_names, start_of, with_second_time
 from rcm_megatron.checkpoint.sources import CheckpointSource, LazyTensor, open_checkpoint
 from rcm_megatron.checkpoint.translate import internal_shapes
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.parallel.pipeline import unwrapped
+
+log = logging.getLogger(__name__)
 
 Fill = Callable[[RunConfig, str, Sequence[nn.Module]], object]
 """Called with a run, a role and this rank's chunks of its network, bare or in pieces, whose weights are then set."""
 
 
 def initial_weights(run: RunConfig, role: str) -> CheckpointSource:
-    """What the network ``role`` starts from: its own checkpoint, else the teacher's, else random weights of the run's seed."""
-    path = run.init_of(role)
-    return seeded_weights(run.model_of(role), seed=run.seed) if path is None else open_checkpoint(path)
+    """What the network ``role`` starts from: its own checkpoint, else the teacher's, else random weights of the run's seed.
+
+    A trained network of two times may start from one of one: what the second adds then changes nothing yet.
+    """
+    path, model = run.init_of(role), run.model_of(role)
+    if path is None:
+        return seeded_weights(model, seed=run.seed)
+    source = open_checkpoint(path)
+    if not model.second_time or role not in run.trained_roles or holds_second_time(source, model):
+        return source
+    log.info("%s: %s is of one time; its second time starts without effect", role, source.where)
+    return with_second_time(source, model)
 
 
 def load_weights(chunks: Sequence[nn.Module], source: Mapping[str, Tensor]) -> list[nn.Module]:
@@ -42,10 +55,15 @@ def seeded_weights(model: ModelConfig, *, seed: int) -> CheckpointSource:
     """Random full weights in internal names that depend on (seed, name) alone: equal on every layout, made when they are read.
 
     As diffusers initialises Wan: linears uniform in ±1/√fan_in, norms at one, tables of modulations or positions normal/√hidden_size.
+    A second time starts without effect.
     """
     shapes = internal_shapes(model)
     read = partial(_seeded_tensor, shapes, seed=seed)
     tensors = {name: LazyTensor(shape, partial(read, name)) for name, shape in shapes.items()}
+    for name in second_time_names(model):
+        copied, shape = start_of(name, model), shapes[name]
+        zeros = LazyTensor(shape, lambda index, shape=shape: torch.zeros(shape)[index])
+        tensors[name] = zeros if copied is None else tensors[copied]
     return CheckpointSource(f"random weights of seed {seed}", tensors)
 
 

@@ -73,6 +73,8 @@ class Objective:
     """Whether it takes a tangent of the network that it trains."""
     has_warmup: bool = False
     """Whether `stages.N.tangent_warmup` means something to it."""
+    second_time: Literal["refuses", "follows", "needs"] = "refuses"
+    """What the network that it trains may be (`model.second_time`). refuses: of one time. follows: of one or two. needs: of two."""
     waits_for_warmup: bool = False
     """Whether it takes part only when the warm-up is over."""
 

@@ -41,6 +41,7 @@ class Dmd(Objective):
         | {"fake_score": "forward passes of the fake score: for DMD's target, or with a gradient"}
         | STUDENT_PHASE
     )
+    second_time = "follows"
     waits_for_warmup = True
 
     def passes(self, settings: NoSettings, step: Step, distillation: DistillationConfig) -> tuple[Pass, ...]:
@@ -77,7 +78,7 @@ class Dmd(Objective):
 
         outputs = {"G_x0": G, "D_xt": xt, "D_time": t, "x0_theta_fake": fake, "x0_theta_teacher": teacher}
         return work.train(
-            work.network_input(simulated.xt_SBP, simulated.t_1B1),
+            work.network_input(simulated.xt_SBP, simulated.t_1B1, s_1B1=0 * simulated.t_1B1),
             loss,
             phase="student",
             outputs=outputs,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rcm_megatron.config import DistillationConfig, TimeDistribution
 from rcm_megatron.config.roles import low_noise_of
-from rcm_megatron.diffusion import samplers, timesteps, trigflow
+from rcm_megatron.diffusion import flow_maps, samplers, timesteps, trigflow
 from rcm_megatron.dual import Dual
 from rcm_megatron.inputs import NetworkInput, Rows, nonfinite_on_rank, take, zeroed
 from rcm_megatron.models.tokens import TokenLayout
@@ -28,13 +28,18 @@ from rcm_megatron.networks.sharding import is_gathered
 from rcm_megatron.objectives.base import Loss, Objective
 from rcm_megatron.objectives.plan import Step
 from rcm_megatron.objectives.samples import Samples
-from rcm_megatron.parallel.pipeline import accumulate_gradients, evaluate, share_from_last_stage, timed
+from rcm_megatron.parallel.pipeline import accumulate_gradients, evaluate, share_from_last_stage, timed, unwrapped
 
 S = TypeVar("S")
 LossOf = Callable[..., Loss]
 """(Output of the trained network, targets by keyword) -> loss, of one micro-batch."""
 VelocityOf = Callable[[Sequence[nn.Module], Tensor, Tensor, Rows], Tensor]
 """(A network's chunks, xt, t, which of the samples they are) -> v."""
+
+
+def has_second_time(chunks: Sequence[nn.Module]) -> bool:
+    """Whether a network is a flow map of two times."""
+    return unwrapped(chunks[0]).model.second_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +119,13 @@ class Work(Generic[S]):
 
     # ---- passes without gradient
 
-    def evaluate(self, role: str, xt_SBP: Tensor, t_1B1: Tensor, *, phase: str) -> Tensor:
-        """The output v of a network at (xt, t), with the samples' own text."""
+    def evaluate(self, role: str, xt_SBP: Tensor, t_1B1: Tensor, *, s_1B1: Tensor | None = None, phase: str) -> Tensor:
+        """The output v of a network at (xt, t), with the samples' own text; of one of two times on the way to s (None: v at t itself)."""
 
         def plain(chunks: Sequence[nn.Module], xt_SBP: Tensor, t_1B1: Tensor, rows: Rows) -> Tensor:
             condition = None if self.samples.condition is None else self.samples.condition.rows(rows)
-            given = network_input(xt_SBP, t_1B1, take(self.samples.text_LBD, rows), condition)
+            s = take(s_1B1, rows) if s_1B1 is not None and has_second_time(chunks) else None
+            given = network_input(xt_SBP, t_1B1, take(self.samples.text_LBD, rows), condition, s_1B1=s)
             return evaluate(chunks, given, micro_batch_size=self.samples.at_a_time, phase=phase)
 
         return self._by_time(role, plain, xt_SBP, t_1B1)
@@ -165,7 +171,7 @@ class Work(Generic[S]):
         return trigflow.guided(*v.double().chunk(2, dim=1), scale=guidance)
 
     def rollout(self, *, side: str | None = None) -> Rollout:
-        """Backward simulation: `step.rollout_steps` student steps from pure noise, re-noised in between.
+        """Backward simulation: `step.rollout_steps` student steps from pure noise, re-noised in between or along its flow map.
 
         ``side``: where the last of them lies, of a student that is two networks; those before the last of the low-noise side lie anywhere.
         """
@@ -175,7 +181,12 @@ class Work(Generic[S]):
             return self._times(purpose, self.distillation.p_d, side=side if side == "high" or purpose == last else None)
 
         def denoise(xt: Tensor, t: Tensor) -> Tensor:
-            return trigflow.denoised(xt, self.evaluate("student", xt, t, phase="rollout"), t)
+            v = self.evaluate("student", xt, t, s_1B1=torch.zeros_like(t), phase="rollout")
+            return trigflow.denoised(xt, v, t)
+
+        def follow(xt: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            v = self.evaluate("student", xt, t, s_1B1=s, phase="rollout")
+            return flow_maps.flow_map(xt, trigflow.velocity(xt, v, t), t, s)
 
         times = timesteps.rollout_times(
             batch_size=self.samples.count,
@@ -183,12 +194,11 @@ class Work(Generic[S]):
             draw=draw,
             mid_times=self.distillation.fixed_rollout_times,
         )
-        xt, t = samplers.rollout(
-            denoise,
-            self.noise("rollout_init").double(),
-            times=[self.as_tokens(t_B) for t_B in times],
-            fresh_noise=lambda j: self.noise(f"rollout_noise/{j}"),
-        )
+        times, xt = [self.as_tokens(t_B) for t_B in times], self.noise("rollout_init").double()
+        if self.distillation.rollout == "flow_map":
+            xt, t = samplers.follow(follow, xt, times=times), times[-1]
+        else:
+            xt, t = samplers.rollout(denoise, xt, times=times, fresh_noise=lambda j: self.noise(f"rollout_noise/{j}"))
         return Rollout(xt, t, denoise(xt, t))
 
     def noise_again(self, x0_SBP: Tensor, *, side: str | None = None) -> tuple[Tensor, Tensor]:
@@ -206,14 +216,19 @@ class Work(Generic[S]):
 
     # ---- the pass with gradient
 
-    def network_input(self, xt_SBP: Tensor, t_1B1: Tensor, *, text_LBD: Tensor | None = None) -> NetworkInput:
-        """The point (xt, t) with the samples' text, or another."""
+    def network_input(
+        self, xt_SBP: Tensor, t_1B1: Tensor, *, s_1B1: Tensor | None = None, text_LBD: Tensor | None = None
+    ) -> NetworkInput:
+        """The point (xt, t) with the samples' text, or another. A trained network of two times is asked for the way to s."""
         text_LBD = self.samples.text_LBD if text_LBD is None else text_LBD
-        return network_input(xt_SBP, t_1B1, text_LBD, self.samples.condition)
+        s_1B1 = s_1B1 if has_second_time(self.networks[self.step.trained]) else None
+        return network_input(xt_SBP, t_1B1, text_LBD, self.samples.condition, s_1B1=s_1B1)
 
-    def dual_network_input(self, xt: Tensor, t: Tensor, t_xt: Tensor, t_t: Tensor) -> NetworkInput:
-        """The point (xt, t) and its tangent."""
-        return dual_network_input(xt, t, t_xt, t_t, self.samples.text_LBD, self.samples.condition)
+    def dual_network_input(
+        self, xt: Tensor, t: Tensor, t_xt: Tensor, t_t: Tensor, *, s: Tensor | None = None, t_s: Tensor | None = None
+    ) -> NetworkInput:
+        """The point (xt, t), or (xt, t, s), and its tangent."""
+        return dual_network_input(xt, t, t_xt, t_t, self.samples.text_LBD, self.samples.condition, s=s, t_s=t_s)
 
     def train(
         self,

@@ -139,8 +139,9 @@ def _run(
 
     def forward_step(iterator, model: nn.Module):
         part, loss = next(iterator)
-        condition = () if part.condition is None else (part.condition,)
-        return model(part.x_SBP, part.timestep_1B, part.text_LBD, *condition), loss
+        further = {"condition": part.condition, "interval_1B": part.interval_1B}
+        further = {name: value for name, value in further.items() if value is not None}
+        return model(part.x_SBP, part.timestep_1B, part.text_LBD, **further), loss
 
     iterators = [micro_batches() for _ in chunks]
     return get_forward_backward_func()(

@@ -106,6 +106,7 @@ class NetworkWork:
     def _backward_linears(self) -> float:
         """Gradients of both factors; what works on given inputs needs one alone."""
         given = ("patch_embedding.weight", "text_embedding.linear_1.weight", "time_embedding.linear_1.weight")
+        given += ("interval_embedding.linear_1.weight",)
         saved = sum(self._linear(w) * self.times[w.place] for w in self.inventory if w.name in given)
         return 2 * self.linears(("tokens", "text", "image", "times")) - saved
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "model_configs"
 WORLD_SIZES = {
     "quickstart": (2,),
+    "quickstart_flow_map": (2,),
     "wan2.1_t2v_1.3b_480p": (8, 32, 256),
     "wan2.1_t2v_14b_480p": (8, 64, 512),
     "cosmos_predict2_2b_text2image": (8, 32, 256),

@@ -14,7 +14,7 @@ from rcm_megatron.config import ModelConfig
 from rcm_megatron.errors import CheckpointError
 from rcm_megatron.families.family import Family, Naming
 from rcm_megatron.inputs import WholeInput
-from rcm_megatron.registries import FAMILIES, family_of
+from rcm_megatron.registries import FAMILIES, FORMATS, family_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,12 @@ class Format:
             known = [FAMILIES[name].title for name in FAMILIES if self.naming(FAMILIES[name]) is not None]
             raise CheckpointError(
                 f"there is no format {self.name!r} of a {family.title} network, but of {', '.join(known)}"
+            )
+        if model.second_time and not naming.second_time:
+            holding = [form.name for form in FORMATS.values() if (own := form.naming(family)) and own.second_time]
+            raise CheckpointError(
+                f"got a network of two times (second_time=true) and the format {self.name!r}, whose {family.title} has one; need "
+                f"{' or '.join(holding)}, which `sample` reads; fix: `convert --to {holding[0]}`, or second_time=false for a network of one"
             )
         return naming
 

@@ -13,6 +13,9 @@ from rcm_megatron.errors import CheckpointError, nearest
 from rcm_megatron.families.family import Family, Fields, Naming
 from rcm_megatron.families.fields import checked
 
+_SINCE = {"second_time": False}
+"""Settings that folders from before they existed do not say -> what they were."""
+
 
 def _read(settings: type[ModelConfig], config: Mapping[str, Any]) -> Fields:
     """Our own `config.json`: exactly the settings, each of them."""
@@ -20,10 +23,11 @@ def _read(settings: type[ModelConfig], config: Mapping[str, Any]) -> Fields:
     for name in config:
         if name not in names:
             raise CheckpointError(f"config.json: unknown field {name!r}{nearest(name, names)}")
+    config = _SINCE | dict(config)
     for name in names:
         if name not in config:
             raise CheckpointError(f"config.json: missing field {name!r}; write the folder again with `convert`")
-    return checked(dict(config))
+    return checked(config)
 
 
 class Ours(Format):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 
 from rcm_megatron.config.advice import multiples_near
@@ -24,6 +24,45 @@ def models_of(config: RunConfig) -> Iterator[tuple[str, ModelConfig]]:
     paths = dict.fromkeys(["model", *(config.model_path(role) for role in present_roles(config))])
     for path in paths:
         yield path, config.model if path == "model" else config.model_of(path.split(".")[1])
+
+
+def _second_time(config: RunConfig) -> Iterator[str | Problem]:
+    """Networks of two times exactly where objectives train them, and where samples are made."""
+    for path, model in models_of(config):
+        if model.second_time and not family_of(model).second_time:
+            yield f"{path}.second_time=true, but {family_of(model).title} has none; set it to false"
+    for index, stage in enumerate(config.stages):
+        names = [*stage.losses, *(name for loss in stage.losses for name in OBJECTIVES[loss].companions)]
+        for name in dict.fromkeys(names):
+            yield from _second_time_of(config, name, f"stages.{index} ({stage.name})")
+    followed = (
+        ("distillation.rollout", config.distillation.rollout),
+        ("sampling.student_sampler", config.sampling.student_sampler),
+    )
+    student = "student" in config.networks and config.model_of("student").second_time
+    for path, value in followed:
+        if value == "flow_map" and not student:
+            yield Problem(
+                f"{path}=flow_map follows a student of two times, got networks.student.model.second_time=false",
+                (Change(path, ("renoise",)),),
+            )
+
+
+def _second_time_of(config: RunConfig, name: str, stage: str) -> Iterator[str | Problem]:
+    """What an objective asks of the networks that it trains."""
+    objective = OBJECTIVES[name]
+    for role in (role for role in config.trained_roles if first_of(role) == objective.trains):
+        if role not in config.networks or objective.second_time == "follows":
+            continue
+        has, path = config.model_of(role).second_time, f"networks.{role}.model.second_time"
+        if has and objective.second_time == "refuses":
+            having = ", ".join(other for other in OBJECTIVES if OBJECTIVES[other].second_time == "needs")
+            yield (
+                f"{path}=true, but {name} of {stage} trains a network of one time; set networks.{role}.model: "
+                f"{{second_time: false}}, or train it with {having}"
+            )
+        if not has and objective.second_time == "needs":
+            yield f"{path}=false, but {name} of {stage} trains a flow map of two times; set networks.{role}.model: {{second_time: true}}"
 
 
 def _channels(config: RunConfig) -> Iterator[Problem]:
@@ -137,6 +176,9 @@ def _starts(config: RunConfig) -> Iterator[Problem]:
     teacher, teacher_path = config.model_of("teacher"), config.model_path("teacher")
     for role in present_roles(config):
         model, path = config.model_of(role), config.model_path(role)
+        if role in config.trained_roles:
+            # what a second time adds starts by itself
+            model = replace(model, second_time=model.second_time and teacher.second_time)
         if config.networks[role].init is not None or model == teacher:
             continue
         name = next(f.name for f in fields(model) if getattr(model, f.name) != getattr(teacher, f.name))
@@ -189,6 +231,7 @@ def _conditional_frames(config: RunConfig) -> Iterator[str]:
 NETWORK_RULES = (
     _stage_list,
     _objectives,
+    _second_time,
     _channels,
     _inputs,
     _patches,

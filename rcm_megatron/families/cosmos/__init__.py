@@ -37,6 +37,12 @@ class Cosmos(Family):
         "cross_attn_modulation": "times",
         "mlp_modulation": "times",
         "head.modulation": "times",
+        "interval_embedding": "times",
+    }
+    second_time: ClassVar[Mapping[str, str | None]] = {
+        "interval_embedding.linear_1.": "time_embedding.linear_1.",
+        "interval_embedding.linear_2.": None,
+        "interval_embedding.norm_weight": None,
     }
     diffusers_class = "CosmosTransformer3DModel"
     scheduler_space = "edm"

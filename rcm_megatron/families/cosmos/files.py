@@ -168,6 +168,7 @@ NAMINGS: dict[str, Naming] = {
     ),
     "internal": Naming(
         key_map=KeyMap(TABLE, "internal"),
+        second_time=True,
         is_used_by=lambda shapes: "time_embedding.norm_weight" in shapes,
     ),
 }

@@ -28,6 +28,12 @@ _BEFORE = (
     _weight("time_embedding.linear_2", "time_embed.t_embedder.linear_2", "t_embedder.1.linear_2", "3h h"),
     _row("time_embedding.norm_weight", "time_embed.norm.weight", "t_embedding_norm.weight", "h"),
 )
+_INTERVAL = (
+    _weight("interval_embedding.linear_1", "", "", "h h"),
+    _weight("interval_embedding.linear_2", "", "", "3h h"),
+    _row("interval_embedding.norm_weight", "", "", "h"),
+)
+"""Of a second time, which no other program's class of Cosmos has."""
 _BLOCK = (
     _weight("self_attn_modulation.linear_1", "norm1.linear_1", "adaln_modulation_self_attn.1", "r h"),
     _weight("self_attn_modulation.linear_2", "norm1.linear_2", "adaln_modulation_self_attn.2", "3h r"),
@@ -68,7 +74,8 @@ def _sizes(model: CosmosModelConfig) -> dict[str, int]:
 
 
 def _absent(model: CosmosModelConfig) -> tuple[str, ...]:
-    return () if model.learnable_positions else ("positions.",)
+    absent = () if model.learnable_positions else ("positions.",)
+    return absent if model.second_time else (*absent, "interval_")
 
 
-TABLE = KeyTable(("internal", "diffusers", "nvidia"), _BEFORE, _BLOCK, _AFTER, sizes=_sizes, absent=_absent)
+TABLE = KeyTable(("internal", "diffusers", "nvidia"), _BEFORE + _INTERVAL, _BLOCK, _AFTER, sizes=_sizes, absent=_absent)

@@ -5,6 +5,8 @@ time in [0, 1] where this program's networks are given 1000 s (rcm_megatron.diff
 
 Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD text embeddings, e_FBD normed time
 embedding and shared_FB3 its three shared adaLN vectors, F = 1, or latent frames where each has its own time; B is 2B inside a Dual.
+
+A second time (``model.second_time``) is embedded as the interval down to it, by layers of its own, whose outputs are added to both.
 """
 
 import torch
@@ -12,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from rcm_megatron.dual import Dual, map_linear, primal_of, recomputed
+from rcm_megatron.dual import Dual, map_linear, primal_of, recomputed, with_graphs_added
 from rcm_megatron.families.cosmos import ROPE_FPS
 from rcm_megatron.families.cosmos.settings import CosmosModelConfig
 from rcm_megatron.inputs import Condition
@@ -211,21 +213,34 @@ class CosmosModel(DiffusionTransformer):
                 features, model.hidden_size, dtype=dtype, on_token_shards=True, bias=False
             )
         self.time_embedding = TimeEmbedding(model, dtype=wide, tp_group=layout.groups.tp)
+        self.interval_embedding = None
+        if model.second_time:
+            self.interval_embedding = TimeEmbedding(model, dtype=wide, tp_group=layout.groups.tp)
         self.positions = LearnedPositions(model, layout, dtype=wide) if model.learnable_positions else None
         self.blocks = self._build_blocks(CosmosBlock, context=context)
         if self.stage.is_last:
             self.head = CosmosHead(model, layout, dtype=dtype)
-        self._mark_replicated(self.time_embedding, self.positions)
+        self._mark_replicated(self.time_embedding, self.interval_embedding, self.positions)
 
     @property
     def given_timestep(self) -> float:
         sigma = self.model.condition_sigma
         return TIME_UNIT * sigma / (sigma + 1)
 
-    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
+    def _embed(
+        self,
+        timestep_1B: Tensor | Dual,
+        text_LBD: Tensor,
+        condition: Condition | None,
+        interval_1B: Tensor | Dual | None,
+    ) -> tuple[tuple, tuple]:
         timestep_FB = self._frame_timesteps(timestep_1B, condition)
         e_FBD = recomputed(self.time_embedding.normed, timestep_FB)
         shared_FB3 = recomputed(self.time_embedding.shared, timestep_FB)
+        if interval_1B is not None:
+            interval_FB = self._frame_intervals(interval_1B, condition)
+            e_FBD = with_graphs_added(e_FBD, recomputed(self.interval_embedding.normed, interval_FB))
+            shared_FB3 = with_graphs_added(shared_FB3, recomputed(self.interval_embedding.shared, interval_FB))
         for_blocks = (e_FBD, shared_FB3, text_LBD.to(self.config.params_dtype))
         if self.positions is not None:
             for_blocks += (self.positions(),)

@@ -37,6 +37,13 @@ class Wan(Family):
         "image_embedding": "image",
         "cross_attn.image_linear_kv": "image",
         "time_projection": "times",
+        "interval_embedding": "times",
+        "interval_projection": "times",
+    }
+    second_time: ClassVar[Mapping[str, str | None]] = {
+        "interval_embedding.linear_1.": "time_embedding.linear_1.",
+        "interval_embedding.linear_2.": None,
+        "interval_projection.": None,
     }
     diffusers_class = "WanTransformer3DModel"
     scheduler_space = "flow"

@@ -219,6 +219,7 @@ NAMINGS: dict[str, Naming] = {
     ),
     "internal": Naming(
         key_map=KeyMap(TABLE, "internal"),
+        second_time=True,
         is_used_by=lambda shapes: "text_embedding.linear_1.weight" in shapes,
     ),
 }

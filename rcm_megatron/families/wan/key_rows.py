@@ -40,6 +40,12 @@ _BEFORE = (
     _row("image_embedding.linear_2", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3", _linear("h", "g")),
     _row("image_embedding.norm_2", "condition_embedder.image_embedder.norm2", "img_emb.proj.4", _norm("h")),
 )
+_INTERVAL = (
+    _row("interval_embedding.linear_1", "", "", _linear("h", "q")),
+    _row("interval_embedding.linear_2", "", "", _linear("h", "h")),
+    _row("interval_projection", "", "", _linear("6h", "h")),
+)
+"""Of a second time, which no other program's class of Wan has."""
 _BLOCK = (
     _row("modulation", "scale_shift_table", "modulation", {"": "1 6 h"}),
     _row(
@@ -84,9 +90,10 @@ def _sizes(model: WanModelConfig) -> dict[str, int | None]:
 
 def _absent(model: WanModelConfig) -> tuple[str, ...]:
     absent = () if model.cross_attn_norm else ("norm3",)
+    absent = absent if model.second_time else (*absent, "interval_")
     if model.image_dim is None:
         return (*absent, "image_embedding.", "cross_attn.image_")
     return absent if model.image_positions else (*absent, "image_embedding.positions")
 
 
-TABLE = KeyTable(("internal", "diffusers", "wan"), _BEFORE, _BLOCK, _AFTER, sizes=_sizes, absent=_absent)
+TABLE = KeyTable(("internal", "diffusers", "wan"), _BEFORE + _INTERVAL, _BLOCK, _AFTER, sizes=_sizes, absent=_absent)

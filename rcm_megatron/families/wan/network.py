@@ -4,14 +4,17 @@ Text-to-video, and what image conditions add to it (WanModelConfig): channels be
 
 Shapes: x_SBP patch tokens of this rank (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD and image_LBD embeddings, e_FBD time
 embedding, e_GBD its projection to the six adaLN vectors (G = 6F, vector by vector), F = 1, or latent frames where each has its own
-time; B is 2B inside a Dual.
+time; B is 2B inside a Dual. A second time (``model.second_time``) is embedded as the interval down to it, by layers of its own, whose
+outputs are added to e_FBD and e_GBD (as NVlabs/FastGen does).
 """
+
+from functools import partial
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed
+from rcm_megatron.dual import BATCH_DIM, Dual, map_linear, recomputed, with_graphs_added
 from rcm_megatron.families.wan.settings import WanModelConfig
 from rcm_megatron.inputs import Condition
 from rcm_megatron.models.conditional_frames import of_tokens
@@ -189,24 +192,35 @@ class WanModel(DiffusionTransformer):
         self.image_embedding = None if model.image_dim is None else ImageEmbedding(model, dtype=dtype)
         self.time_embedding = TimestepEmbedding(model, dtype=wide)
         self.time_projection = GatheredLinear(hidden, 6 * hidden, dtype=wide, tp_group=layout.groups.tp)
+        self.interval_embedding = self.interval_projection = None
+        if model.second_time:
+            self.interval_embedding = TimestepEmbedding(model, dtype=wide)
+            self.interval_projection = GatheredLinear(hidden, 6 * hidden, dtype=wide, tp_group=layout.groups.tp)
         self.blocks = self._build_blocks(WanBlock, context=context)
         if self.stage.is_last:
             self.head = WanHead(model, layout, dtype=dtype)
         self._mark_replicated(self.text_embedding, self.image_embedding, self.time_embedding, self.time_projection)
+        self._mark_replicated(self.interval_embedding, self.interval_projection)
 
-    def _embed(self, timestep_1B: Tensor | Dual, text_LBD: Tensor, condition: Condition | None) -> tuple[tuple, tuple]:
+    def _embed(
+        self,
+        timestep_1B: Tensor | Dual,
+        text_LBD: Tensor,
+        condition: Condition | None,
+        interval_1B: Tensor | Dual | None,
+    ) -> tuple[tuple, tuple]:
         e_FBD = recomputed(self.time_embedding, self._frame_timesteps(timestep_1B, condition))
-        e_GBD = recomputed(self._project_time, e_FBD)
+        e_GBD = recomputed(partial(_projected, self.time_projection), e_FBD)
+        if interval_1B is not None:
+            own_FBD = recomputed(self.interval_embedding, self._frame_intervals(interval_1B, condition))
+            e_GBD = with_graphs_added(e_GBD, recomputed(partial(_projected, self.interval_projection), own_FBD))
+            e_FBD = with_graphs_added(e_FBD, own_FBD)
         for_blocks = (e_GBD, self.text_embedding(text_LBD.to(self.config.params_dtype)))
         image_LBD = None if condition is None else condition.image_LBD
         _check_given("image_LBD", image_LBD, "image_dim", self.model.image_dim)
         if image_LBD is not None:
             for_blocks += (self.image_embedding(image_LBD),)
         return for_blocks, (e_FBD,)
-
-    def _project_time(self, e_FBD: Tensor | Dual) -> Tensor | Dual:
-        projected = self.time_projection(silu(e_FBD))
-        return map_linear(lambda value: value.unflatten(-1, (6, -1)).movedim(2, 0).flatten(0, 1), projected)
 
     def _patches(self, x_SBP: Tensor | Dual, condition: Condition | None) -> Tensor | Dual:
         x_SBP = super()._patches(x_SBP, condition)
@@ -222,6 +236,12 @@ class WanModel(DiffusionTransformer):
             length=self.layout.context_tokens,
             max_position=self.model.rope_max_seq_len,
         )
+
+
+def _projected(projection: nn.Module, e_FBD: Tensor | Dual) -> Tensor | Dual:
+    """The six adaLN vectors e_GBD of a time's embedding."""
+    projected = projection(silu(e_FBD))
+    return map_linear(lambda value: value.unflatten(-1, (6, -1)).movedim(2, 0).flatten(0, 1), projected)
 
 
 def _check_given(name: str, value: Tensor | None, field: str, setting: int | None) -> None:
