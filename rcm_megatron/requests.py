@@ -162,7 +162,7 @@ class FeatureOptions:
     """What videos are compared by."""
 
     features: Annotated[str, Option(metavar="NETWORK")] = "thumbnails"
-    """thumbnails, which need no network, or module:function, yours: called with (weights, device) it returns videos [B, C, T, H, W] -> [B, F]"""
+    """thumbnails, which need no network, or module:function, yours: of (weights, device) it makes a callable [B, C, T, H, W] -> [B, F]"""
     feature_weights: Annotated[Path | None, FILE] = None
     """given to that function"""
     k: int = 5

@@ -34,12 +34,12 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, video_CTHW: Tensor, *, what: str) -> Tensor:
-        """Features [F], float32 on the CPU, of pixels in [-1, 1]. InputError, which says `what`, for anything else that the network gives."""
+        """Features [F], float32 on the CPU, of pixels in [-1, 1]. InputError, which says `what`, for anything else that it gives."""
         features_BF = self.call(video_CTHW[None].float().clamp(-1, 1))
         if not isinstance(features_BF, Tensor) or features_BF.ndim != 2 or len(features_BF) != 1:
             got = tuple(features_BF.shape) if isinstance(features_BF, Tensor) else type(features_BF).__name__
             raise InputError(
-                f"--features {self.name}: got {got} for one video, need a tensor [B, F], here [1, F]; fix: let it return one row a video"
+                f"--features {self.name}: got {got} for one video, need [B, F], here [1, F]; fix: let it return one row a video"
             )
         require_finite(features_BF, what=f"{what}: features of {self.name}")
         return features_BF[0].float().cpu()
@@ -48,12 +48,12 @@ class FeatureNetwork:
 def feature_network(name: str, *, weights: Path | None, device: torch.device) -> FeatureNetwork:
     """`thumbnails`, or what `module:function` returns for (``weights``, ``device``): a callable [B, C, T, H, W] -> [B, F].
 
-    The module is the user's own code. A pickled network is not taken: reading one runs whatever it holds. InputError where it cannot be had.
+    The module is the user's own code. A pickled network is not taken: reading it runs what it holds. InputError where it cannot be had.
     """
     if name == THUMBNAILS:
         if weights is not None:
             raise InputError(
-                f"got --feature-weights {weights} with --features {THUMBNAILS}, which has none; fix: leave it out, or name a module:function"
+                f"got --feature-weights {weights} with --features {THUMBNAILS}, which has none; fix: name a module:function"
             )
         return FeatureNetwork(name=name, call=thumbnails)
     module, _, function = name.partition(":")
@@ -66,7 +66,7 @@ def feature_network(name: str, *, weights: Path | None, device: torch.device) ->
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"--features {name} cannot be imported ({error}); need a module on Python's path; fix: install it, or set PYTHONPATH to its folder"
+            f"--features {name} cannot be imported ({error}); need a module on Python's path; fix: install it, or set PYTHONPATH"
         ) from error
     return FeatureNetwork(name=name, call=build(weights, device))
 
@@ -112,7 +112,7 @@ def read_features(path: Path) -> VideoSet:
                 features = file.get_tensor("features")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read as features ({error}); need a matrix [N, F] as .npy without pickled objects, or `features` in a .safetensors"
+            f"{path} cannot be read as features ({error}); need [N, F] as .npy without pickled objects, or `features` in a .safetensors"
         ) from error
     if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
         raise InputError(

@@ -121,7 +121,7 @@ def require_one_shape(shapes: Mapping[tuple[int, ...], list[Path]]) -> None:
     )
     frames, heights, widths = (min(shape[axis] for shape in shapes) for axis in range(3))
     raise InputError(
-        f"got videos of {len(shapes)} lengths and sizes: {listed}; need one, for motion is in pixels and networks see size; fix: cut all of them "
+        f"got videos of {len(shapes)} lengths and sizes: {listed}; need one, for motion is in pixels; fix: cut all "
         f"alike with --size {heights}x{widths} --frames {frames} --fps RATE"
     )
 

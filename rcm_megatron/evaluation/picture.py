@@ -42,10 +42,15 @@ def draw_bars(rows: Sequence[Row], path: Path, *, title: str) -> None:
     for (label, value), axis in zip(panels.items(), axes.flat, strict=False):
         values = [value(row) for row in rows]
         axis.barh(range(len(rows)), [0.0 if v is None else v for v in values], color=colours, height=0.7)
-        for place, v in enumerate(values):
-            axis.text(0 if v is None else v, place, " –" if v is None else f" {v:.3g}", va="center", fontsize=7)
-        if label == "diversity":
-            _draw_intervals(axis, rows)
+        ends = _draw_intervals(axis, rows) if label == "diversity" else values
+        for place, (v, end) in enumerate(zip(values, ends, strict=True)):
+            axis.text(
+                end or 0,
+                place,
+                " –" if v is None else f" {v:,.0f}" if v >= 1000 else f" {v:.3g}",
+                va="center",
+                fontsize=7,
+            )
         axis.set_title(label, fontsize=9)
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.tick_params(axis="x", labelsize=7)
@@ -73,7 +78,8 @@ def _panels(rows: Sequence[Row]) -> dict[str, Callable[[Row], float | None]]:
     found["Vendi score within a prompt"] = lambda row: row.vendi
     for name, title in STATISTICS.items():
         found[title] = lambda row, name=name: None if row.statistics is None else row.statistics[name]
-    return {title: value for title, value in found.items() if any(value(row) is not None for row in rows)}
+    # saturation of grey videos is 0
+    return {title: value for title, value in found.items() if any(value(row) for row in rows)}
 
 
 def _who(rows: Sequence[Row], row: Row) -> int:
@@ -81,10 +87,12 @@ def _who(rows: Sequence[Row], row: Row) -> int:
     return list(dict.fromkeys(each.name.split(",")[0] for each in rows)).index(row.name.split(",")[0])
 
 
-def _draw_intervals(axis, rows: Sequence[Row]) -> None:
+def _draw_intervals(axis, rows: Sequence[Row]) -> list[float]:
+    """Their upper ends."""
     for place, row in enumerate(rows):
         if row.diversity is not None:
             axis.plot([row.diversity.low, row.diversity.high], [place, place], color="black", linewidth=1)
+    return [0.0 if row.diversity is None else row.diversity.high for row in rows]
 
 
 def draw_sheet(rows: Sequence[tuple[str, Sequence[Path]]], path: Path, *, captions: Sequence[str], title: str) -> None:

@@ -60,7 +60,7 @@ def read_clips(
     given = short if long_prompts is None else read_prompts(long_prompts)
     if len(given) != len(short):
         raise InputError(
-            f"got {len(given)} prompts in {long_prompts} and {len(short)} in {prompts}, need line for line the same; fix: give the two of one list"
+            f"got {len(given)} prompts in {long_prompts} and {len(short)} in {prompts}, need as many; fix: give the two of one list"
         )
     pairs: dict[str, str] = {}
     for name, text in zip(short, given, strict=True):
@@ -68,7 +68,7 @@ def read_clips(
     counted = set(read_prompts(more)) if more is not None else set()
     if unknown := sorted(counted - pairs.keys()):
         raise InputError(
-            f"got {unknown[0]!r} in {more}, need prompts of {prompts} alone ({len(unknown)} are not in it); fix: give the list that holds them"
+            f"got {unknown[0]!r} in {more}, need prompts of {prompts}; {len(unknown)} are not in it; fix: give its whole list"
         )
     for option, count in {"--samples": samples, "--flickering-samples": more_samples if counted else 1}.items():
         if not 1 <= count <= MOST_SAMPLES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -87,7 +86,7 @@ def sample_for_vbench(run: RunConfig, request: VBenchSampleRequest) -> None:
 def _both(run: RunConfig) -> list[str]:
     """The teacher, and the student as it is judged."""
     averaged = "student" in run.networks and run.networks["student"].ema is not None
-    return [role for role in ("teacher", "ema" if averaged else "student") if role in run.networks or role == "ema"]
+    return [*(["teacher"] if "teacher" in run.networks else []), "student.ema" if averaged else "student"]
 
 
 def _one_setting(run: RunConfig, request: VBenchSampleRequest) -> Setting:
@@ -105,7 +104,7 @@ def _one_setting(run: RunConfig, request: VBenchSampleRequest) -> Setting:
 def _check_numbers(request: EvaluateSamplersRequest, clips: Sequence[Clip]) -> None:
     if request.k < 1 or len(clips) <= request.k:
         raise InputError(
-            f"got {len(clips)} videos of each sampler and --k {request.k}, need k of at least 1 and k + 1 videos; fix: --samples, --prompts or --k"
+            f"got {len(clips)} videos of each sampler and --k {request.k}, need k >= 1 and k + 1 videos; fix: --samples or --k"
         )
     if request.reference is not None and not request.reference.exists():
         raise InputError(
@@ -198,8 +197,3 @@ def _manifest(run: RunConfig, setting: Setting, sampling: Sampling, clips: Seque
     facts = {"run": run.name, "sampler": setting.name, "evaluations": setting.evaluations, "seed": run.sampling.seed}
     facts |= {"checkpoint": None if sampling.checkpoint is None else str(sampling.checkpoint)}
     return (json.dumps(facts | {"videos": videos}, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def output_videos(root: Path) -> Path:
-    """Where VBench is to look."""
-    return root / "videos"

@@ -54,25 +54,34 @@ class VideoStore:
 
     def put_video(self, clip: Clip, video_CTHW: Tensor) -> None:
         """Pixels in [-1, 1]; the file appears when it is whole and on the disk."""
-        target, partial = self.video(clip), self.root / PARTIAL / f"{uuid.uuid4().hex}.mp4"
-        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._partial("mp4")
         write_mp4(partial, to_frames(video_CTHW), fps=self.fps)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.rename(target)
+        _finish(partial, self.video(clip))
 
     def put_measures(self, clip: Clip, features_F: Tensor, statistics: Mapping[str, float]) -> None:
-        path = self.measures(clip)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self._partial("safetensors")
         values = torch.tensor(list(statistics.values()), dtype=torch.float64)
         names = {"statistics": json.dumps(list(statistics)), "prompt": clip.prompt}
-        write_atomically(path, save({"features": features_F.contiguous(), "statistics": values}, metadata=names))
+        partial.write_bytes(save({"features": features_F.contiguous(), "statistics": values}, metadata=names))
+        _finish(partial, self.measures(clip))
 
     def get_measures(self, clip: Clip) -> tuple[Tensor, dict[str, float]]:
         """(features [F], statistics) of a finished video."""
         with safe_open(self.measures(clip), "pt") as file:
             names = json.loads(file.metadata()["statistics"])
             return file.get_tensor("features"), dict(zip(names, file.get_tensor("statistics").tolist(), strict=True))
+
+    def _partial(self, ending: str) -> Path:
+        """Not beside the target: VBench takes whatever is in its folder, and a prompt may fill a name."""
+        return self.root / PARTIAL / f"{uuid.uuid4().hex}.{ending}"
+
+
+def _finish(partial: Path, target: Path) -> None:
+    """From here on it counts."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.rename(target)
 
 
 def open_root(root: Path, recipe: Mapping[str, object]) -> None:

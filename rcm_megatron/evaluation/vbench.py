@@ -93,7 +93,7 @@ def read_scores(source: str) -> Scores:
         for dimension, (score, scored) in _read(file).items():
             if dimension in raw and raw[dimension] != score:
                 raise InputError(
-                    f"{path} holds two scores of {dimension}, {raw[dimension]} and {score} ({file.name}); need one; fix: name the file that counts"
+                    f"{path} holds two scores of {dimension}, {raw[dimension]} and {score} ({file.name}); need one; fix: name a file"
                 )
             raw[dimension] = score
             if scored is not None:
@@ -162,7 +162,7 @@ def require_same_protocol(scores: Sequence[Scores]) -> None:
                 continue
             only = sorted(ours ^ theirs)
             raise InputError(
-                f"{dimension}: got {len(ours)} videos of {first.name} and {len(theirs)} of {other.name}, {len(only)} of one alone (e.g. {only[0]!r}); "
+                f"{dimension}: got {len(ours)} videos of {first.name} and {len(theirs)} of {other.name}, e.g. {only[0]!r} of one alone; "
                 "need the same prompts and seeds of both; fix: sample and score both by one protocol (rcm evaluate vbench-sample)"
             )
 

@@ -144,7 +144,9 @@ def _fit(classifier: VideoClassifier, *, steps: int, batch: int, seed: int) -> N
 def feature_network(weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """For `rcm evaluate --features tools.quickstart.judge:feature_network`: videos [B, 1 or 3, T, H, W] to features [B, F]."""
     if weights is None:
-        raise InputError("got no --feature-weights, need the classifier's, which the quick start writes as report/classifier.safetensors")
+        raise InputError(
+            "got no --feature-weights, need the classifier's, which the quick start writes as report/classifier.safetensors"
+        )
     classifier = train_classifier(cache=weights).to(device)
     return lambda video_BCTHW: classifier.features(video_BCTHW.mean(dim=1, keepdim=True))
 
