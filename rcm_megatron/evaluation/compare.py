@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rcm_megatron.errors import InputError
 from rcm_megatron.evaluation.features import FEATURE_FILES, FeatureNetwork, VideoSet, feature_network, read_features
-from rcm_megatron.evaluation.folders import Conform, conform_of, find_set, measure_folder
+from rcm_megatron.evaluation.folders import Conform, ShapesSeen, conform_of, find_set, measure_folder
 from rcm_megatron.evaluation.picture import draw_bars, draw_sheet
 from rcm_megatron.evaluation.prompts import prompt_of
 from rcm_megatron.evaluation.report import notes, rows_of, table, write_json
@@ -37,11 +39,14 @@ def evaluate_folders(request: EvaluateFoldersRequest) -> None:
         _check(path, k=request.k)
     conform = conform_of(request.size, request.frames, request.fps)
     network = feature_network(request.features, weights=request.feature_weights, device=this_device())
-    shapes: dict[tuple[int, ...], list[Path]] = {}
-    sets = [read_set(path, network, conform=conform, shapes=shapes) for path in paths]
+    seen = ShapesSeen()
+    for path in paths if conform is None else ():
+        if path.is_dir():
+            seen.note_sizes(path)
+    sets = [read_set(path, network, conform=conform, seen=seen) for path in paths]
     sheets = _sheets([path for path in paths if path.is_dir()])
-    shape = next(iter(shapes), None)
-    facts = {"folders": [str(path) for path in paths], "shape_THW": shape}
+    facts = {"folders": [str(path) for path in paths]}
+    facts |= {} if conform is None else {"cut_to": asdict(conform)}
     publish(
         request.output,
         _named_apart(sets, paths),
@@ -58,12 +63,12 @@ def read_set(
     network: FeatureNetwork,
     *,
     conform: Conform | None = None,
-    shapes: dict[tuple[int, ...], list[Path]] | None = None,
+    seen: ShapesSeen | None = None,
 ) -> VideoSet:
     """A folder of videos, measured, or a file of features. InputError for anything else."""
     if path.suffix in FEATURE_FILES and path.is_file():
         return read_features(path)
-    return measure_folder(path, network, conform=conform, shapes={} if shapes is None else shapes)
+    return measure_folder(path, network, conform=conform, seen=ShapesSeen() if seen is None else seen)
 
 
 def publish(
@@ -99,15 +104,11 @@ def _check(path: Path, *, k: int) -> None:
         return
     videos = find_set(path)
     if len(videos) <= k or k < 1:
-        import torch
-
         neighbour_radius(torch.zeros(len(videos), 1), k=k, name=str(path))
 
 
 def _named_apart(sets: Sequence[VideoSet], paths: Sequence[Path]) -> list[VideoSet]:
     """By their folders' names, or whole paths where two have one name."""
-    from dataclasses import replace
-
     if len({each.name for each in sets}) == len(sets):
         return list(sets)
     return [replace(each, name=str(path)) for each, path in zip(sets, paths, strict=True)]

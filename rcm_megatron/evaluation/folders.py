@@ -5,8 +5,8 @@ Shapes: C channels, T frames, H, W pixels.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rcm_megatron.data.video import ClipReader, find_videos
-from rcm_megatron.data.video_frames import VideoError, VideoFacts, open_video, to_rgb
+from rcm_megatron.data.video_frames import VideoError, VideoFacts, open_video, probe, to_rgb
 from rcm_megatron.data.video_statistics import video_statistics
 from rcm_megatron.errors import InputError
 from rcm_megatron.evaluation.features import FeatureNetwork, VideoSet
 from rcm_megatron.evaluation.prompts import prompt_of
 
+_CUT = "cut all of them alike with --size HxW --frames T --fps RATE, the least of each"
 _NAMED = 3
 """Videos that a message gives as examples."""
 
@@ -85,45 +86,55 @@ def conform_of(size: tuple[int, int] | None, frames: int | None, fps: float | No
     return Conform(size=size, frames=frames, fps=fps)
 
 
-def measure_folder(
-    folder: Path, network: FeatureNetwork, *, conform: Conform | None, shapes: dict[tuple[int, ...], list[Path]]
-) -> VideoSet:
-    """Features and statistics of every video. ``shapes`` collects (T, H, W) -> files over all folders, for `require_one_shape`."""
+def measure_folder(folder: Path, network: FeatureNetwork, *, conform: Conform | None, seen: ShapesSeen) -> VideoSet:
+    """Features and statistics of every video. InputError at the first whose length or size is not that of those before."""
     videos = find_set(folder)
     read = read_video if conform is None else partial(_conformed, read=conform.reader())
     features, statistics = [], []
-    for path in tqdm(videos, folder.name, unit="video", disable=None):
+    for path in tqdm(videos, folder.name, unit="video", mininterval=1.0 if sys.stderr.isatty() else 30.0):
         video_CTHW = read(path)
-        shapes.setdefault(tuple(video_CTHW.shape[1:]), []).append(path)
-        if len(shapes) == 1:
-            features.append(network(video_CTHW, what=str(path)))
-            statistics.append(video_statistics(video_CTHW))
-    require_one_shape(shapes)
+        seen.note("lengths", f"{video_CTHW.shape[1]} frames", path)
+        features.append(network(video_CTHW, what=str(path)))
+        statistics.append(video_statistics(video_CTHW))
     prompts = tuple(prompt_of(path.stem) for path in videos)
-    facts = {"folder": str(folder), "videos": [str(path.relative_to(folder)) for path in videos]}
+    facts = {"folder": str(folder), "frames": video_CTHW.shape[1]}
+    name = folder.name or str(folder)
     return VideoSet(
-        name=folder.name or str(folder),
-        features_NF=torch.stack(features),
-        prompts=prompts,
-        statistics=tuple(statistics),
-        facts=facts,
+        name=name, features_NF=torch.stack(features), prompts=prompts, statistics=tuple(statistics), facts=facts
     )
 
 
-def require_one_shape(shapes: Mapping[tuple[int, ...], list[Path]]) -> None:
-    """InputError that says which lengths and sizes there are, how often, and where."""
-    if len(shapes) < 2:
-        return
-    counts = Counter({shape: len(paths) for shape, paths in shapes.items()}).most_common()
-    listed = "; ".join(
-        f"{count} of {shape[0]} frames of {shape[1]}x{shape[2]} (e.g. {shapes[shape][0]})"
-        for shape, count in counts[:_NAMED]
-    )
-    frames, heights, widths = (min(shape[axis] for shape in shapes) for axis in range(3))
-    raise InputError(
-        f"got videos of {len(shapes)} lengths and sizes: {listed}; need one, for motion is in pixels; fix: cut all "
-        f"alike with --size {heights}x{widths} --frames {frames} --fps RATE"
-    )
+class ShapesSeen:
+    """Lengths and sizes of all videos of a comparison: motion is in pixels a frame, and networks see size, so there must be one."""
+
+    def __init__(self, *, fix: str = _CUT) -> None:
+        self._fix = fix
+        self._files: dict[str, dict[str, list[Path]]] = {}
+
+    def note_sizes(self, folder: Path) -> None:
+        """Look at the first frame of every video, which takes milliseconds each. InputError lists the sizes of the folders so far."""
+        for path in find_set(folder):
+            try:
+                facts = probe(path)
+            except VideoError as error:
+                raise VideoError(f"{path}: {error}") from error
+            height, width = (facts.width, facts.height) if facts.transposed else (facts.height, facts.width)
+            self._files.setdefault("sizes", {}).setdefault(f"{height}x{width}", []).append(path)
+        self._require_one("sizes")
+
+    def note(self, kind: str, value: str, path: Path) -> None:
+        self._files.setdefault(kind, {}).setdefault(value, []).append(path)
+        self._require_one(kind)
+
+    def _require_one(self, kind: str) -> None:
+        files = self._files[kind]
+        if len(files) < 2:
+            return
+        most_first = sorted(files.items(), key=lambda item: -len(item[1]))[:_NAMED]
+        listed = "; ".join(f"{len(paths)} of {value} (e.g. {paths[0]})" for value, paths in most_first)
+        raise InputError(
+            f"got videos of {len(files)} {kind}: {listed}; need one, for networks see size and length; fix: {self._fix}"
+        )
 
 
 def _conformed(path: Path, *, read: Callable[[Path], Tensor]) -> Tensor:

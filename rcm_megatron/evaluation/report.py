@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rcm_megatron.data.video_statistics import STATISTICS, mean_statistics
 from rcm_megatron.evaluation.features import VideoSet, require_same_features
 from rcm_megatron.evaluation.sets import Comparison, Estimate, bootstrap_ratio, compare, spread, vendi_score
@@ -34,7 +36,7 @@ class Row:
     """Spread over the first row's, of the prompts that both have."""
     vendi: float | None = None
     """Of the videos of one prompt, mean over prompts."""
-    vendi_all: float
+    vendi_all: float | None
     """Of all videos."""
     statistics: Mapping[str, float] | None = None
 
@@ -64,10 +66,17 @@ def _row(videos: VideoSet, *, against: VideoSet | None, first: Mapping[str, Any]
         prompts=len(own),
         spread=None if spread_P is None else bootstrap_ratio(spread_P),
         diversity=ratio,
-        vendi=sum(map(vendi_score, own.values())) / len(own) if own else None,
-        vendi_all=vendi_score(videos.features_NF),
+        vendi=_mean_vendi(list(own.values())),
+        vendi_all=_mean_vendi([videos.features_NF]),
         statistics=None if each is None else mean_statistics(each),
     )
+
+
+def _mean_vendi(sets: Sequence[Tensor]) -> float | None:
+    """None where there is no set, or a vector of length 0, which has no direction: hours of sampling are not to end at it."""
+    if not sets or any(bool((vectors == 0).all(dim=1).any()) for vectors in sets):
+        return None
+    return sum(map(vendi_score, sets)) / len(sets)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -127,7 +136,8 @@ def notes(rows: Sequence[Row], *, features: str, reference: str, k: int) -> str:
     )
     return (
         f"Features: {features}. Reference: {reference}. Precision, recall, density, coverage: k = {k}, radius compared by <.\n"
-        f"Diversity: {diverse}; noise is varied too, so read it beside precision. Vendi: different videos of a prompt."
+        f"Diversity: {diverse}; noise is varied too, so read it beside precision. Vendi: effective number of different "
+        "videos of a prompt, none where a feature vector is 0."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,10 @@ from rcm_megatron.data.video_statistics import video_statistics
 from rcm_megatron.errors import InputError
 from rcm_megatron.evaluation.compare import Sheet, publish, read_set
 from rcm_megatron.evaluation.features import FeatureNetwork, VideoSet, feature_network
+from rcm_megatron.evaluation.folders import ShapesSeen
 from rcm_megatron.evaluation.prompts import Clip, read_clips
 from rcm_megatron.evaluation.sampling import Measure, Sampling, Setting, check_sampling, recipe_of, settings_of
+from rcm_megatron.evaluation.sets import neighbour_radius
 from rcm_megatron.evaluation.store import VideoStore, close_root, open_root
 from rcm_megatron.files import write_atomically
 from rcm_megatron.inference.networks import init_parallel, is_trained, resolve_checkpoint
@@ -34,13 +37,15 @@ def evaluate_samplers(run: RunConfig, request: EvaluateSamplersRequest) -> None:
     _check_numbers(request, clips)
     sampling = _start(run, request, clips, [setting.weights for setting in settings], extra=_feature_facts(request))
     network = feature_network(request.features, weights=request.feature_weights, device=this_device())
+    reference = None if request.reference is None else _reference(request.reference, network)
+    if reference is not None:
+        neighbour_radius(reference.features_NF[: request.k + 1], k=request.k, name=str(request.reference))
     stores = [
         VideoStore(root=request.output, sampler=each.folder, measured=True, fps=run.sampling.fps) for each in settings
     ]
     sampling.sample(settings, stores, [_measured_by(network, store) for store in stores])
     if _last_alone():
         sets = [_set(setting, store, clips) for setting, store in zip(settings, stores, strict=True)]
-        reference = None if request.reference is None else read_set(request.reference, network)
         shown = [(setting.name, store) for setting, store in zip(settings, stores, strict=True)]
         facts = {
             "run": run.name,
@@ -129,6 +134,19 @@ def _start(
 
     computed_once(prepare, device=this_device())
     return Sampling(run=run, groups=groups, clips=clips, batch_size=batch, checkpoint=checkpoint, root=request.output)
+
+
+def _reference(path: Path, network: FeatureNetwork) -> VideoSet:
+    """Read before anything is sampled, by rank 0, so that what is wrong with it comes first."""
+    seen = ShapesSeen(fix="give videos of one size and length, or their features as a .safetensors file")
+
+    def features() -> torch.Tensor:
+        if path.is_dir():
+            seen.note_sizes(path)
+        return read_set(path, network, seen=seen).features_NF
+
+    features_NF = computed_once(features, device=this_device())
+    return VideoSet(name=path.stem, features_NF=features_NF, prompts=("",) * len(features_NF))
 
 
 def _last_alone() -> bool:

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, T frames, H, W pixels, L text positions, D text wid
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ class Sampling:
     def _sample_one(self, setting, store, units, measure, network, second, texts) -> None:
         groups = self.groups
         mine, writes = units[groups.dp_rank :: groups.dp_size], groups.token_shard == 0 and groups.pp_rank == 0
-        shown = {"desc": setting.name, "unit": "batch", "disable": dist.get_rank() > 0 or None}
+        shown = {"desc": setting.name, "unit": "batch", "disable": dist.get_rank() > 0, "mininterval": bar_interval()}
         with video_encoder(self.run, wanted=writes and bool(mine)) as encoder:
             for unit in tqdm(mine, **shown):
                 latents_BCTHW = self._latents(setting, unit, network, second, texts)
@@ -180,6 +181,11 @@ class Sampling:
             return torch.tensor([i for i, unit in enumerate(units) if not all(map(store.has, unit))], dtype=torch.int64)
 
         return [units[i] for i in computed_once(missing, device=this_device()).tolist()]
+
+
+def bar_interval() -> float:
+    """Seconds between two lines of a progress bar: a log is no terminal."""
+    return 1.0 if sys.stderr.isatty() else 30.0
 
 
 def recipe_of(run: RunConfig, clips: Sequence[Clip], *, checkpoint: Path | None, batch_size: int) -> dict[str, object]:

@@ -61,14 +61,15 @@ class VideoStore:
     def put_measures(self, clip: Clip, features_F: Tensor, statistics: Mapping[str, float]) -> None:
         partial = self._partial("safetensors")
         values = torch.tensor(list(statistics.values()), dtype=torch.float64)
-        names = {"statistics": json.dumps(list(statistics)), "prompt": clip.prompt}
-        partial.write_bytes(save({"features": features_F.contiguous(), "statistics": values}, metadata=names))
+        # one key, for safetensors writes several in any order, and files of equal content are to be equal
+        about = {"about": json.dumps({"statistics": list(statistics), "prompt": clip.prompt})}
+        partial.write_bytes(save({"features": features_F.contiguous(), "statistics": values}, metadata=about))
         _finish(partial, self.measures(clip))
 
     def get_measures(self, clip: Clip) -> tuple[Tensor, dict[str, float]]:
         """(features [F], statistics) of a finished video."""
         with safe_open(self.measures(clip), "pt") as file:
-            names = json.loads(file.metadata()["statistics"])
+            names = json.loads(file.metadata()["about"])["statistics"]
             return file.get_tensor("features"), dict(zip(names, file.get_tensor("statistics").tolist(), strict=True))
 
     def _partial(self, ending: str) -> Path:

@@ -140,6 +140,6 @@ def _write(
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
         path = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
         videos[f"previews/{name}/{i}"] = (path, prompts[i])
-    return Previews(
-        videos=videos, statistics={f"preview/{name}/{key}": value for key, value in mean_statistics(looks).items()}
-    )
+    # a mean over some of the videos would not be comparable with those before
+    means = mean_statistics(looks) if len(looks) == len(latents_BCTHW) else {}
+    return Previews(videos=videos, statistics={f"preview/{name}/{key}": value for key, value in means.items()})

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -67,7 +68,7 @@ def files(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for part in ("videos", "measured")
-        for path in (folder / part).rglob("*.*")
+        for path in (folder / part).rglob("*-?.*")
     }
 
 
@@ -167,7 +168,7 @@ def test_the_folder_for_vbench(prepared, tmp_path):
 
 REFUSED = {
     "steps": (["--steps", "9"], "got --steps 9, need 1 to 4 for student.ema; sampling.student_times"),
-    "encoder": (["encoders.text=none"], "got encoders.text=none, need one to evaluate videos of prompts; set it to"),
+    "encoder": (["encoders.video=none"], "got encoders.video=none, need one to evaluate videos of prompts; set it to"),
     "few": (
         ["--samples", "1", "--k", "5"],
         "got 3 videos of each sampler and --k 5, need k >= 1 and k + 1 videos; fix",
@@ -176,6 +177,7 @@ REFUSED = {
     "reference": (["--reference", "/nowhere"], "got --reference /nowhere, which is not there; need"),
     "weights": (["--feature-weights", "/nowhere"], "got --feature-weights /nowhere, which is no file; need"),
     "batch": (["--batch-size", "0"], "got --batch-size 0, need at least 1"),
+    "few real": (["--reference", "FEW"], "got 2 videos in FEW, need at least k + 1 = 3 for k=2 neighbours; fix"),
 }
 
 
@@ -185,10 +187,16 @@ def refusals(cases, argv):
 
 
 def test_what_is_refused_before_anything_is_sampled(prepared, tmp_path):
-    (found,) = run_ranks(refusals, 1, REFUSED, samplers(prepared, tmp_path / "out"))
+    few = tmp_path / "few.npy"
+    np.save(few, np.eye(2))
+    cases = {
+        name: ([w.replace("FEW", str(few)) for w in words], said.replace("FEW", str(few)))
+        for name, (words, said) in REFUSED.items()
+    }
+    (found,) = run_ranks(refusals, 1, cases, samplers(prepared, tmp_path / "out"))
     for name, (status, stderr) in found.items():
-        assert status in (1, 2) and REFUSED[name][1] in stderr, (name, stderr)
-    assert not (tmp_path / "out").exists()
+        assert status in (1, 2) and cases[name][1] in stderr, (name, stderr)
+    assert not list((tmp_path / "out").rglob("*.mp4"))
 
 
 def test_an_unknown_word_is_an_error_on_all_ranks(prepared, tmp_path):

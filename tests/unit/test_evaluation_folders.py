@@ -55,12 +55,19 @@ def test_a_collapsed_folder_beside_its_teacher(tmp_path, capsys):
 def test_two_lengths_and_sizes_are_said_and_can_be_cut_alike(tmp_path, capsys):
     teacher = write_set(tmp_path / "teacher", spread=16)
     other = write_set(tmp_path / "other", spread=16, frames=7, size=(64, 48))
-    assert evaluate(teacher, other, output=tmp_path / "out") == 1
-    said = capsys.readouterr().err
-    assert re.search(r"got videos of 2 lengths and sizes: 8 of 5 frames of 32x48 .*8 of 7 frames of 64x48", said), said
-    fix = re.search(r"--size \d+x\d+ --frames \d+ --fps", said)[0].split()
-    assert evaluate(teacher, other, *fix, "24", output=tmp_path / "out") == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["facts"]["shape_THW"] == [5, 32, 48]
+    longer = write_set(tmp_path / "longer", spread=16, frames=7)
+    messages = {
+        other: r"got videos of 2 sizes: 8 of 32x48 .e.g. .*teacher/a cat-0.mp4.; 8 of 64x48 .e.g. .*other/a cat-0.mp4.; need one",
+        longer: r"got videos of 2 lengths: 8 of 5 frames .*; 1 of 7 frames .e.g. .*longer/a cat-0.mp4.; need one",
+    }
+    for folder, message in messages.items():
+        assert evaluate(teacher, folder, output=tmp_path / "out") == 1
+        assert re.search(message, said := capsys.readouterr().err) and "--size HxW --frames T --fps RATE" in said, said
+    cut = ["--size", "32x48", "--frames", "5", "--fps", "24"]
+    assert evaluate(teacher, other, longer, *cut, output=tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["facts"]["cut_to"] == {"size": [32, 48], "frames": 5, "fps": 24.0} and len(record["rows"]) == 3
+    assert record["rows"][2]["compared"]["frechet"] == pytest.approx(0.0, abs=1e-3)
     assert evaluate(teacher, other, "--size", "32x32", output=tmp_path / "out") == 1
     assert "got no --frames and no --fps, need --size, --frames and --fps together; fix" in capsys.readouterr().err
 
@@ -69,7 +76,7 @@ def test_a_phones_video_is_measured_upright(tmp_path, capsys):
     teacher = write_set(tmp_path / "teacher", spread=16)
     write_rotated(tmp_path / "turned.mp4", teacher / "a cat-0.mp4").rename(teacher / "a cat-0.mp4")
     assert evaluate(teacher, teacher, output=tmp_path / "out") == 1
-    assert "1 lengths" not in (said := capsys.readouterr().err) and "of 5 frames of 48x32" in said
+    assert "7 of 32x48" in (said := capsys.readouterr().err) and "1 of 48x32" in said
 
 
 def test_folders_that_cannot_be_compared(tmp_path, capsys):
@@ -83,7 +90,7 @@ def test_folders_that_cannot_be_compared(tmp_path, capsys):
         tmp_path / "empty": "got no video in .*/empty, need some .*dot files do not count.*; fix",
         tmp_path / "absent": "got .*/absent, which is no folder; need .* fix",
         one: r"got 1 video in .*/one, need at least k \+ 1 = 4 for k=3 neighbours; fix: give more",
-        torn: r"torn/a dog-1.mp4: cannot be read .*; restore or delete it",
+        torn: r"torn/a dog-1.mp4: got no frame, need some; restore or delete it",
         tmp_path / "absent.npy": "which is no file; need features; fix",
     }
     for folder, message in messages.items():

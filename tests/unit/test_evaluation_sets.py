@@ -180,6 +180,8 @@ def test_rows_compare_prompts_that_both_have():
     )
     assert rows[0].compared is None and rows[0].diversity.value == 1.0
     assert rows[1].diversity.value == pytest.approx(0.25, rel=1e-5) and rows[1].prompts == 2
+    silent = rows_of([videos("a", teacher, prompts), videos("b", 0.0 * teacher, prompts)], reference=None, k=3)[1]
+    assert (silent.vendi, silent.vendi_all, silent.diversity.value) == (None, None, 0.0)
     assert rows[2].diversity is None and rows[2].spread is None and rows[2].vendi is None
     assert "0.25 to 0.25" in table(rows) and "saturation" not in table(rows)
     with pytest.raises(InputError, match="5 features of teacher and 2 of student, need those of one network; fix"):
