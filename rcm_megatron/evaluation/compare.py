@@ -120,7 +120,7 @@ def _sheets(folders: Sequence[Path]) -> list[Sheet]:
     for folder in folders:
         by_prompt: dict[str, Path] = {}
         for video in find_set(folder):
-            by_prompt.setdefault(prompt_of(video.stem), video)
+            by_prompt.setdefault(prompt_of(video), video)
         firsts.append(by_prompt)
     if not firsts:
         return []

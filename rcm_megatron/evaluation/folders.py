@@ -96,7 +96,7 @@ def measure_folder(folder: Path, network: FeatureNetwork, *, conform: Conform | 
         seen.note("lengths", f"{video_CTHW.shape[1]} frames", path)
         features.append(network(video_CTHW, what=str(path)))
         statistics.append(video_statistics(video_CTHW))
-    prompts = tuple(prompt_of(path.stem) for path in videos)
+    prompts = tuple(prompt_of(path) for path in videos)
     facts = {"folder": str(folder), "frames": video_CTHW.shape[1]}
     name = folder.name or str(folder)
     return VideoSet(

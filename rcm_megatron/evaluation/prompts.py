@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from rcm_megatron.data.captions import read_prompts
 from rcm_megatron.errors import InputError
 
@@ -14,6 +16,8 @@ MOST_SAMPLES = 1000
 """Of a prompt: sample i of prompt p has the noise of number 1000 p + i, so that more samples change none that are there."""
 _LONGEST_NAME = 255
 """Bytes of a file's name on Linux."""
+_SLUG = 60
+"""Characters at which `rcm sample` cuts a caption in a name."""
 _NUMBERED = re.compile(r"(?P<prompt>.*)-(?P<index>\d+)")
 _SAMPLED = re.compile(r"(?P<index>\d{4,})_(?P<prompt>.*)")
 
@@ -42,10 +46,26 @@ def file_name(prompt: str) -> str:
     return prompt.replace("/", "-").replace("\0", "-")
 
 
-def prompt_of(stem: str) -> str:
-    """The prompt in a file's name: of `{prompt}-{index}`, of `rcm sample`'s `0000_{caption}`, or else the whole name."""
-    found = _SAMPLED.fullmatch(stem) or _NUMBERED.fullmatch(stem)
-    return found["prompt"] if found else stem
+def prompt_of(path: Path) -> str:
+    """The prompt of a video: in its name as `{prompt}-{index}`; of `rcm sample` in the latent beside it; or else the whole name.
+
+    `rcm sample`'s own names hold a beginning of the caption, by which two captions may be equal.
+    """
+    if found := _SAMPLED.fullmatch(path.stem):
+        latent = path.with_suffix(".safetensors")
+        stored = _metadata(latent).get("prompt") if latent.is_file() else None
+        return stored or (found["prompt"] if len(found["prompt"]) < _SLUG else path.stem)
+    found = _NUMBERED.fullmatch(path.stem)
+    return found["prompt"] if found else path.stem
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """{} where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def read_clips(

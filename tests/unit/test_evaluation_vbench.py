@@ -2,8 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rcm_megatron.cli.main import main
 from rcm_megatron.errors import InputError
@@ -53,8 +56,22 @@ def test_noise_is_of_its_own_and_more_samples_change_none(tmp_path):
 def test_names_of_prompts_that_no_file_can_have(tmp_path):
     clips = read_clips(write(tmp_path / "p.txt", ["AC/DC, 24/7", "Ein Hund läuft – 猫", 'say "a: b?"']), samples=1)
     assert [clip.stem for clip in clips] == ["AC-DC, 24-7-0", "Ein Hund läuft – 猫-0", 'say "a: b?"-0']
-    assert [prompt_of(clip.stem) for clip in clips] == ["AC-DC, 24-7", "Ein Hund läuft – 猫", 'say "a: b?"']
-    assert (prompt_of("0003_seven-moving-left"), prompt_of("clip")) == ("seven-moving-left", "clip")
+    assert [prompt_of(Path(f"{clip.stem}.mp4")) for clip in clips] == [
+        "AC-DC, 24-7",
+        "Ein Hund läuft – 猫",
+        'say "a: b?"',
+    ]
+
+
+def test_prompts_of_what_rcm_sample_wrote(tmp_path):
+    """Its names are cut at 60 characters: the file beside says the caption, and without it two are not taken for one."""
+    long, name = "a cat " * 20, "0003_" + "a-cat-" * 10
+    save_file({"latent": torch.zeros(1)}, tmp_path / f"{name}.safetensors", metadata={"prompt": long})
+    assert prompt_of(tmp_path / f"{name}.mp4") == long
+    assert prompt_of(tmp_path / "absent" / f"{name}.mp4") == name
+    (tmp_path / "0004_seven-moving-left.safetensors").write_bytes(b"torn")
+    assert prompt_of(tmp_path / "0004_seven-moving-left.mp4") == "seven-moving-left"
+    assert prompt_of(tmp_path / "clip.mp4") == "clip"
 
 
 @pytest.mark.parametrize(
