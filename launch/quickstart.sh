@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Moving digits, without a GPU: data -> teacher -> distillation -> samples and numbers -> export.
+# Moving digits, without a GPU: data -> teacher -> distillation -> samples and numbers -> evaluation -> export.
 # Arguments are configuration overrides: bash launch/quickstart.sh output_dir=/tmp/digits stages.1.steps=200
 # Started again, it goes on from the run's latest checkpoint.
 set -euo pipefail
@@ -26,7 +26,7 @@ fi
 threads=$((cores / processes > 0 ? cores / processes : 1))
 settings=("$config" "${layout[@]}" "$@")
 
-step() { printf '\n[%s/6] %s   (%d min %02d s so far)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60)); }
+step() { printf '\n[%s/7] %s   (%d min %02d s so far)\n' "$1" "$2" $((SECONDS / 60)) $((SECONDS % 60)); }
 
 setting() { # the value of one key of the run, overrides applied
     python -m rcm_megatron check --world-size "$processes" --field "$1" "${settings[@]}"
@@ -74,10 +74,16 @@ step 4 "distilling with rCM: $processes processes, ${layout[*]}, $threads thread
 on_all_processes -m rcm_megatron train "${settings[@]}"
 
 step 5 "sampling teacher and student from the same noise, measuring, drawing the training"
-on_all_processes tools/quickstart/report.py "${settings[@]}" --classifier-cache "$output/report/classifier.pt"
+on_all_processes tools/quickstart/report.py "${settings[@]}" --classifier-cache "$output/report/classifier.safetensors"
 python -m rcm_megatron plot "$output" --output "$output/report/training.png"
 
-step 6 "exporting the student (EMA) to diffusers format, and comparing diffusers' network with the trained one"
+step 6 "evaluating: quality and diversity of teacher and student, side by side (rcm evaluate)"
+rm -rf "$output/evaluation" # of an earlier checkpoint, perhaps
+on_all_processes -m rcm_megatron evaluate samplers "${settings[@]}" --prompts "$output/report/captions.txt" --batch-size 40 \
+    --features tools.quickstart.judge:feature_network --feature-weights "$output/report/classifier.safetensors" \
+    --reference "$output/report/real.safetensors" --output "$output/evaluation"
+
+step 7 "exporting the student (EMA) to diffusers format, and comparing diffusers' network with the trained one"
 python -m rcm_megatron export "${settings[@]}" --output "$output/student" --force --verify
 
 cat <<END
@@ -86,6 +92,7 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Results in $output:
   report/samples.png            the picture: one caption a column, one sampler a row
   report/samples.mp4, videos/   the same, moving
   report/report.md, .json       the table above and the verdicts
+  evaluation/                   precision, recall, diversity ... of each sampler: report.md, .json, figures.png, sheet.png, seeds.png
   report/training.png           losses, norms, speed and memory over the training
   student/                      the distilled network, for WanTransformer3DModel.from_pretrained
   metrics.jsonl, wandb/         every step of the training (W&B is offline unless WANDB_API_KEY is set)

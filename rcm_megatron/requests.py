@@ -173,6 +173,95 @@ class SampleRequest(ConditioningFiles):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """What videos are compared by."""
+
+    features: Annotated[str, Option(metavar="NETWORK")] = "thumbnails"
+    """thumbnails, which need no network, or module:function, yours: of (weights, device) it makes a callable [B, C, T, H, W] -> [B, F]"""
+    feature_weights: Annotated[Path | None, FILE] = None
+    """given to that function"""
+    k: int = 5
+    """neighbours of precision, recall, density and coverage"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSamplersRequest(FeatureOptions):
+    """Evaluate a run's teacher and students side by side, on the same noise and prompts; one process, or torchrun on any layout."""
+
+    prompts: Annotated[Path, FILE]
+    """.txt with a caption a line, or .jsonl"""
+    weights: Annotated[Sequence[str], ROLE] = ()
+    """a role of the run's networks or ROLE.ema; may be given several times, the first is what others are compared with; null: teacher, and
+    the student's average where it has one"""
+    steps: Annotated[Sequence[int], Option(metavar="N")] = ()
+    """network evaluations; may be given several times; null: sampling.student_steps"""
+    samples: int = 8
+    """videos of each prompt, with other noise"""
+    checkpoint: Path | None = None
+    """a checkpoint or a folder of them; null: the run's latest"""
+    reference: Annotated[Path | None, Option(metavar="PATH")] = None
+    """real videos: a folder, or features as .safetensors or .npy; null: the first sampler's"""
+    batch_size: Annotated[int | None, Option(metavar="N")] = None
+    """videos sampled together; null: trainer.micro_batch_size"""
+    output: Annotated[Path, FOLDER]
+    """folder for videos and figures; started again, what is finished there stays"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFoldersRequest(FeatureOptions):
+    """Evaluate folders of videos that exist already, beside a reference."""
+
+    reference: Annotated[Path, Option(positional=True)]
+    """folder of videos (the teacher's, or real ones), or features as .safetensors or .npy"""
+    generated: Annotated[Sequence[Path], Option(positional=True, metavar="GENERATED")]
+    """others, as NAME-0.mp4, NAME-1.mp4 … of each prompt"""
+    size: Annotated[tuple[int, int] | None, Option(parse=parse_size, metavar="HxW")] = None
+    """cut all videos to this, with --frames and --fps; null: they must have one size and length"""
+    frames: Annotated[int | None, Option(metavar="T")] = None
+    """of each"""
+    fps: float | None = None
+    """frames a second"""
+    output: Annotated[Path, FOLDER]
+    """folder for figures and pictures"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchSampleRequest:
+    """Sample VBench's prompts into the folder of videos that it scores; one process, or torchrun on any layout."""
+
+    prompts: Annotated[Path, FILE]
+    """VBench's prompts/all_dimension.txt: what names of files say"""
+    long_prompts: Annotated[Path | None, FILE] = None
+    """what the network is given, line for line: e.g. augmented_prompts/gpt_enhanced_prompts/all_dimension_longer.txt"""
+    flickering: Annotated[Path | None, FILE] = None
+    """VBench's prompts_per_dimension/temporal_flickering.txt, for more samples of these"""
+    samples: int = 5
+    """videos of each prompt"""
+    flickering_samples: Annotated[int, Option(metavar="N")] = 25
+    """of those of --flickering"""
+    weights: Annotated[str, ROLE] = "ema"
+    """a role of the run's networks, ROLE.ema for its average, or ema for the student's"""
+    steps: int | None = None
+    """null: the most of sampling.student_steps, or sampling.teacher_steps"""
+    checkpoint: Path | None = None
+    """a checkpoint or a folder of them; null: the run's latest"""
+    batch_size: Annotated[int | None, Option(metavar="N")] = None
+    """videos sampled together; null: trainer.micro_batch_size"""
+    output: Annotated[Path, FOLDER]
+    """DIR/videos is for VBench, DIR/manifest.json says how they were made; started again, what is finished there stays"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VBenchScoresRequest:
+    """Print VBench's results side by side: 16 dimensions, quality, semantic, total by its normalisation."""
+
+    results: Annotated[Sequence[str], Option(positional=True, metavar="NAME=PATH")]
+    """*_eval_results.json, or a folder of one model's; the first, the teacher's, is what others are compared with"""
+    json: Annotated[Path | None, FILE] = None
+    """write them there"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportRequest:
     """Write a trained network as a diffusers folder."""
 

@@ -90,6 +90,30 @@ def sample(run: RunConfig, request: requests.SampleRequest) -> None:
     sample(run, request)
 
 
+def evaluate_samplers(run: RunConfig, request: requests.EvaluateSamplersRequest) -> None:
+    from rcm_megatron.evaluation.samplers import evaluate_samplers
+
+    evaluate_samplers(run, request)
+
+
+def evaluate_folders(request: requests.EvaluateFoldersRequest) -> None:
+    from rcm_megatron.evaluation.compare import evaluate_folders
+
+    evaluate_folders(request)
+
+
+def vbench_sample(run: RunConfig, request: requests.VBenchSampleRequest) -> None:
+    from rcm_megatron.evaluation.samplers import sample_for_vbench
+
+    sample_for_vbench(run, request)
+
+
+def vbench_scores(request: requests.VBenchScoresRequest) -> None:
+    from rcm_megatron.evaluation.scores import print_scores
+
+    print_scores(request)
+
+
 def export(run: RunConfig, request: requests.ExportRequest) -> None:
     from rcm_megatron.inference.export import export
 
@@ -197,6 +221,12 @@ def conformance(request: requests.ConformanceRequest) -> int:
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "train": Command(requests.TrainRequest, train, load_as_it_is),
     "sample": Command(requests.SampleRequest, sample, load_for_inference),
+    "evaluate": {
+        "samplers": Command(requests.EvaluateSamplersRequest, evaluate_samplers, load_for_inference),
+        "folders": Command(requests.EvaluateFoldersRequest, evaluate_folders),
+        "vbench-sample": Command(requests.VBenchSampleRequest, vbench_sample, load_for_inference),
+        "vbench-scores": Command(requests.VBenchScoresRequest, vbench_scores),
+    },
     "export": Command(requests.ExportRequest, export, load_for_inference),
     "check": Command(requests.CheckRequest, check, load_to_check),
     "dryrun": Command(requests.DryRunRequest, dry_run, load_to_check),

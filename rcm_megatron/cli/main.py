@@ -14,7 +14,10 @@ from rcm_megatron.errors import UserError
 INTERRUPTED = 130
 """Exit status after Ctrl-C, where nothing is saved: what a shell gives for it."""
 KEY_VALUE = "KEY=VALUE"
-COMMON_SUMMARY = {"build-dataset": "Build a dataset of latent shards"}
+COMMON_SUMMARY = {
+    "build-dataset": "Build a dataset of latent shards",
+    "evaluate": "Measure quality and diversity",
+}
 """Of commands with commands below them."""
 
 

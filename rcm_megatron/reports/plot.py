@@ -35,6 +35,12 @@ RUN_COLOURS = ("#2e75b6", "#c55a11", "#548235", "#7030a0", "#bf9000", "#7f7f7f")
 KIND_LINES = ("-", "--", ":", "-.")
 """Of the networks that steps train, as they come; their colours are those of runs."""
 COUNTERS = {"nan_samples": "masked samples", "refused_updates": "refused updates", "skipped_samples": "skipped samples"}
+PREVIEW_STATISTICS = {
+    "saturation": "saturation of previews",
+    "contrast": "contrast of previews",
+    "motion": "motion of previews, pixels a frame",
+}
+"""Of sample videos written during training: a student that collapses shows here first."""
 TOTAL_LINES = ("-", "--", ":")
 BINS = 60
 """Most points of a smoothed curve in one stage."""
@@ -144,6 +150,18 @@ def draw_totals(axis, runs: Sequence[Run], keys: Mapping[str, str]) -> None:
     axis.set_ylim(bottom=0, top=max(1.1 * axis.get_ylim()[1], 1.0 if len(keys) > 1 else 0.0))
 
 
+def draw_previews(axis, *, runs: Sequence[Run], keys: Sequence[str]) -> None:
+    """A statistic of sample videos, `preview/<weights>_<n>_steps/<statistic>`: a line for each sampler, or a run's colour of several."""
+    for number, run in enumerate(runs):
+        for place, key in enumerate(keys):
+            xs, ys = points(run.records, key)
+            colour = RUN_COLOURS[(number if len(runs) > 1 else place) % len(RUN_COLOURS)]
+            name, line = key.split("/")[1].replace("_", " "), KIND_LINES[place % len(KIND_LINES)]
+            axis.plot(xs, ys, line, marker=".", linewidth=1.2, color=colour, label=name if number == 0 else None)
+    axis.legend(fontsize=6, frameon=False, ncols=2)
+    axis.set_ylim(bottom=0)
+
+
 def draw_phases(axis, run: Run, kind: str, used: dict[str, Any]) -> None:
     """Seconds of a step by phase, stacked, over the iterations."""
     colours = phases_of([run])
@@ -224,6 +242,9 @@ def panels(runs: Sequence[Run], used: dict[str, Any]) -> Iterator[Panel]:
         yield Panel("peak memory, rank 0", "GiB", lambda axis: draw_totals(axis, runs, {"peak_memory_gib": ""}))
     if keys & COUNTERS.keys():
         yield Panel("counted since the start", "", lambda axis: draw_totals(axis, runs, COUNTERS))
+    for statistic, title in PREVIEW_STATISTICS.items():
+        if found := sorted(key for key in keys if key.startswith("preview/") and key.endswith(f"/{statistic}")):
+            yield Panel(title, "", partial(draw_previews, runs=runs, keys=found))
     for kind in kinds_of(runs):
         if any(key.startswith("seconds/") for run in runs for record in run.of(kind) for key in record):
             several = partial(draw_mean_phases, runs=runs, kind=kind, used=used)

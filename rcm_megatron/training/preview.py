@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor
 from rcm_megatron.config import RunConfig
 from rcm_megatron.data.dali import Batch
 from rcm_megatron.data.media import frame_strip, to_frames, write_mp4, write_png
+from rcm_megatron.data.video_statistics import mean_statistics, video_statistics
 from rcm_megatron.files import save_safetensors
 from rcm_megatron.finite import NonFiniteError, require_finite
 from rcm_megatron.inference.conditioning import Conditioning
@@ -22,6 +24,16 @@ from rcm_megatron.runtime.stopping import StopRequest
 from rcm_megatron.training.trained import TrainedNetwork
 
 
+@dataclass(frozen=True, kw_only=True)
+class Previews:
+    """What was written, on rank 0; nothing on others."""
+
+    videos: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    """{name: (MP4 file, caption)}."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """{preview/<weights>_<n>_steps/<statistic>: mean over its videos}: they fall when a student collapses, before losses say anything."""
+
+
 def write_previews(
     run: RunConfig,
     students: Sequence[TrainedNetwork],
@@ -30,9 +42,8 @@ def write_previews(
     *,
     iteration: int,
     stop: StopRequest,
-) -> dict[str, tuple[Path, str]]:
-    """Sample the student (one network, or two) on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…`` and gets
-    {name: (MP4 file, caption)}, others {}.
+) -> Previews:
+    """Sample the student (one network, or two) on all ranks; rank 0 writes ``<output_dir>/previews/<iteration>/…``.
 
     Captions, images and given frames (as many as the first of ``distillation.conditional_frames``) are those of the first samples of the
     micro-batch, so that no text encoder is needed; noise is that of ``sampling.seed``, the same at every iteration. Without a video
@@ -43,7 +54,7 @@ def write_previews(
     averages = [student.ema for student in students if student.ema is not None]
     for weights, swapped_in in ({"student": []} | ({"ema": averages} if averages else {})).items():
         if stop.agreed():
-            return {}
+            return Previews()
         with ExitStack() as stack:
             for ema in swapped_in:
                 stack.enter_context(ema.swapped_in())
@@ -51,16 +62,17 @@ def write_previews(
                 latents[f"{weights}_{steps}_steps"] = latents_BCTHW.cpu()
     _require_finite_everywhere(latents, iteration)
     if dist.get_rank() != 0:
-        return {}
+        return Previews()
     folder = Path(run.output_dir) / "previews" / f"{iteration:07d}"
     with video_encoder(run) as encoder:  # after sampling, so that its memory is free again for the VAE
-        return {
-            video: shown
+        written = [
+            _write(encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps, stop)
             for name, latents_BCTHW in latents.items()
-            for video, shown in _write(
-                encoder, folder, name, latents_BCTHW, batch.prompts, run.sampling.fps, stop
-            ).items()
-        }
+        ]
+    return Previews(
+        videos={name: shown for each in written for name, shown in each.videos.items()},
+        statistics={name: value for each in written for name, value in each.statistics.items()},
+    )
 
 
 def _sampler(run: RunConfig, students: Sequence[TrainedNetwork], batch: Batch, null_text_L1D: Tensor) -> Sampler:
@@ -111,20 +123,23 @@ def _write(
     prompts: tuple[str, ...],
     fps: int,
     stop: StopRequest,
-) -> dict[str, tuple[Path, str]]:
+) -> Previews:
     folder.mkdir(parents=True, exist_ok=True)
     captions = {f"prompt_{i}": prompt for i, prompt in enumerate(prompts[: len(latents_BCTHW)])}
     save_safetensors({"latents": latents_BCTHW.contiguous()}, folder / f"{name}.safetensors", metadata=captions)
     if encoder is None:
-        return {}
-    videos = {}
+        return Previews()
+    videos, looks = {}, []
     for i, latent_CTHW in enumerate(latents_BCTHW):
         if stop.noted:
             break
         video_CTHW = encoder.decode(latent_CTHW[None])[0]
         require_finite(video_CTHW, what=f"preview {folder.name}/{name}, sample {i}: decoded video")
+        looks.append(video_statistics(video_CTHW))
         frames_THWC = to_frames(video_CTHW)
         write_png(folder / f"{name}_{i}.png", frame_strip(frames_THWC))
         path = write_mp4(folder / f"{name}_{i}.mp4", frames_THWC, fps=fps)
         videos[f"previews/{name}/{i}"] = (path, prompts[i])
-    return videos
+    # a mean over some of the videos would not be comparable with those before
+    means = mean_statistics(looks) if len(looks) == len(latents_BCTHW) else {}
+    return Previews(videos=videos, statistics={f"preview/{name}/{key}": value for key, value in means.items()})

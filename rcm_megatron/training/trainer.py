@@ -72,6 +72,8 @@ class Trainer:
         self.run, self.groups, self.progress = run, groups, Progress()
         self.timers = timers_of(run)
         self.stop, self.refusals = StopRequest(), Refusals()
+        # of the last previews, until they are in a record
+        self.preview_statistics: dict[str, float] = {}
         resumable = meets.find_resumable(run)  # what is refused is refused before anything is built
         # Before the networks: a text encoder needs room of its own.
         self.null_text_L1D = meets.null_text(run).to(this_device())
@@ -230,7 +232,7 @@ class Trainer:
             students = [self.state.trained[role] for role in parts_of(("student",), self.state.trained)]
             held = self.state.residency.state(*(student.role for student in students))
             with self.timers.phase("preview"), held:
-                videos = write_previews(
+                previews = write_previews(
                     self.run,
                     students,
                     batch,
@@ -238,7 +240,8 @@ class Trainer:
                     iteration=iteration + 1,
                     stop=self.stop,
                 )
-            self.logger.log_videos(iteration, videos)
+            self.logger.log_videos(iteration, previews.videos)
+            self.preview_statistics = dict(previews.statistics)
 
     def _log(self, iteration: int, step: Step, stage: StageConfig, done: Updated) -> None:
         record = {"stage": stage.name, "trained": step.trained, **done.metrics}
@@ -246,6 +249,8 @@ class Trainer:
         record |= {"warmup_ratio": step.warmup_ratio, "rollout_steps": step.rollout_steps}
         record |= {f"updates/{role}": network.counters.updates for role, network in self.state.trained.items()}
         record |= {"refused_updates": self.state.refused_updates}
+        record |= self.preview_statistics
+        self.preview_statistics = {}
         record |= {k: v for k, v in asdict(self.progress).items() if k != "iteration"}
         record |= step_seconds(self.timers.pop())
         record |= self.throughput.rates(step, record) | {"peak_memory_gib": peak_memory_gib()}

@@ -4,6 +4,7 @@ import av
 import pytest
 from safetensors.torch import load_file
 
+from rcm_megatron.reports.plot import panels, plot, read_run
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.run_checks import LOSS_BOUND, assert_same_curves
 from tests.distributed.tiny_run import records, train, write_tiny_run
@@ -25,6 +26,11 @@ def frames_of(path):
     return len(frames), frames[0].width, frames[0].height
 
 
+def without_previews(lines):
+    """Records without what sample videos look like."""
+    return [{key: value for key, value in line.items() if not key.startswith("preview/")} for line in lines]
+
+
 LAYOUTS = {
     "ring2": ["parallel.ring=2"],
     "pp2": ["parallel.pp=2", "parallel.chunk_layers=[1, 3]"],
@@ -38,7 +44,8 @@ def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("previews")
     config = write_tiny_run(folder, num_layers=4)
     undisturbed = start(config, folder / "none", 1)
-    assert start(config, folder / "one", 1, "trainer.sample_every=2") == undisturbed, "previews leave the run as it was"
+    lines = start(config, folder / "one", 1, "trainer.sample_every=2")
+    assert without_previews(lines) == undisturbed, "previews leave the run as it was"
     return config, folder / "one"
 
 
@@ -52,6 +59,22 @@ def test_previews_of_one_rank(one):
     last = folder / "previews" / "0000004"
     student, ema = (load_file(last / f"{name}_1_steps.safetensors")["latents"] for name in ("student", "ema"))
     assert not student.equal(ema)
+
+
+def test_what_previews_look_like_is_in_the_records_and_in_the_plot(one):
+    """Means over the videos of each sampler, as they were decoded; grey videos have no saturation."""
+    _, folder = one
+    lines = records(folder)
+    found = [{key for key in line if key.startswith("preview/")} for line in lines]
+    statistics = {f"preview/{name}/{key}" for name in NAMES for key in ("saturation", "contrast", "motion", "flicker")}
+    assert found == [set(), statistics, set(), statistics]
+    videos = load_file(folder / "previews" / "0000004" / "ema_4_steps.safetensors")["latents"].clamp(-1, 1)
+    by_hand = (videos.diff(dim=2).abs().mean() / 2).item()
+    assert lines[3]["preview/ema_4_steps/flicker"] == pytest.approx(by_hand, rel=1e-5)
+    assert lines[3]["preview/ema_4_steps/saturation"] == 0 and lines[3]["preview/ema_4_steps/contrast"] > 0
+    titles = [panel.title for panel in panels([read_run(folder)], {})]
+    assert {"saturation of previews", "contrast of previews", "motion of previews, pixels a frame"} <= set(titles)
+    plot([read_run(folder)], folder / "run.png")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,7 +108,9 @@ def test_a_signal_ends_a_preview_and_the_run_saves(one, tmp_path, fault, files):
     previews = tmp_path / "previews" / "0000002"
     assert previews.exists() == (files is not None)
     assert files is None or sorted(path.name for path in previews.glob("*.[sm]*")) == sorted(files)
-    assert_same_curves(records(folder)[:2], records(tmp_path), rel=LOSS_BOUND)
+    lines = records(tmp_path)
+    assert_same_curves(without_previews(records(folder)[:2]), lines, rel=LOSS_BOUND)
+    assert lines == without_previews(lines), "no mean over some of the videos"
 
 
 def test_wandb_offline_keeps_one_run_id_over_a_resume_and_has_the_videos(tmp_path):

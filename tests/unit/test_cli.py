@@ -95,7 +95,10 @@ def test_cli_names_every_mistake_with_path_got_and_need():
     "arguments",
     [
         ["--help"],
-        *([*name.split(), "--help"] for name in ("train", "convert", "build-dataset", "build-dataset videos")),
+        *(
+            [*name.split(), "--help"]
+            for name in ("train", "convert", "build-dataset", "build-dataset videos", "evaluate samplers")
+        ),
     ],
     ids=" ".join,
 )

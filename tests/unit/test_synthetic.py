@@ -170,7 +170,7 @@ def test_measures_refuse_what_they_cannot_judge(classifier):
 
 
 def test_classifier_cache_gives_the_same_network(tmp_path):
-    cache = tmp_path / "classifier.pt"
+    cache = tmp_path / "classifier.safetensors"
     state = torch.get_rng_state()
     trained = train_classifier(steps=2, batch=4, cache=cache)
     read = train_classifier(steps=2, batch=4, cache=cache)

@@ -9,14 +9,17 @@ Shapes: B batch, C channels, T frames, H, W, N videos, F features, R directions,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rcm_megatron.errors import InputError
+from rcm_megatron.files import save_safetensors
 from tools.quickstart.digits import (
     DIGIT_WORDS,
     DIRECTION_STEPS,
@@ -105,12 +108,12 @@ def train_classifier(
 ) -> VideoClassifier:
     """A classifier trained on real videos of the train split (about 15 s on one core), frozen and in eval mode.
 
-    `cache` names a file that is read if it exists and written if not; it is only right for one (steps, batch, seed).
+    `cache` names a .safetensors file that is read if it exists and written if not; it is only right for one (steps, batch, seed).
     """
     if cache is not None and cache.exists():
         with torch.random.fork_rng(devices=[]):
             classifier = VideoClassifier()
-        classifier.load_state_dict(torch.load(cache, weights_only=True))
+        classifier.load_state_dict(load_file(cache))
         return classifier.eval().requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,7 +121,7 @@ def train_classifier(
     _fit(classifier, steps=steps, batch=batch, seed=seed)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(classifier.state_dict(), cache)
+        save_safetensors(classifier.state_dict(), cache)
     return classifier.eval().requires_grad_(False)
 
 
@@ -136,6 +139,16 @@ def _fit(classifier: VideoClassifier, *, steps: int, batch: int, seed: int) -> N
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+
+
+def feature_network(weights: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """For `rcm evaluate --features tools.quickstart.judge:feature_network`: videos [B, 1 or 3, T, H, W] to features [B, F]."""
+    if weights is None:
+        raise InputError(
+            "got no --feature-weights, need the classifier's, which the quick start writes as report/classifier.safetensors"
+        )
+    classifier = train_classifier(cache=weights).to(device)
+    return lambda video_BCTHW: classifier.features(video_BCTHW.mean(dim=1, keepdim=True))
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import media
 from rcm_megatron.errors import CheckpointError, InputError
+from rcm_megatron.files import save_safetensors
 from rcm_megatron.inference.encoding import encode_captions, load_null_text
 from rcm_megatron.inference.networks import (
     SampleBatches,
@@ -42,7 +43,7 @@ from rcm_megatron.inference.sampler import teacher_evaluations
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.platform.device import this_device
 from tools.quickstart import judge as digit_metrics
-from tools.quickstart.digits import DIRECTIONS, all_captions, caption_of, make_samples
+from tools.quickstart.digits import DIGIT_WORDS, DIRECTIONS, all_captions, caption_of, make_samples
 
 REAL_SEED = 4_000_001
 """Of the held-out real videos that all others are compared with; the next seed draws the ones in the table."""
@@ -270,6 +271,14 @@ def write_report(
     (folder / "report.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
+def write_for_evaluation(folder: Path, judge: Judge) -> None:
+    """What `rcm evaluate` is to sample and compare with: a caption of each digit, and features of the held-out real videos."""
+    captions = [caption_of(digit, DIRECTIONS[digit % len(DIRECTIONS)]) for digit in range(len(DIGIT_WORDS))]
+    (folder / "captions.txt").write_text("\n".join(captions) + "\n")
+    prompts = {"prompts": json.dumps(judge.captions)}
+    save_safetensors({"features": judge.features_NF.contiguous()}, folder / "real.safetensors", metadata=prompts)
+
+
 def report(run: RunConfig, arguments: argparse.Namespace) -> bool:
     """Everything; True when every claim about the student holds."""
     copies = max(2, arguments.videos // len(all_captions()))  # diversity compares videos of one caption
@@ -300,6 +309,7 @@ def report(run: RunConfig, arguments: argparse.Namespace) -> bool:
     videos = [videos for videos, _ in sampled]
     shown = picture_rows(settings, rows, videos, captions, judge=judge, weights=arguments.weights)
     draw(folder, shown, fps=run.sampling.fps)
+    write_for_evaluation(folder, judge)
     return all(verdict.passed for verdict in verdicts)
 
 
