@@ -93,6 +93,7 @@ def test_sample_in_nine_steps_and_what_cannot_hold_it(config, one):
     ((status, stderr),) = run_ranks(command, 1, ["export", *settings, "--output", str(folder / "export")])
     assert status == 1 and "second_time=true" in stderr and "convert --to internal" in stderr, stderr
     convert = ["convert", str(folder / "one"), str(folder / "internal"), "--to", "internal", "--weights", "student"]
+    convert += ["--config", str(config)]
     ((status, stderr),) = run_ranks(command, 1, convert)
     assert status == 0, stderr
     held = load_file(folder / "internal" / "model.safetensors")

@@ -312,7 +312,7 @@ def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
         (
             ["stages.1.losses={dmd: 1}", "stages.1.tangent_warmup=5"],
             2,
-            ["tangent_warmup=5 needs a loss with a tangent (scm"],
+            ["tangent_warmup=5 needs a loss with a tangent (scm or emd"],
         ),
         (["stages.1.name=scm"], 2, ["'scm' is used twice"]),
         (["stages=[]"], 2, ["stages: got [], need at least one with name"]),
