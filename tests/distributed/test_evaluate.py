@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from rcm_megatron.evaluation.store import open_root
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.tiny_run import command, train, write_tiny_run
 from tests.helpers import assert_close
@@ -196,6 +197,8 @@ def test_what_is_refused_before_anything_is_sampled(prepared, tmp_path):
     (found,) = run_ranks(refusals, 1, cases, samplers(prepared, tmp_path / "out"))
     for name, (status, stderr) in found.items():
         assert status in (1, 2) and cases[name][1] in stderr, (name, stderr)
+    # nothing was made, so that the folder is not that of the refused recipe
+    open_root(tmp_path / "out", {"features": "others"})
     assert not list((tmp_path / "out").rglob("*.mp4"))
 
 
