@@ -204,7 +204,7 @@ class EvaluateSamplersRequest(FeatureOptions):
     batch_size: Annotated[int | None, Option(metavar="N")] = None
     """videos sampled together; null: trainer.micro_batch_size"""
     output: Annotated[Path, FOLDER]
-    """folder for videos and figures; started again, what is finished there stays"""
+    """folder for videos and figures, on a disk that all ranks see; started again, what is finished there stays"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ def video_statistics(video_CTHW: Tensor) -> dict[str, float]:
 
     saturation: mean over pixels of (max - min)/max over RGB, 0 for black. contrast: standard deviation of luma within a frame,
     mean over frames; at most 0.5. motion: sum of |dI/dt| over sum of |grad I| of luma, the speed that brightness constancy gives along
-    edges (Horn and Schunck 1981, Eq. 1): it does not fall when contrast does; 0 for one frame or flat ones. flicker: mean
+    edges (Horn and Schunck 1981, Eq. 1): it does not fall when contrast does, and less than the speed where a frame moves farther than an
+    edge is wide; 0 for one frame or flat ones. flicker: mean
     |frame difference| in [0, 1], which is 1 minus VBench's temporal_flickering; motion raises it too.
     """
     if video_CTHW.shape[0] not in (1, 3):

@@ -31,11 +31,12 @@ class FeatureNetwork:
 
     name: str
     call: Callable[[Tensor], Tensor]
+    device: torch.device
 
     @torch.no_grad()
     def __call__(self, video_CTHW: Tensor, *, what: str) -> Tensor:
         """Features [F], float32 on the CPU, of pixels in [-1, 1]. InputError, which says `what`, for anything else that it gives."""
-        features_BF = self.call(video_CTHW[None].float().clamp(-1, 1))
+        features_BF = self.call(video_CTHW[None].to(self.device).float().clamp(-1, 1))
         if not isinstance(features_BF, Tensor) or features_BF.ndim != 2 or len(features_BF) != 1:
             got = tuple(features_BF.shape) if isinstance(features_BF, Tensor) else type(features_BF).__name__
             raise InputError(
@@ -55,7 +56,7 @@ def feature_network(name: str, *, weights: Path | None, device: torch.device) ->
             raise InputError(
                 f"got --feature-weights {weights} with --features {THUMBNAILS}, which has none; fix: name a module:function"
             )
-        return FeatureNetwork(name=name, call=thumbnails)
+        return FeatureNetwork(name=name, call=thumbnails, device=device)
     module, _, function = name.partition(":")
     if not module or not function:
         raise InputError(
@@ -68,7 +69,7 @@ def feature_network(name: str, *, weights: Path | None, device: torch.device) ->
         raise InputError(
             f"--features {name} cannot be imported ({error}); need a module on Python's path; fix: install it, or set PYTHONPATH"
         ) from error
-    return FeatureNetwork(name=name, call=build(weights, device))
+    return FeatureNetwork(name=name, call=build(weights, device), device=device)
 
 
 def thumbnails(video_BCTHW: Tensor) -> Tensor:

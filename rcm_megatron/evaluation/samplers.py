@@ -37,9 +37,7 @@ def evaluate_samplers(run: RunConfig, request: EvaluateSamplersRequest) -> None:
     _check_numbers(request, clips)
     sampling = _start(run, request, clips, [setting.weights for setting in settings], extra=_feature_facts(request))
     network = feature_network(request.features, weights=request.feature_weights, device=this_device())
-    reference = None if request.reference is None else _reference(request.reference, network)
-    if reference is not None:
-        neighbour_radius(reference.features_NF[: request.k + 1], k=request.k, name=str(request.reference))
+    reference = None if request.reference is None else _reference(request.reference, network, k=request.k)
     stores = [
         VideoStore(root=request.output, sampler=each.folder, measured=True, fps=run.sampling.fps) for each in settings
     ]
@@ -47,12 +45,9 @@ def evaluate_samplers(run: RunConfig, request: EvaluateSamplersRequest) -> None:
     if _last_alone():
         sets = [_set(setting, store, clips) for setting, store in zip(settings, stores, strict=True)]
         shown = [(setting.name, store) for setting, store in zip(settings, stores, strict=True)]
-        facts = {
-            "run": run.name,
-            "checkpoint": str(sampling.checkpoint or ""),
-            "seed": run.sampling.seed,
-            "prompts": str(request.prompts),
-        }
+        facts = {"run": run.name, "checkpoint": str(sampling.checkpoint or ""), "seed": run.sampling.seed}
+        facts |= {"prompts": str(request.prompts)}
+        sheets = _sheets(shown, clips)
         publish(
             request.output,
             sets,
@@ -60,7 +55,7 @@ def evaluate_samplers(run: RunConfig, request: EvaluateSamplersRequest) -> None:
             k=request.k,
             features=request.features,
             facts=facts,
-            sheets=_sheets(shown, clips),
+            sheets=sheets,
         )
         close_root(request.output)
 
@@ -136,14 +131,16 @@ def _start(
     return Sampling(run=run, groups=groups, clips=clips, batch_size=batch, checkpoint=checkpoint, root=request.output)
 
 
-def _reference(path: Path, network: FeatureNetwork) -> VideoSet:
+def _reference(path: Path, network: FeatureNetwork, *, k: int) -> VideoSet:
     """Read before anything is sampled, by rank 0, so that what is wrong with it comes first."""
     seen = ShapesSeen(fix="give videos of one size and length, or their features as a .safetensors file")
 
     def features() -> torch.Tensor:
         if path.is_dir():
             seen.note_sizes(path)
-        return read_set(path, network, seen=seen).features_NF
+        features_NF = read_set(path, network, seen=seen).features_NF
+        neighbour_radius(features_NF[: k + 1], k=k, name=str(path))
+        return features_NF
 
     features_NF = computed_once(features, device=this_device())
     return VideoSet(name=path.stem, features_NF=features_NF, prompts=("",) * len(features_NF))
@@ -167,7 +164,7 @@ def _feature_facts(request: EvaluateSamplersRequest) -> dict[str, object]:
 
 def _measured_by(network: FeatureNetwork, store: VideoStore) -> Measure:
     def measure(clip: Clip, video_CTHW: torch.Tensor) -> None:
-        features_F = network(video_CTHW.to(this_device()), what=f"{store.sampler}, {clip.stem!r:.80}")
+        features_F = network(video_CTHW, what=f"{store.sampler}, {clip.stem!r:.80}")
         store.put_measures(clip, features_F, video_statistics(video_CTHW))
 
     return measure

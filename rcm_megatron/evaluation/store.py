@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from rcm_megatron.errors import InputError
 from rcm_megatron.evaluation.prompts import Clip
 from rcm_megatron.files import write_atomically
 
+_POLL_SECONDS = 1.0
 RECIPE, PARTIAL, TEXT = "recipe.json", "partial", "text"
 
 
@@ -67,7 +69,9 @@ class VideoStore:
         _finish(partial, self.measures(clip))
 
     def get_measures(self, clip: Clip) -> tuple[Tensor, dict[str, float]]:
-        """(features [F], statistics) of a finished video."""
+        """(features [F], statistics) of a finished video, which another node may have finished: its file may be seen a little later."""
+        while not self.measures(clip).is_file():
+            time.sleep(_POLL_SECONDS)
         with safe_open(self.measures(clip), "pt") as file:
             names = json.loads(file.metadata()["about"])["statistics"]
             return file.get_tensor("features"), dict(zip(names, file.get_tensor("statistics").tolist(), strict=True))
@@ -96,7 +100,10 @@ def open_root(root: Path, recipe: Mapping[str, object]) -> None:
                 f"{path} cannot be read ({error}); fix: delete it with its folder, or choose another --output"
             ) from error
         differing = sorted(key for key in {*found, *recipe} if found.get(key) != recipe.get(key))
-        if differing:
+        if differing and not any((root / "videos").rglob("*.mp4")):
+            # nothing was made by the other recipe, which may have been refused later
+            shutil.rmtree(root / TEXT, ignore_errors=True)
+        elif differing:
             key = differing[0]
             raise InputError(
                 f"{root} holds videos of another recipe: {key} is {found.get(key)!r:.200}, and is asked to be {recipe.get(key)!r:.200}"
