@@ -112,9 +112,9 @@ def _roles(config: RunConfig) -> Iterator[str | Problem]:
             yield f"networks.{role}: got nothing, but a stage {use}; add it, with at least {fix}"
         elif trained and network.optimizer is None:
             yield f"networks.{role}.optimizer=null, but a stage trains it; give it at least lr"
-        elif trained and network.weights != "resident":
+        elif trained and network.weights != "resident" and network.lora is None:
             yield Problem(
-                f"networks.{role}.weights={network.weights}, but a stage trains it, need resident",
+                f"networks.{role}.weights={network.weights}, but a stage trains it, need resident, or a LoRA",
                 (Change(f"networks.{role}.weights", ("resident",)),),
             )
         elif not trained and config.init_of(role) is None:

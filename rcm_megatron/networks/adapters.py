@@ -1,0 +1,77 @@
+"""Networks of a run that train a LoRA, and the one base of all that begin alike."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rcm_megatron.config import ModelConfig, RunConfig
+from rcm_megatron.families.key_map import Entry
+from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.models.lora import AdapterSize, adapters_of, add_adapters, view_of
+from rcm_megatron.registries import FORMATS, family_of
+
+BuildBase = Callable[[str], list[DiffusionTransformer]]
+"""A role -> this rank's chunks of what it begins as, frozen, weights set."""
+
+
+class Bases:
+    """Builds each base once. Roles whose weights stay as they were and begin alike (`RunConfig.base_of`) are views of one."""
+
+    def __init__(self, run: RunConfig, build: BuildBase) -> None:
+        self._run, self._build, self._built = run, build, {}
+
+    def network(self, role: str) -> list[DiffusionTransformer]:
+        """This rank's chunks of a role: a view of its base, with its own adapters where it trains a LoRA."""
+        base = self._run.base_of(role)
+        if base not in self._built:
+            self._built[base] = self._build(base)
+        views = [view_of(chunk) for chunk in self._built[base]]
+        if self._run.networks[role].lora is not None:
+            adapt(views, self._run, role)
+        return views
+
+
+def adapt(views: Sequence[DiffusionTransformer], run: RunConfig, role: str) -> None:
+    """Put the LoRA of a role on views of its base, as training begins: A uniform in ±1/√in, by (seed, role, name) alone; B zero."""
+    settings, model = run.networks[role].lora, run.model_of(role)
+    entries = external_entries(model)
+
+    def size(name: str) -> AdapterSize | None:
+        if not settings.takes(name):
+            return None
+        parts = len(entries[f"{name}.weight"].external)
+        return AdapterSize(rank=settings.rank, scale=settings.scale, parts=parts, head_dim=model.head_dim)
+
+    for view in views:
+        group = view.layout.groups.tp
+        add_adapters(view, size, group)
+        for name, _, adapter in adapters_of(view):
+            shape = entries[f"{name}.weight"].internal_shape
+            whole = _initial(f"{run.seed}/{role}/{name}", adapter.A.shape[0], shape[1])
+            width = adapter.A.shape[1]
+            start = group.rank() * width if width < shape[1] else 0
+            with torch.no_grad():
+                adapter.A.copy_(whole[:, start : start + width])
+
+
+def as_trained(run: RunConfig, role: str, chunks: list[DiffusionTransformer]) -> list[DiffusionTransformer]:
+    """Frozen chunks of a role's base, whose weights are set, as training has them: with its LoRA, if it has one."""
+    if run.networks[role].lora is None:
+        return chunks
+    views = [view_of(chunk) for chunk in chunks]
+    adapt(views, run, role)
+    return [view.requires_grad_(False) for view in views]
+
+
+def _initial(key: str, rows: int, columns: int) -> torch.Tensor:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return (2 * torch.rand(rows, columns, generator=generator) - 1) / math.sqrt(columns)
+
+
+def external_entries(model: ModelConfig) -> dict[str, Entry]:
+    """Internal name -> entry of a naming in which nothing is joined that is apart elsewhere: how many parts a linear has."""
+    naming = FORMATS["diffusers"].naming(family_of(model))
+    return naming.key_map.entries(model)
