@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from rcm_megatron import __version__
 from rcm_megatron.checkpoint.formats.base import WriteOptions
-from rcm_megatron.checkpoint.lora.naming import naming_to_write
+from rcm_megatron.checkpoint.lora.naming import LoraNaming, naming_to_write
 from rcm_megatron.checkpoint.lora.write import check_lora_path, write_lora
 from rcm_megatron.checkpoint.model_card import folder_texts
 from rcm_megatron.checkpoint.models import gather_full, write_checkpoint
@@ -20,7 +20,6 @@ from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.config.roles import low_noise_weights
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.errors import CheckpointError
-from rcm_megatron.families.key_map import Entry
 from rcm_megatron.inference.networks import (
     init_parallel,
     load_network,
@@ -68,9 +67,8 @@ def _check(run: RunConfig, request: ExportRequest) -> None:
     role, _ = stored_in(run, request.weights)
     trains_lora = role in run.trained_roles and run.networks[role].lora is not None
     if not trains_lora and (request.lora or request.merge):
-        raise CheckpointError(
-            f"--{'lora' if request.lora else 'merge'}: networks.{role}.lora=null, the {role} is a whole network; leave it out"
-        )
+        flag = "--lora" if request.lora else "--merge"
+        raise CheckpointError(f"{flag}: networks.{role}.lora=null, the {role} is a whole network; leave {flag} out")
     if trains_lora and request.lora == request.merge:
         got = "both" if request.lora else "neither"
         raise CheckpointError(
@@ -81,23 +79,21 @@ def _check(run: RunConfig, request: ExportRequest) -> None:
         return
     naming = naming_to_write(request.naming, run.model_of(role))
     check_lora_path(request.output, force=request.force)
-    takes = run.networks[role].lora.takes
-    for internal, entry in naming.entries(run.model_of(role)).items():
-        if (
-            takes(internal.removesuffix(".weight"))
-            and internal.endswith(".weight")
-            and _is_linear(entry)
-            and not naming.holds(internal, entry)
-        ):
-            raise CheckpointError(
-                f"--naming {naming.name}: its readers take no LoRA of {internal!r}; need --naming diffusers, or --merge"
-            )
+    for internal in _unheld(run, role, naming):
+        raise CheckpointError(
+            f"--naming {naming.name}: no LoRA of {internal!r} in it; need --naming diffusers, or --merge"
+        )
     if request.verify:
         raise CheckpointError("--verify compares whole networks; need --merge with it")
 
 
-def _is_linear(entry: Entry) -> bool:
-    return len(entry.internal_shape) == 2
+def _unheld(run: RunConfig, role: str, naming: LoraNaming) -> Iterator[str]:
+    """Linears that the role's LoRA may change and the naming's readers do not take."""
+    takes = run.networks[role].lora.takes
+    for internal, entry in naming.entries(run.model_of(role)).items():
+        is_linear = internal.endswith(".weight") and len(entry.internal_shape) == 2
+        if is_linear and takes(internal.removesuffix(".weight")) and not naming.holds(internal, entry):
+            yield internal
 
 
 def _export_lora(run: RunConfig, request: ExportRequest, network: Sequence[DiffusionTransformer], facts: dict) -> None:
