@@ -34,8 +34,8 @@ def plan(run: RunConfig, request: PlanRequest) -> int:
     hardware = hardware_of(request.gpu)
     if adapted := [role for role in run.trained_roles if run.networks[role].lora is not None]:
         raise ConfigError(
-            f"networks.{adapted[0]}.lora is given, and the planner's formulas are of networks that train whole; need lora=null, or `rcm dryrun` "
-            "of a layout with the LoRA"
+            f"networks.{adapted[0]}.lora is given, and the planner's formulas are of networks that train whole; need lora=null, or "
+            "`rcm dryrun` of a layout with the LoRA"
         )
     inventories = inventories_of(run)
     found = search(run, request.gpus, inventories, hardware)
