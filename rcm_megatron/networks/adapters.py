@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rcm_megatron.config import ModelConfig, RunConfig
-from rcm_megatron.families.key_map import Entry
+from rcm_megatron.checkpoint.translate import entries_for
+from rcm_megatron.config import RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.lora import AdapterSize, adapters_of, add_adapters, view_of
-from rcm_megatron.registries import FORMATS, family_of
 
 BuildBase = Callable[[str], list[DiffusionTransformer]]
 """A role -> this rank's chunks of what it begins as, frozen, weights set."""
@@ -36,7 +35,8 @@ class Bases:
 def adapt(views: Sequence[DiffusionTransformer], run: RunConfig, role: str) -> None:
     """Put the LoRA of a role on views of its base, as training begins: A uniform in ±1/√in, by (seed, role, name) alone; B zero."""
     settings, model = run.networks[role].lora, run.model_of(role)
-    entries = external_entries(model)
+    # where q, k and v are apart
+    entries = entries_for("diffusers", model)
 
     def size(name: str) -> AdapterSize | None:
         if not settings.takes(name):
@@ -69,9 +69,3 @@ def _initial(key: str, rows: int, columns: int) -> torch.Tensor:
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     return (2 * torch.rand(rows, columns, generator=generator) - 1) / math.sqrt(columns)
-
-
-def external_entries(model: ModelConfig) -> dict[str, Entry]:
-    """Internal name -> entry of a naming in which nothing is joined that is apart elsewhere: how many parts a linear has."""
-    naming = FORMATS["diffusers"].naming(family_of(model))
-    return naming.key_map.entries(model)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rcm_megatron.checkpoint.lora.write import Factors
 from rcm_megatron.checkpoint.models import gather_full
+from rcm_megatron.checkpoint.translate import entries_for
 from rcm_megatron.config import ModelConfig
 from rcm_megatron.models.dit import DiffusionTransformer
-from rcm_megatron.networks.adapters import external_entries
 
 
 def whole_factors(chunks: Sequence[DiffusionTransformer], model: ModelConfig, *, scale: float) -> Factors | None:
@@ -21,7 +21,7 @@ def whole_factors(chunks: Sequence[DiffusionTransformer], model: ModelConfig, *,
     gathered = dict(gather_full(chunks, tp_group=groups.tp, pp_group=groups.pp))
     if groups.tp.rank() or groups.pp.rank():
         return None
-    entries, factors = external_entries(model), {}
+    entries, factors = entries_for("diffusers", model), {}
     for name in sorted(key.removesuffix(".lora.A") for key in gathered if key.endswith(".lora.A")):
         internal = f"{name}.weight"
         downs = gathered[f"{name}.lora.A"].chunk(len(entries[internal].external))
