@@ -104,6 +104,7 @@ def one_base():
     from rcm_megatron.networks.adapters import adapt
     from rcm_megatron.networks.build import build_network, frozen
     from rcm_megatron.parallel.pipeline import unwrapped
+    from rcm_megatron.training.footprint import held_on_rank, standing_bytes
     from tests.distributed.test_parity import bare_network
 
     run = lora_run({}, num_layers=2)
@@ -116,6 +117,10 @@ def one_base():
         for n, p in chunk.named_parameters()
         if ".lora." not in n
     }
+    said = standing_bytes(run, held_on_rank(run, networks.layout.groups), shards=1)
+    assert said["teacher"] == sum(base.values()), "the footprint's bytes of the base are those of its storages"
+    assert said["student base"] == said["fake_score base"] == 0
+    assert said["student weights"] == sum(4 * p.numel() for _, p in chunks["student"].stored_parameters())
     outputs = {}
     for role in networks:
         own = frozen(build_network(run, role, networks.layout.groups))
