@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from rcm_megatron.checkpoint.translate import entries_for
-from rcm_megatron.config import RunConfig
+from rcm_megatron.config import ConfigError, RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.lora import AdapterSize, adapters_of, add_adapters, view_of
 
@@ -54,6 +55,25 @@ def adapt(views: Sequence[DiffusionTransformer], run: RunConfig, role: str) -> N
             start = group.rank() * width if width < shape[1] else 0
             with torch.no_grad():
                 adapter.A.copy_(whole[:, start : start + width])
+
+
+def check_targets(run: RunConfig) -> None:
+    """Raises ConfigError for a target that is the beginning of no linear of its network; before any weight is read."""
+    for role in run.roles:
+        lora, model = run.networks[role].lora, run.model_of(role)
+        entries = {} if lora is None else entries_for("internal", model)
+        linears = [
+            name.removesuffix(".weight")
+            for name, e in entries.items()
+            if name.endswith(".weight") and len(e.internal_shape) == 2
+        ]
+        for target in () if lora is None else lora.targets:
+            if not any(replace(lora, targets=(target,)).takes(name) for name in linears):
+                known = ", ".join(sorted({name.split(".", 2)[2] for name in linears if name.startswith("blocks.")}))
+                raise ConfigError(
+                    f"networks.{role}.lora.targets: got {target!r}, the beginning of no linear; need one of the network's, or of a block's "
+                    f"{known}; fix: take it out"
+                )
 
 
 def as_trained(run: RunConfig, role: str, chunks: list[DiffusionTransformer]) -> list[DiffusionTransformer]:

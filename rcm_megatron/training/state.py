@@ -16,7 +16,7 @@ from rcm_megatron.config import RunConfig, StageConfig
 from rcm_megatron.config.roles import first_of, parts_of
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec
-from rcm_megatron.networks.adapters import Bases
+from rcm_megatron.networks.adapters import Bases, check_targets
 from rcm_megatron.networks.build import build_network, frozen
 from rcm_megatron.networks.kernels import choose_kernels
 from rcm_megatron.networks.roles import Networks
@@ -141,6 +141,7 @@ def build_networks(run: RunConfig, groups: ParallelGroups, *, fill: Fill = fill_
     specs = {
         role: choose_layer_spec(run.precision, fp8_role=role if run.networks[role].fp8 else None) for role in run.roles
     }
+    check_targets(run)
     log_footprint(run, groups, world_size=dist.get_world_size())
     bases = Bases(run, lambda role: _build_frozen(run, role, groups, specs[role], fill))
     chunks = {role: _build(run, role, groups, specs[role], fill, bases) for role in run.roles}
