@@ -161,5 +161,7 @@ class _Recompute(torch.autograd.Function):
         primals = [p.detach().requires_grad_(p.requires_grad) for p in ctx.saved_tensors]
         with torch.enable_grad(), ctx.around_recomputation:
             output = ctx.function(*primals)
-        torch.autograd.backward(output, grad_primal)
+        # a frozen part whose inputs carry no gradient has nothing to give
+        if output.requires_grad:
+            torch.autograd.backward(output, grad_primal)
         return None, None, None, None, *(p.grad for p in primals)

@@ -13,6 +13,7 @@ from rcm_megatron.registry import Registry
 
 if TYPE_CHECKING:
     from rcm_megatron.checkpoint.formats.base import Format
+    from rcm_megatron.checkpoint.lora.naming import LoraNaming
     from rcm_megatron.config import ModelConfig
     from rcm_megatron.families.family import Family
     from rcm_megatron.objectives.base import Objective
@@ -50,6 +51,12 @@ FORMATS: Registry[Format] = Registry(
     },
 )
 """`--to` of a conversion -> the format."""
+
+LORA_NAMINGS: Registry[LoraNaming] = Registry(
+    "LoRA naming",
+    {name.lower(): f"rcm_megatron.checkpoint.lora.naming:{name}" for name in ("DIFFUSERS", "NATIVE", "MUSUBI")},
+)
+"""`--naming` of a LoRA file -> the naming; all of them are read."""
 
 
 def family_of(model: ModelConfig) -> Family:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rcm_megatron.registries import FORMATS
+from rcm_megatron.registries import FORMATS, LORA_NAMINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,13 @@ class ExportRequest:
     checkpoint: Path | None = None
     """a checkpoint or a folder of them; null: the run's latest"""
     output: Annotated[Path, FOLDER]
-    """folder to write"""
+    """folder to write; with --lora a .safetensors file"""
+    lora: bool = False
+    """of a network that trains a LoRA: the LoRA alone"""
+    merge: bool = False
+    """of a network that trains a LoRA: the whole network, the LoRA merged into it"""
+    naming: Annotated[str, Option(choices=LORA_NAMINGS)] = "diffusers"
+    """of the LoRA's keys: native is ComfyUI's and LightX2V's"""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """of the weights"""
     force: bool = False
@@ -289,6 +295,8 @@ class ConvertRequest:
     """what to write: a folder, or a .pt/.safetensors file for nvlabs and nvidia"""
     to: Annotated[str, Option(choices=FORMATS)]
     """format of the target"""
+    loras: Annotated[Sequence[str], Option(flag="--lora", metavar="FILE[:SCALE]")] = ()
+    """a LoRA to merge, in any naming; may be given several times"""
     weights: Annotated[str | None, ROLE] = None
     """which of a run's networks: a role, or ema for the student's average"""
     subfolder: str | None = None
@@ -317,6 +325,34 @@ class ConvertRequest:
     """replace the target"""
     verify: bool = False
     """run source and target and compare them before it appears"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractLoraRequest:
+    """Write the low-rank part of the difference of two networks as a LoRA; report what it keeps, layer by layer."""
+
+    teacher: Annotated[str, Option(positional=True)]
+    """folder or file of any format: the network that the LoRA is for"""
+    student: Annotated[str, Option(positional=True)]
+    """folder or file: the network that it makes of it"""
+    output: Annotated[Path, Option(metavar="FILE.safetensors")]
+    """what to write"""
+    rank: int = 64
+    """of every layer; with --energy the largest"""
+    energy: float | None = None
+    """the smallest rank of each layer that keeps this share of its squared difference"""
+    naming: Annotated[str, Option(choices=LORA_NAMINGS)] = "diffusers"
+    """of the keys: native is ComfyUI's and LightX2V's"""
+    differences: bool = False
+    """native: also write what no low rank holds, norms, modulation and biases, as .diff"""
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """of the factors"""
+    num_heads: int | None = None
+    """where the networks do not say"""
+    report: Annotated[Path | None, Option(metavar="FILE.json")] = None
+    """write what was kept of each layer there"""
+    force: bool = False
+    """replace the file"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from rcm_megatron import __version__
 from rcm_megatron.checkpoint.formats.base import Format, WriteOptions
+from rcm_megatron.checkpoint.lora.merge import merged
+from rcm_megatron.checkpoint.lora.read import open_lora, parse_lora
 from rcm_megatron.checkpoint.model_card import Companions, folder_texts
 from rcm_megatron.checkpoint.models import write_named
 from rcm_megatron.checkpoint.recognise import differences
@@ -115,6 +117,7 @@ def _convert(
         source, model_config = _with_second_time(source, model_config, form)
     form.naming_of(model_config)
     checked_entries(source, model_config)
+    source = _with_loras(request, source, model_config, wide=dtype is not None)
     check = None
     if request.verify:
         assert verifier is not None, "a request to verify needs a verifier"
@@ -150,6 +153,20 @@ def _with_second_time(
     model_config = replace(model_config, second_time=True)
     form.naming_of(model_config)
     return with_second_time(source, model_config), model_config
+
+
+def _with_loras(
+    request: ConvertRequest, source: CheckpointSource, model_config: ModelConfig, *, wide: bool
+) -> CheckpointSource:
+    """The source with the LoRA files that are to be merged into it, which are checked here."""
+    if not request.loras:
+        return source
+    loras = [(open_lora(path, model_config), path, scale) for path, scale in map(parse_lora, request.loras)]
+    for lora, path, scale in loras:
+        say_once(f"{path}: {lora.summary}, merged at scale {scale:g}")
+    facts = {f"LoRA {i}": f"{Path(path).resolve()} at {scale:g}" for i, (_, path, scale) in enumerate(loras, 1)}
+    source = merged(source, model_config, [(lora, scale) for lora, _, scale in loras], wide=wide)
+    return replace(source, facts={**source.facts, **facts})
 
 
 def _stated_fields(request: ConvertRequest) -> dict[str, Any]:

@@ -149,15 +149,16 @@ def write_named(
 
 
 def local_parameters(chunks: nn.Module | Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """Internal name -> parameter of this rank; the `module.` of Megatron's wrappers is removed.
+    """Internal name -> parameter of this rank; the `module.` of Megatron's wrappers is removed. Of a network with a LoRA the LoRA's alone.
 
     Of a parameter that several chunks hold, the first chunk's.
     """
     parameters: dict[str, nn.Parameter] = {}
     for chunk in [chunks] if isinstance(chunks, nn.Module) else chunks:
-        for name, parameter in chunk.named_parameters():
-            while name.startswith("module."):
-                name = name.removeprefix("module.")
+        while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+            chunk = inner
+        stored = getattr(chunk, "stored_parameters", chunk.named_parameters)
+        for name, parameter in stored():
             parameters.setdefault(name, parameter)
     return parameters
 

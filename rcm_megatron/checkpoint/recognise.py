@@ -109,5 +109,5 @@ def _known(formats: tuple[str, ...], families: tuple[str, ...]) -> tuple[frozens
 
 def _hint(names: Iterable[str]) -> str:
     if any(".lora_" in name or name.endswith((".diff", ".diff_b")) for name in names):
-        return ", but a LoRA, which changes one: merge it into its network"
+        return ", but a LoRA, which changes one: pass its network, and this file as --lora"
     return ""

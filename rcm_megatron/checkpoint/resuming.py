@@ -148,14 +148,23 @@ def saved_averages(checkpoint: Path) -> set[str]:
 
 def architectures(run: RunConfig) -> dict[str, dict[str, Any]]:
     """What a checkpoint remembers of each trained network's model, plain."""
-    return {role: as_dict(run.model_of(role)) for role in run.trained_roles}
+    return {role: as_dict(run.model_of(role)) | _lora_of(run, role) for role in run.trained_roles}
+
+
+def _lora_of(run: RunConfig, role: str) -> dict[str, Any]:
+    """A LoRA's rank, scale and targets are a part of the network that trains."""
+    settings = run.networks[role].lora
+    return {"lora": None if settings is None else as_dict(settings)}
 
 
 def _architecture_problems(run: RunConfig, saved: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for role, now in architectures(run).items():
         for name, value in now.items() if role in saved else ():
-            was = saved[role].get(name, value)
-            if was != value:
+            # runs before there were LoRAs trained all weights
+            was = saved[role].get(name, None if name == "lora" else value)
+            if was != value and name == "lora":
+                yield f"got networks.{role}.lora={value}, need {was}, which the {role} was trained with; fix: set it back"
+            elif was != value:
                 yield f"got {run.model_path(role)}.{name}={value}, need {was}, which the {role} was trained with; fix: set it back"
 
 

@@ -176,6 +176,17 @@ def open_checkpoint(
     return _choose_network(source, weights)
 
 
+def open_tensors(path: str | Path) -> CheckpointSource:
+    """The tensors of a file or folder whatever they are, wrappers inside of their names left out.
+
+    Raises CheckpointError for a file that is missing, damaged or hostile."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    source = _open_weights(snapshot(path))
+    return replace(source, tensors=without_inner_wrappers(source.tensors, where=source.where))
+
+
 def _choose_network(source: CheckpointSource, weights: str | None) -> CheckpointSource:
     """The network that `weights` names, or the only one: its keys without what stands before all of them, its values without scales."""
     root, role, names = choose_root(source.tensors, parameter_names(), weights, where=source.where)

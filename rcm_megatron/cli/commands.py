@@ -184,6 +184,16 @@ def convert(request: requests.ConvertRequest) -> None:
     print(f"{request.source} written to {request.target} ({request.to}{dtype})")
 
 
+def extract_lora(request: requests.ExtractLoraRequest) -> None:
+    from rcm_megatron.checkpoint.lora.extract import extract_lora
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    extract_lora(request)
+    print(
+        f"{request.student} - {request.teacher} written to {request.output} ({request.naming} naming, {request.dtype})"
+    )
+
+
 def build_dataset(run: RunConfig, request: requests.BuildRequest) -> None:
     import torch.distributed as dist
 
@@ -233,6 +243,7 @@ COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
     "plan": Command(requests.PlanRequest, plan, load_to_plan),
     "preflight": Command(requests.PreflightRequest, preflight, load_as_it_is),
     "convert": Command(requests.ConvertRequest, convert),
+    "extract-lora": Command(requests.ExtractLoraRequest, extract_lora),
     "build-dataset": {
         "teacher": Command(requests.TeacherRequest, build_dataset, load_to_build),
         "videos": Command(requests.VideosRequest, build_dataset, load_to_build),

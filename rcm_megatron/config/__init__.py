@@ -8,7 +8,7 @@ from rcm_megatron.config.model import (
     ParallelConfig,
     PrecisionConfig,
 )
-from rcm_megatron.config.networks import EmaConfig, NetworkConfig, OptimizerConfig
+from rcm_megatron.config.networks import EmaConfig, LoraConfig, NetworkConfig, OptimizerConfig
 from rcm_megatron.config.reading import build
 from rcm_megatron.config.run import (
     DataConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "EncodersConfig",
     "LatentConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MemoryConfig",
     "ModelConfig",
     "NetworkConfig",

@@ -43,6 +43,29 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank changes (arXiv 2106.09685) in the place of a network's weights, which stay as they were."""
+
+    rank: Positive = 64
+    """Of each linear; q, k and v have one each."""
+    alpha: PositiveFloat | None = None
+    """The change is alpha/rank B A. null: rank, a scale of 1."""
+    targets: Annotated[tuple[str, ...], Bounds(count=1)] = ("self_attn", "cross_attn", "mlp")
+    """Beginnings of the linears' names, within a block or the network: self_attn, cross_attn.linear_q, mlp.linear_fc1, time_embedding,
+    text_embedding, time_projection, patch_embedding, head ..."""
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def takes(self, name: str) -> bool:
+        """Whether the linear of an internal name gets an adapter."""
+        own = name.split(".", 2)[2] if name.startswith("blocks.") else name
+        return any(own == target or own.startswith(f"{target}.") for target in self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """One network of the run. Which roles a run needs, and which of them it trains, its stages' objectives say; one that no stage needs
     is not built."""
@@ -65,6 +88,9 @@ class NetworkConfig:
     a tangent, so not for a network that sCM trains. Saves about a third of their time on paper, changes their outputs by FP8's rounding,
     which depends on the layout. Weights stay bf16, main gradients fp32; the tokens of every network are padded to a multiple of 16 on
     each rank."""
+    lora: LoraConfig | None = None
+    """Of a network that a stage trains: a LoRA is trained, the weights are frozen, and may be sharded. Roles that begin alike and do not
+    train their weights hold them once. null: all weights are trained."""
     optimizer: OptimizerConfig | None = None
     """Required of a network that a stage trains."""
     ema: EmaConfig | None = None
@@ -74,9 +100,16 @@ class NetworkConfig:
     (8 with sharded weights, whose main parameters every pass needs; as many of the host's, each tensor rounded up to a power of two), two
     copies over PCIe an update. Those of all networks are on the device while a checkpoint is written or read. A CUDA device only."""
 
+    @property
+    def is_in_pieces(self) -> bool:
+        """Of a network that a stage trains: whether what trains is sharded. (Of a LoRA it is the base, which does not train.)"""
+        return self.weights == "sharded" and self.lora is None
+
     def check(self, path: str) -> Iterator[str]:
         """What belongs to an optimizer."""
         if self.optimizer is None and self.ema is not None:
             yield f"{path}.ema averages what an optimizer trains, but {path}.optimizer=null; give it at least lr, or set ema to null"
+        if self.optimizer is None and self.lora is not None:
+            yield f"{path}.lora is what an optimizer trains, but {path}.optimizer=null; give it at least lr, or set lora to null"
         if self.optimizer is None and self.offload_optimizer:
             yield f"{path}.offload_optimizer=true, but {path}.optimizer=null; set it to false"

@@ -382,6 +382,20 @@ class RunConfig:
         of_side = teachers[1:] if roles.first_of(role) == role else teachers
         return next((network.init for network in (self.networks[role], *of_side) if network and network.init), None)
 
+    def base_of(self, role: str) -> str:
+        """The first of `roles` that holds the same weights all the time: one that begins alike, and trains a LoRA or nothing."""
+        return next(other for other in (*self.roles, role) if other == role or self._holds_alike(other, role))
+
+    def _holds_alike(self, first: str, second: str) -> bool:
+        networks = [self.networks[role] for role in (first, second)]
+        keeps = all(
+            n.lora is not None or role not in self.trained_roles
+            for n, role in zip(networks, (first, second), strict=True)
+        )
+        begins = [(self.init_of(role), self.model_of(role), self.parallel_of(role)) for role in (first, second)]
+        computes = [(network.weights, network.fp8) for network in networks]
+        return keeps and begins[0] == begins[1] and computes[0] == computes[1]
+
     @property
     def token_multiple(self) -> int:
         """Of what the tokens of a rank must be a multiple. One number for all networks: they share the layout of tokens."""

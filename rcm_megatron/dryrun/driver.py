@@ -61,10 +61,14 @@ def _allocate_moments(trainer: Trainer) -> None:
 
 
 def _tag_standing(trainer: Trainer, ledger: Ledger) -> None:
-    """Say of what stays from step to step what it is."""
+    """Say of what stays from step to step what it is; weights that several roles share are the first one's."""
+    known: set[int] = set()
     for role, chunks in trainer.state.networks.items():
         for chunk in chunks:
             for parameter in chunk.parameters():
+                if id(parameter) in known:
+                    continue
+                known.add(id(parameter))
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 ledger.tag(local.detach(), f"weights {role}")
             for weights in _weight_buffers(chunk):

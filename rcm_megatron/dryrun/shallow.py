@@ -2,7 +2,8 @@
 
 So a rank with many blocks follows from runs of two and of three blocks a pipeline piece, and a step of many micro-batches from one with as
 few as keep all stages busy and one with one more each: b + Σ over networks c (blocks − 2), each coefficient affine in the micro-batches.
-Not from one block, which is first and last at once.
+Not from one block, which is first and last at once; and of a network in pieces not from fewer than four, because two blocks are whole
+while others wait for their turn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import product
 from rcm_megatron.config import RunConfig
 from rcm_megatron.dryrun.driver import Numbers
 
-FEWEST = 2
+FEWEST, FEWEST_IN_PIECES = 2, 4
 """Blocks of a piece."""
 WORTH_IT = 5
 """Blocks and micro-batches from which on two shallow runs take less time than the deep one."""
@@ -69,14 +70,15 @@ def _depths(run: RunConfig, rank: int, world_size: int) -> list[tuple[dict[str, 
     if any(len(set(pieces)) > 1 for pieces in own.values()):
         return [(None, 1.0)]
     blocks = {role: pieces[0] for role, pieces in own.items()}
-    depths = sorted(set(blocks.values()))
-    if depths[-1] <= WORTH_IT or depths[0] < FEWEST:
+    in_pieces = any(run.networks[role].is_in_pieces for role in run.trained_roles)
+    depths, fewest = sorted(set(blocks.values())), FEWEST_IN_PIECES if in_pieces else FEWEST
+    if depths[-1] <= max(WORTH_IT, fewest + 3) or depths[0] < fewest:
         return [(None, 1.0)]
-    base = dict.fromkeys(blocks, FEWEST)
-    found = [(base, 1.0 - sum(depth - FEWEST for depth in depths))]
+    base = dict.fromkeys(blocks, fewest)
+    found = [(base, 1.0 - sum(depth - fewest for depth in depths))]
     for depth in depths:
-        deeper = {role: FEWEST + 1 for role, own in blocks.items() if own == depth}
-        found.append((base | deeper, float(depth - FEWEST)))
+        deeper = {role: fewest + 1 for role, own in blocks.items() if own == depth}
+        found.append((base | deeper, float(depth - fewest)))
     return found
 
 

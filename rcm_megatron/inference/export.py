@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +11,15 @@ import torch.distributed as dist
 
 from rcm_megatron import __version__
 from rcm_megatron.checkpoint.formats.base import WriteOptions
+from rcm_megatron.checkpoint.lora.naming import LoraNaming, naming_to_write
+from rcm_megatron.checkpoint.lora.write import check_lora_path, write_lora
 from rcm_megatron.checkpoint.model_card import folder_texts
 from rcm_megatron.checkpoint.models import gather_full, write_checkpoint
 from rcm_megatron.checkpoint.writers import check_target
 from rcm_megatron.config import ModelConfig, RunConfig
 from rcm_megatron.config.roles import low_noise_weights
 from rcm_megatron.dtypes import DTYPES
+from rcm_megatron.errors import CheckpointError
 from rcm_megatron.inference.networks import (
     init_parallel,
     load_network,
@@ -31,6 +34,8 @@ from rcm_megatron.inference.verify import (
     require_bound,
 )
 from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.models.lora import merge_adapters
+from rcm_megatron.networks.lora_factors import whole_factors
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.platform.device import this_device
 from rcm_megatron.registries import FORMATS, family_of
@@ -48,15 +53,59 @@ def export(run: RunConfig, request: ExportRequest) -> None:
     requests = [request]
     if second is not None:
         names = {request.weights: "transformer", second: "transformer_2"}
-        requests = [replace(request, weights=w, output=request.output / name) for w, name in names.items()]
+        end = ".safetensors" if request.lora else ""
+        requests = [replace(request, weights=w, output=request.output / f"{name}{end}") for w, name in names.items()]
     for part in requests:
-        check_target(part.output, force=part.force)
-        role, _ = stored_in(run, part.weights)
-        FORMATS[_FORMAT].naming_of(run.model_of(role))
+        _check(run, part)
     groups = init_parallel(run)
     for part in requests:
         _export(run, part, groups, folder=request.output)
     dist.destroy_process_group()
+
+
+def _check(run: RunConfig, request: ExportRequest) -> None:
+    role, _ = stored_in(run, request.weights)
+    trains_lora = role in run.trained_roles and run.networks[role].lora is not None
+    if not trains_lora and (request.lora or request.merge):
+        flag = "--lora" if request.lora else "--merge"
+        raise CheckpointError(f"{flag}: networks.{role}.lora=null, the {role} is a whole network; leave {flag} out")
+    if trains_lora and request.lora == request.merge:
+        got = "both" if request.lora else "neither"
+        raise CheckpointError(
+            f"the {role} trains a LoRA: got {got} of --lora and --merge, need one: its file alone, or the whole network"
+        )
+    if not request.lora:
+        check_target(request.output, force=request.force)
+        FORMATS[_FORMAT].naming_of(run.model_of(role))
+        return
+    naming = naming_to_write(request.naming, run.model_of(role))
+    check_lora_path(request.output, force=request.force)
+    for internal in _unheld(run, role, naming):
+        raise CheckpointError(
+            f"--naming {naming.name}: no LoRA of {internal!r} in it; need --naming diffusers, or --merge"
+        )
+    if request.verify:
+        raise CheckpointError("--verify compares whole networks; need --merge with it")
+
+
+def _unheld(run: RunConfig, role: str, naming: LoraNaming) -> Iterator[str]:
+    """Linears that the role's LoRA may change and the naming's readers do not take."""
+    takes = run.networks[role].lora.takes
+    for internal, entry in naming.entries(run.model_of(role)).items():
+        is_linear = internal.endswith(".weight") and len(entry.internal_shape) == 2
+        if is_linear and takes(internal.removesuffix(".weight")) and not naming.holds(internal, entry):
+            yield internal
+
+
+def _export_lora(run: RunConfig, request: ExportRequest, network: Sequence[DiffusionTransformer], facts: dict) -> None:
+    """The adapter alone; call it on the ranks of one replica."""
+    role, _ = stored_in(run, request.weights)
+    model, settings = run.model_of(role), run.networks[role].lora
+    factors = whole_factors(network, model, scale=settings.scale)
+    if dist.get_rank() == 0:
+        naming = naming_to_write(request.naming, model)
+        about = {"metadata": {**facts, "base": str(run.init_of(role))}, "force": request.force}
+        write_lora(request.output, factors, model, naming, dtype=DTYPES[request.dtype], **about)
 
 
 def _export(run: RunConfig, request: ExportRequest, groups: ParallelGroups, *, folder: Path) -> None:
@@ -65,10 +114,14 @@ def _export(run: RunConfig, request: ExportRequest, groups: ParallelGroups, *, f
     model = run.model_of(role)
     checkpoint = None if kind is None else resolve_checkpoint(run, request.checkpoint)
     network = load_network(run, groups, weights=request.weights, checkpoint=checkpoint, dtype=torch.float32)
+    if request.merge:
+        merge_adapters(network)
     dtype = DTYPES[request.dtype]
     facts = _facts(run, request, str(checkpoint or run.networks[role].init))
     comparison = _Comparison(run, model, network, dtype) if request.verify else None
-    if groups.cp_rank == 0 and groups.dp_rank == 0:
+    if request.lora and groups.cp_rank == 0 and groups.dp_rank == 0:
+        _export_lora(run, request, network, facts)
+    elif groups.cp_rank == 0 and groups.dp_rank == 0:
         about = {"title": f"{run.name}: {request.weights}", "facts": facts, "target_format": _FORMAT}
         paths = {"path": str(request.output), "pipeline_folder": str(folder)}
         texts = folder_texts(model, **about, **paths, run=run, companions=student_companions)
@@ -78,7 +131,8 @@ def _export(run: RunConfig, request: ExportRequest, groups: ParallelGroups, *, f
     if comparison is not None and dist.get_rank() > 0:
         comparison.wait()
     if dist.get_rank() == 0:
-        print(f"{request.weights} of {facts['source']} written to {request.output} ({request.dtype}, {_FORMAT} format)")
+        kind = f"a LoRA, {request.naming} naming" if request.lora else f"{_FORMAT} format"
+        print(f"{request.weights} of {facts['source']} written to {request.output} ({request.dtype}, {kind})")
     dist.barrier()
 
 

@@ -23,9 +23,10 @@ from rcm_megatron.inference.conditioning import Conditioning
 from rcm_megatron.inference.sampler import LowNoiseExpert, Sampler, student_latents
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.layer_specs import choose_layer_spec
+from rcm_megatron.networks.adapters import as_trained
 from rcm_megatron.networks.build import build_network, frozen
 from rcm_megatron.networks.kernels import choose_kernels
-from rcm_megatron.networks.weights import load_weights
+from rcm_megatron.networks.weights import initial_weights, load_weights
 from rcm_megatron.parallel.groups import ParallelGroups, initialize_parallel
 from rcm_megatron.platform.device import init_distributed, this_device
 from rcm_megatron.platform.megatron import prepare_megatron
@@ -81,6 +82,8 @@ def load_network(
                 f"networks.{role}.init=null: this run has no {role}; choose other --weights or set networks.{role}.init"
             )
         return load_weights(chunks, open_checkpoint(path))
+    if run.networks[role].lora is not None:
+        chunks = as_trained(run, role, load_weights(chunks, initial_weights(run, role)))
     try:
         run_checkpoints.load_weights(checkpoint, chunks, network=role, kind=kind)
     except CheckpointingException as error:

@@ -4,6 +4,7 @@ A family (rcm_megatron.families) adds its embedders, its blocks and its head. Sh
 (rcm_megatron.models.tokens), h_SBD hidden states, text_LBD text embeddings; B is 2B inside a Dual.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,8 @@ class DiffusionTransformer(MegatronModule):
     """
 
     blocks: nn.ModuleDict
+    adapted = False
+    """It has a LoRA (`rcm_megatron.models.lora`), which alone is trained and saved."""
     given_timestep: float = 0.0
     """Of the time of given frames, in the unit of ``timestep_1B``."""
 
@@ -221,11 +224,15 @@ class DiffusionTransformer(MegatronModule):
             self._geometry[device] = TokenGeometry(self._rotation().to(device, dtype), self.layout.num_tokens, frame_S)
         return self._geometry[device]
 
+    def stored_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What training changes and checkpoints hold: every parameter, or those of the LoRA."""
+        return ((name, value) for name, value in self.named_parameters() if not self.adapted or ".lora." in name)
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
         """Every parameter as a Megatron ShardedTensor: split over tp where it is, one main replica elsewhere."""
         groups = self.layout.groups
         sharded = {}
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.stored_parameters():
             replicas = {"tp_group": groups.tp, "dp_cp_group": groups.dp_cp, "prepend_offsets": sharded_offsets}
             piece = self.stage.index if getattr(parameter, "pipeline_parallel", False) else 0
             if getattr(parameter, "tensor_model_parallel", False):

@@ -25,8 +25,12 @@ def shard_weights(
     mesh = DeviceMesh.from_group(group, this_device().type)
     policy = CPUOffloadPolicy(pin_memory=this_device().type == "cuda") if offload else OffloadPolicy()
     for chunk in chunks:
+        marks = [dict(parameter.__dict__) for parameter in chunk.parameters()]
         for module in (*chunk.blocks.values(), chunk):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        # what the layers say of a parameter (its gradient is partial, stages share it) a LoRA on it must know
+        for parameter, said in zip(chunk.parameters(), marks, strict=True):
+            parameter.__dict__.update(said)
     return list(chunks)
 
 

@@ -30,9 +30,14 @@ NOTHING_FITS = 3
 
 
 def plan(run: RunConfig, request: PlanRequest) -> int:
-    """Print the report, and write the files that are asked for. Raises ConfigError for hardware that is not known,
-    and where no layout is legal."""
+    """Print the report, and write the files that are asked for. Raises ConfigError for hardware that is not known, for a run that trains a
+    LoRA, and where no layout is legal."""
     hardware = hardware_of(request.gpu)
+    if adapted := [role for role in run.trained_roles if run.networks[role].lora is not None]:
+        raise ConfigError(
+            f"networks.{adapted[0]}.lora is given, and the planner's formulas are of networks that train whole; need lora=null, or "
+            "`rcm dryrun` of a layout with the LoRA"
+        )
     inventories = inventories_of(run)
     found = search(run, request.gpus, inventories, hardware)
     if not (found.fitting or found.refused):

@@ -30,7 +30,7 @@ class Shapes:
     def in_pieces(self, role: str) -> bool:
         """Whether a network trains and rests in pieces."""
         trains = role in self.run.trained_roles
-        return trains and self.run.networks[role].weights == "sharded" and self.shards > 1
+        return trains and self.run.networks[role].is_in_pieces and self.shards > 1
 
     def is_gathered(self, role: str) -> bool:
         """Whether passes gather a network's weights."""

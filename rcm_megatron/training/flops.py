@@ -7,7 +7,7 @@ count: recomputation, a second forward for a gradient alone, the scores that a f
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class NetworkFlops:
     """Two products; with tangents six."""
     cross_attention: int
     """Two products; four, because keys and values have no tangent."""
+    trains_lora: bool = False
+    """The weights have no gradient; the products of a LoRA's own factors are too few to count."""
 
     @property
     def forward(self) -> int:
@@ -57,6 +59,8 @@ class NetworkFlops:
     @property
     def backward(self) -> int:
         """Of the primal: gradients of both factors of each product (the few of given inputs, which nobody needs, included)."""
+        if self.trains_lora:
+            return self.linears + 2 * (self.self_attention + self.cross_attention)
         return 2 * self.forward
 
 
@@ -123,7 +127,12 @@ class Throughput:
     def __init__(self, run: RunConfig, *, devices: int) -> None:
         self._run, self._devices, self._peak = run, devices, peak_tflops(run)
         self._tokens = run.latent.num_tokens(run.model.patch_size)
-        self._networks = {role: network_flops(run.model_of(role), run.latent) for role in run.roles}
+        self._networks = {
+            role: replace(
+                network_flops(run.model_of(role), run.latent), trains_lora=run.networks[role].lora is not None
+            )
+            for role in run.roles
+        }
 
     def rates(self, step: Step, seconds: Mapping[str, float]) -> dict[str, float]:
         """Metrics from what `timers.step_seconds` gave; sample videos are not part of the step."""

@@ -1,15 +1,18 @@
 """What a run holds on a rank from step to step, by arithmetic: known before any weight is read."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from rcm_megatron.checkpoint.models import local_parameters
 from rcm_megatron.config import NetworkConfig, RunConfig
-from rcm_megatron.networks.build import build_network
+from rcm_megatron.models.dit import DiffusionTransformer
+from rcm_megatron.networks.adapters import Bases
+from rcm_megatron.networks.build import build_network, frozen
 from rcm_megatron.parallel.groups import ParallelGroups
 
 log = logging.getLogger(__name__)
@@ -30,7 +33,7 @@ class Held:
 
     def optimizer_bytes(self, settings: NetworkConfig) -> int:
         """Moments and main parameters, of all ranks that share them; those of sharded weights are the weights."""
-        return MOMENTS * self.elements + (0 if settings.weights == "sharded" else MAIN * self.narrow)
+        return MOMENTS * self.elements + (0 if settings.is_in_pieces else MAIN * self.narrow)
 
     def __add__(self, other: "Held") -> "Held":
         return Held(self.elements + other.elements, self.bytes + other.bytes, self.narrow + other.narrow)
@@ -49,10 +52,25 @@ def held_by(parameters: Iterable[nn.Parameter]) -> Held:
 
 
 def held_on_rank(run: RunConfig, groups: ParallelGroups) -> dict[str, Held]:
-    """Role -> the parameters of this rank, without memory for them."""
+    """Role -> the parameters of this rank, without memory for them; of a role that trains a LoRA the LoRA's, "ROLE base" its base's."""
     with FakeTensorMode():
-        built = {role: build_network(run, role, groups) for role in run.roles}
-    return {role: held_by(p for chunk in chunks for p in chunk.parameters()) for role, chunks in built.items()}
+        bases = Bases(run, lambda role: frozen(build_network(run, role, groups)))
+        held = {role: held_by(local_parameters(bases.network(role)).values()) for role in run.roles}
+        bases_held = {
+            f"{role} base": held_by(_base_parameters(bases.network(role)))
+            for role in run.roles
+            if trains_lora(run, role)
+        }
+    return held | bases_held
+
+
+def trains_lora(run: RunConfig, role: str) -> bool:
+    """Whether a stage trains a LoRA of the role's network, and so not its weights."""
+    return role in run.trained_roles and run.networks[role].lora is not None
+
+
+def _base_parameters(chunks: Iterable[DiffusionTransformer]) -> Iterator[nn.Parameter]:
+    return (value for chunk in chunks for name, value in chunk.named_parameters() if ".lora." not in name)
 
 
 def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> dict[str, int]:
@@ -63,10 +81,14 @@ def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> 
     found, largest = {}, max(run.trained_roles, key=lambda role: held[role].elements)
     for role in run.roles:
         settings, own = run.networks[role], held[role]
+        frozen_part = f"{role} base" if trains_lora(run, role) else role
+        if frozen_part != role or role not in run.trained_roles:
+            # roles that begin alike hold their weights once
+            size = held[frozen_part].bytes if run.base_of(role) == role else 0
+            found[frozen_part] = {"resident": size, "sharded": size // shards, "offloaded": 0}[settings.weights]
         if role not in run.trained_roles:
-            found[role] = {"resident": own.bytes, "sharded": own.bytes // shards, "offloaded": 0}[settings.weights]
             continue
-        in_pieces = settings.weights == "sharded" and shards > 1
+        in_pieces = settings.is_in_pieces and shards > 1
         found[f"{role} weights"] = MAIN * own.elements // shards if in_pieces else own.bytes
         if role == largest or not run.memory.free_idle_gradients:  # else one network's at a time
             found[f"{role} gradients"] = GRADIENT * own.elements // (shards if in_pieces else 1)

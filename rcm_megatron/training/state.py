@@ -17,6 +17,7 @@ from rcm_megatron.config import RunConfig, StageConfig
 from rcm_megatron.config.roles import first_of, parts_of
 from rcm_megatron.dtypes import DTYPES
 from rcm_megatron.models.layer_specs import LayerSpec, choose_layer_spec
+from rcm_megatron.networks.adapters import Bases, check_targets
 from rcm_megatron.networks.build import build_network, frozen
 from rcm_megatron.networks.kernels import choose_kernels
 from rcm_megatron.networks.roles import Networks
@@ -144,23 +145,37 @@ def build_networks(run: RunConfig, groups: ParallelGroups, *, fill: Fill = fill_
     specs = {
         role: choose_layer_spec(run.precision, fp8_role=role if run.networks[role].fp8 else None) for role in run.roles
     }
+    check_targets(run)
     log_footprint(run, groups, world_size=dist.get_world_size())
-    chunks = {role: _build(run, role, groups, specs[role], fill) for role in run.roles}
+    bases = Bases(run, lambda role: _build_frozen(run, role, groups, specs[role], fill))
+    chunks = {role: _build(run, role, groups, specs[role], fill, bases) for role in run.roles}
     return Networks(layout=unwrapped(next(iter(chunks.values()))[0]).layout, **chunks)
 
 
-def _build(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec, fill: Fill) -> list[nn.Module]:
+def _build(
+    run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec, fill: Fill, bases: Bases
+) -> list[nn.Module]:
     """This rank's pieces of one network."""
+    if role not in run.trained_roles:
+        return bases.network(role)
+    if run.networks[role].lora is not None:
+        chunks = bases.network(role)
+        return wrap_ddp(chunks, chunks[0].config)
     build = partial(build_network, run, role, groups, spec=spec, recompute=run.memory.recompute)
-    weights = run.networks[role].weights
-    if role in run.trained_roles and weights == "sharded" and groups.dp_cp.size() > 1:
+    if run.networks[role].is_in_pieces and groups.dp_cp.size() > 1:
         pieces = cut_in_pieces(build, group=groups.dp_cp)
         fill(run, role, pieces)
         return pieces
     chunks = build()
     fill(run, role, chunks)
-    if role in run.trained_roles:
-        return wrap_ddp(chunks, chunks[0].config)
+    return wrap_ddp(chunks, chunks[0].config)
+
+
+def _build_frozen(run: RunConfig, role: str, groups: ParallelGroups, spec: LayerSpec, fill: Fill) -> list[nn.Module]:
+    """This rank's pieces of a network whose weights stay as they are."""
+    chunks = build_network(run, role, groups, spec=spec, recompute=run.memory.recompute)
+    fill(run, role, chunks)
+    weights = run.networks[role].weights
     if weights != "resident":
         shard_weights(frozen(chunks), group=groups.dp_cp, offload=weights == "offloaded")
     return frozen(chunks)

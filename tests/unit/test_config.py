@@ -19,6 +19,7 @@ WORLD_SIZES = {
     "quickstart_flow_map": (2,),
     "wan2.1_t2v_1.3b_480p": (8, 32, 256),
     "wan2.1_t2v_14b_480p": (8, 64, 512),
+    "wan2.1_t2v_14b_480p_lora": (8, 64),
     "cosmos_predict2_2b_text2image": (8, 32, 256),
     "cosmos_predict2_14b_text2image": (8, 64, 512),
     "cosmos_predict2_2b_video2world": (8, 64, 512),

@@ -151,9 +151,9 @@ def _roles(config: RunConfig) -> Iterator[str | Problem]:
             yield f"networks.{role}: got nothing, but a stage {use}; add it, with at least {fix}"
         elif trained and network.optimizer is None:
             yield f"networks.{role}.optimizer=null, but a stage trains it; give it at least lr"
-        elif trained and network.weights == "offloaded":
+        elif trained and network.weights == "offloaded" and network.lora is None:
             yield Problem(
-                f"networks.{role}.weights=offloaded, but a stage trains it, need resident or sharded",
+                f"networks.{role}.weights=offloaded, but a stage trains it, need resident or sharded, or a LoRA",
                 (Change(f"networks.{role}.weights", ("sharded", "resident")),),
             )
         elif not trained and config.init_of(role) is None:
@@ -189,6 +189,25 @@ def _starts(config: RunConfig) -> Iterator[Problem]:
             (Change(f"networks.{role}.init", alike),),
             f"name a checkpoint of this architecture as networks.{role}.init",
         )
+
+
+def _loras(config: RunConfig) -> Iterator[str]:
+    """A LoRA's targets are linears, some of them in blocks, so that every piece of a pipeline has something to train."""
+    for role in present_roles(config):
+        lora, linears = config.networks[role].lora, family_of(config.model_of(role)).flop_rows
+        if lora is None:
+            continue
+        for target in lora.targets:
+            if not any(f"{name}.".startswith(f"{target}.") or f"{target}.".startswith(f"{name}.") for name in linears):
+                yield f"networks.{role}.lora.targets: no linear begins with {target!r}, need some of {', '.join(linears)}; take it out"
+        if config.parallel.pp > 1 and not any(target.split(".")[0] in _IN_BLOCKS for target in lora.targets):
+            yield (
+                f"networks.{role}.lora.targets={list(lora.targets)} are in no block, need one of {', '.join(_IN_BLOCKS)} with "
+                f"parallel.pp={config.parallel.pp}; add one, or set parallel.pp to 1"
+            )
+
+
+_IN_BLOCKS = ("self_attn", "cross_attn", "mlp")
 
 
 def _experts(config: RunConfig) -> Iterator[str]:
@@ -240,6 +259,7 @@ NETWORK_RULES = (
     _roles,
     _unknown_roles,
     _starts,
+    _loras,
     _experts,
     _conditional_frames,
 )

@@ -24,7 +24,7 @@ def _fp8(config: RunConfig) -> Iterator[Problem | str]:
             yield Problem(
                 f"{path}=true, but a stage takes a tangent through this network, of which FP8 leaves nothing", off
             )
-        if role in config.trained_roles and config.networks[role].weights == "sharded":
+        if role in config.trained_roles and config.networks[role].is_in_pieces:
             yield Problem(
                 f"{path}=true keeps what it made of the weights from pass to pass, but networks.{role}.weights=sharded has them gathered "
                 "anew in each",

@@ -1,0 +1,1 @@
+"""LoRA files: their namings (one value each), merging them into networks, and extracting them from two networks."""
