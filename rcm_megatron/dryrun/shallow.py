@@ -15,8 +15,9 @@ from itertools import product
 from rcm_megatron.config import RunConfig
 from rcm_megatron.dryrun.driver import Numbers
 
-FEWEST = 2
-"""Blocks of a piece."""
+FEWEST, FEWEST_IN_PIECES = 2, 3
+"""Blocks of a piece. Of a trained network whose weights are sharded three: in its backward one block has the next one's weights and the last
+one's gradients beside its own."""
 WORTH_IT = 5
 """Blocks and micro-batches from which on two shallow runs take less time than the deep one."""
 
@@ -70,13 +71,14 @@ def _depths(run: RunConfig, rank: int, world_size: int) -> list[tuple[dict[str, 
         return [(None, 1.0)]
     blocks = {role: pieces[0] for role, pieces in own.items()}
     depths = sorted(set(blocks.values()))
-    if depths[-1] <= WORTH_IT or depths[0] < FEWEST:
+    fewest = FEWEST_IN_PIECES if any(run.networks[r].weights == "sharded" for r in run.trained_roles) else FEWEST
+    if depths[-1] <= WORTH_IT or depths[0] < fewest:
         return [(None, 1.0)]
-    base = dict.fromkeys(blocks, FEWEST)
-    found = [(base, 1.0 - sum(depth - FEWEST for depth in depths))]
+    base = dict.fromkeys(blocks, fewest)
+    found = [(base, 1.0 - sum(depth - fewest for depth in depths))]
     for depth in depths:
-        deeper = {role: FEWEST + 1 for role, own in blocks.items() if own == depth}
-        found.append((base | deeper, float(depth - FEWEST)))
+        deeper = {role: fewest + 1 for role, own in blocks.items() if own == depth}
+        found.append((base | deeper, float(depth - fewest)))
     return found
 
 
