@@ -17,7 +17,8 @@ from rcm_megatron.config import RunConfig
 from rcm_megatron.dryrun.driver import Numbers
 
 FEWEST, FEWEST_IN_PIECES = 2, 4
-"""Blocks of a piece."""
+"""Blocks of a piece. Of a trained network whose weights are sharded more: in its backward one block has the next one's weights and the
+last one's gradients beside its own."""
 WORTH_IT = 5
 """Blocks and micro-batches from which on two shallow runs take less time than the deep one."""
 

@@ -19,7 +19,7 @@ from tests.helpers import assert_close
 
 OBJECTIVES = ("scm", "dmd", "fake_score", "scm_and_dmd")
 LAYOUTS = {
-    "dp2": (2, {}, 2),
+    "dp2": (2, {}, 4),
     "ring2": (2, {"ring": 2}, 2),
     "ulysses2_dp2": (4, {"ulysses": 2}, 2),
     "tp2_dp2": (4, {"tp": 2}, 2),

@@ -40,10 +40,10 @@ def distillation_of():
     return replace(test_parity.distillation_of(), expert_boundary=BOUNDARY)
 
 
-def build(parallel, seeds=SEEDS):
+def build(parallel, seeds=SEEDS, *, in_pieces=False):
     """Networks of ``seeds`` on this rank."""
     networks = dict.fromkeys(seeds, (test_parity.MODEL, ParallelConfig(**parallel)))
-    return test_parity.build_of(networks, torch.float32, seeds)
+    return test_parity.build_of(networks, torch.float32, seeds, in_pieces=in_pieces)
 
 
 def step_of(name):
@@ -83,8 +83,8 @@ def quantities_of(networks, name, step=None):
     return found | {f"gradient of {key}": value for key, value in whole if value is not None}
 
 
-def measure(parallel):
-    networks = build(parallel)
+def measure(parallel, in_pieces=False):
+    networks = build(parallel, in_pieces=in_pieces)
     return {name: quantities_of(networks, name) for name in STEPS}
 
 
@@ -94,11 +94,13 @@ def one_rank():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(4, {"tp": 2}), (2, {"pp": 2}), (4, {"ring": 2})], ids=["tp2_dp2", "pp2", "ring2_dp2"]
+    ("ranks", "parallel", "in_pieces"),
+    [(4, {"tp": 2}, False), (2, {"pp": 2}, False), (4, {"ring": 2}, False), (2, {}, True)],
+    ids=["tp2_dp2", "pp2", "ring2_dp2", "dp2_in_pieces"],
 )
-def test_layout(one_rank, ranks, parallel):
+def test_layout(one_rank, ranks, parallel, in_pieces):
     """Data-parallel ranks ask the two networks for different numbers of micro-batches."""
-    assert_equal_quantities(one_rank, run_ranks(measure, ranks, parallel))
+    assert_equal_quantities(one_rank, run_ranks(measure, ranks, parallel, in_pieces))
 
 
 def against_one_network():
