@@ -15,7 +15,7 @@ DEEP = {
     "micro_batches": (Case(1, batch=12), 0, PEAK),
     # with more micro-batches the fullest moment of its backward is another one
     "micro_batches_interleaved": (Case(2, {"pp": 2, "vpp": 2}, layers=4, batch=16), 0, 2 * PEAK),
-    "blocks_in_pieces": (Case(2, changes=IN_PIECES, layers=7, batch=4), 0, PEAK),
+    "blocks_in_pieces": (Case(2, changes=IN_PIECES, layers=8, batch=4), 0, PEAK),
     "blocks_of_the_last_stage": (Case(2, {"pp": 2}, layers=12, batch=4), 1, PEAK),
 }
 

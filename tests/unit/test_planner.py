@@ -24,7 +24,9 @@ HIDDEN, FFN = 5120, 13824
 
 @pytest.fixture(scope="module")
 def run():
-    return load_config("model_configs/wan2.1_t2v_14b_480p.yaml")
+    whole = [f"networks.{role}.weights=resident" for role in ("student", "fake_score")]
+    layout = ["parallel={tp: 4, ulysses: 2}", "memory.recompute=full"]
+    return load_config("model_configs/wan2.1_t2v_14b_480p.yaml", [*layout, *whole])
 
 
 @pytest.fixture(scope="module")
