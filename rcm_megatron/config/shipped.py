@@ -23,7 +23,7 @@ def config_path(text: str | Path) -> Path:
         return shipped[str(text)]
     found = [name for name in shipped if _words(str(text)) <= _words(name)]
     # what adds a word to another (a LoRA of it) is asked for by that word
-    found = [name for name in found if all(_words(name) <= _words(other) for other in found)] or found
+    found = [name for name in found if not any(_words(other) < _words(name) for other in found)]
     if len(found) > 1:
         raise ConfigError(
             f"got {text}, which may be {', '.join(found[:-1])} or {found[-1]}; need one; write more of its name"
