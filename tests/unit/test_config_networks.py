@@ -65,7 +65,8 @@ def test_pieces_of_a_pipeline_are_each_networks_own():
         ),
         (
             ["networks.student.weights=offloaded"],
-            "networks.student.weights=offloaded, but a stage trains it, need resident or sharded, or a LoRA; set networks.student.weights to sharded",
+            "networks.student.weights=offloaded, but a stage trains it, need resident or sharded, "
+            "or a LoRA; set networks.student.weights to sharded",
         ),
         (["networks.teachr={}"], "did you mean networks.teacher?"),
         (
