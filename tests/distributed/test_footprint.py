@@ -109,5 +109,8 @@ def test_policies_leave_out_what_they_free():
     less = standing_bytes(replace(freed, memory=replace(run.memory, free_idle_gradients=True)), chunks, shards=2)
     assert less["teacher"] == less["fake_score optimizer"] == 0 and less["student optimizer"] == 600
     assert "fake_score gradients" not in less and less["student gradients"] == 400
-    two = standing_bytes(with_network(run, "teacher_low_noise"), chunks, shards=2)
+    two = standing_bytes(with_network(run, "teacher_low_noise", init="elsewhere"), chunks, shards=2)
     assert two == found | {"teacher_low_noise": 200}
+    # one that begins as another that stays as it is is held once
+    alike = standing_bytes(with_network(run, "teacher_low_noise"), chunks, shards=2)
+    assert alike == found | {"teacher_low_noise": 0}

@@ -54,25 +54,18 @@ def test_sampled_and_exported(trained, tmp_path):
     path, overrides, *_ = trained
     outputs = {name: tmp_path / f"{name}.safetensors" for name in ("diffusers", "native")}
     for name, file in outputs.items():
-        assert run_ranks(
-            command, 1, ["export", str(path), "--lora", "--naming", name, "--output", str(file), *overrides]
-        ) == [(0, "")]
+        alone = ["export", str(path), "--lora", "--naming", name, "--output", str(file), *overrides]
+        ((status, said),) = run_ranks(command, 1, alone)
+        assert status == 0, said
     merged = ["export", str(path), "--merge", "--verify", "--output", str(tmp_path / "merged"), *overrides]
-    assert run_ranks(command, 1, merged) == [(0, "")]
+    ((status, said),) = run_ranks(command, 1, merged)
+    assert status == 0, said
     ((status, said),) = run_ranks(command, 1, ["export", str(path), "--output", str(tmp_path / "none"), *overrides])
     assert status == 1 and "--merge" in said
-    sampled = [
-        "sample",
-        str(path),
-        "--prompt",
-        "two",
-        "--steps",
-        "1",
-        "--output",
-        str(tmp_path / "samples"),
-        *overrides,
-    ]
-    assert run_ranks(command, 1, sampled)[0][0] == 0 and any((tmp_path / "samples").iterdir())
+    sampled = ["sample", str(path), "--prompt", "two", "--steps", "1", "--output", str(tmp_path / "samples")]
+    ((status, said),) = run_ranks(command, 1, [*sampled, *overrides])
+    assert status == 0, said
+    assert any((tmp_path / "samples").iterdir())
     draw = torch.Generator().manual_seed(0)
     given = {
         "hidden_states": torch.randn(2, 1, 4, 16, 16, generator=draw),
