@@ -131,7 +131,7 @@ def context(planner: Planner, world: int, degree: int) -> Iterator[list[str]]:
 
 
 KINDS: dict[str, Callable[[ParallelConfig], bool]] = {
-    "tp, no pp, no cp": lambda p: p.pp == 1 and p.cp == 1,
+    "no cp, no pp": lambda p: p.pp == 1 and p.cp == 1,
     "tp and cp, no pp": lambda p: p.pp == 1 and p.tp > 1 and p.cp > 1,
     "cp and pp, no tp": lambda p: p.tp == 1 and p.pp > 1,
     "tp, cp and pp": lambda p: min(p.tp, p.cp, p.pp) > 1,
