@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rcm_megatron.checkpoint.models import local_parameters
 from rcm_megatron.config import NetworkConfig, RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.networks.adapters import Bases
@@ -55,13 +54,13 @@ def held_on_rank(run: RunConfig, groups: ParallelGroups) -> dict[str, Held]:
     """Role -> the parameters of this rank, without memory for them; of a role that trains a LoRA the LoRA's, "ROLE base" its base's."""
     with FakeTensorMode():
         bases = Bases(run, lambda role: frozen(build_network(run, role, groups)))
-        held = {role: held_by(local_parameters(bases.network(role)).values()) for role in run.roles}
-        bases_held = {
-            f"{role} base": held_by(_base_parameters(bases.network(role)))
-            for role in run.roles
-            if trains_lora(run, role)
-        }
-    return held | bases_held
+        held = {}
+        for role in run.roles:
+            chunks, is_lora = bases.network(role), trains_lora(run, role)
+            held[role] = held_by(_parameters(chunks, lora=is_lora))
+            if is_lora:
+                held[f"{role} base"] = held_by(_parameters(chunks, lora=False))
+    return held
 
 
 def trains_lora(run: RunConfig, role: str) -> bool:
@@ -69,8 +68,9 @@ def trains_lora(run: RunConfig, role: str) -> bool:
     return role in run.trained_roles and run.networks[role].lora is not None
 
 
-def _base_parameters(chunks: Iterable[DiffusionTransformer]) -> Iterator[nn.Parameter]:
-    return (value for chunk in chunks for name, value in chunk.named_parameters() if ".lora." not in name)
+def _parameters(chunks: Iterable[DiffusionTransformer], *, lora: bool) -> Iterator[nn.Parameter]:
+    """Of every chunk, those of its LoRA or all others. By chunk: embedders are on each."""
+    return (value for chunk in chunks for name, value in chunk.named_parameters() if (".lora." in name) == lora)
 
 
 def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> dict[str, int]:

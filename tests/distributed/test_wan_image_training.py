@@ -71,8 +71,9 @@ def calls_of_networks(config):
         return update(step, samples, **settings)
 
     def record(name):
-        def hook(module, args):
-            x, timestep, _, condition = args
+        def hook(module, args, options):
+            x, timestep, text = args[:3]
+            condition = options["condition"] if "condition" in options else args[3]
             mine, rows = given[0].condition, (x.batch if isinstance(x, Dual) else x.shape[1]) // 2
             whole = mine if rows == 1 else mine.repeated(rows)
             same = all(
@@ -82,7 +83,7 @@ def calls_of_networks(config):
             if isinstance(x, Dual):
                 still = [Dual.pack(value.primal, torch.zeros_like(value.primal)) for value in (x, timestep)]
                 with torch.no_grad():
-                    v = module.forward(*still, args[2], condition)
+                    v = module.forward(*still, text, condition)
                 assert v.primal.any() and not v.tangent.any(), "the condition has a tangent of its own"
 
         return hook
@@ -90,7 +91,7 @@ def calls_of_networks(config):
     trainer.state.update = watched
     for name in ("student", "teacher", "fake_score"):
         for chunk in trainer.state.networks[name]:
-            unwrapped(chunk).register_forward_pre_hook(record(name))
+            unwrapped(chunk).register_forward_pre_hook(record(name), with_kwargs=True)
     trainer.train()
     trainer.close()
     return calls

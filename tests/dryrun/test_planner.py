@@ -118,10 +118,10 @@ def test_the_command_writes_a_configuration_that_runs(tmp_path):
 def test_check_says_what_a_layout_takes_and_warns():
     config = "model_configs/wan2.1_t2v_14b_480p.yaml"
     fits, not_here = (rcm("check", config, "--world-size=64", f"--gpu={gpu}") for gpu in ("h100-80g", "no-gpu"))
-    assert fits.returncode == 0 and "57." in fits.stdout.splitlines()[1] and "warning" not in fits.stderr
+    assert fits.returncode == 0 and "58." in fits.stdout.splitlines()[1] and "warning" not in fits.stderr
     assert not_here.returncode == 2 and "one of a100-80g" in not_here.stderr
     full = rcm("check", config, "--world-size=8", "--gpu=h100-80g")
-    assert full.returncode == 0 and "warning: got 99." in full.stderr and "rcm plan CONFIG --gpus 8" in full.stderr
+    assert full.returncode == 0 and "warning: got 111." in full.stderr and "rcm plan CONFIG --gpus 8" in full.stderr
 
 
 def test_a_number_of_gpus_without_a_legal_layout_is_refused():
