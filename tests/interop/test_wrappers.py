@@ -144,7 +144,9 @@ def test_damage_below_a_wrapper_is_named_as_ever(plain, tmp_path):
 def test_a_lora_is_called_by_its_name(tmp_path):
     keys = ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "diffusion_model.blocks.0.ffn.0.lora_B.weight")
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "style.safetensors")
-    with pytest.raises(CheckpointError, match="but a LoRA, which changes one: merge it"):
+    with pytest.raises(
+        CheckpointError, match="but a LoRA, which changes one: pass its network, and this file as --lora"
+    ):
         convert(tmp_path / "style.safetensors", tmp_path / "out", to="internal")
 
 
