@@ -14,13 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from rcm_megatron.config import ParallelConfig, RunConfig, load_config  # noqa: E402
-from rcm_megatron.planner.candidates import layouts_of  # noqa: E402
 from rcm_megatron.planner.command import inventories_of  # noqa: E402
-from rcm_megatron.planner.cost import Schedule  # noqa: E402
 from rcm_megatron.planner.hardware import Hardware, hardware_of  # noqa: E402
 from rcm_megatron.planner.memory import GIB  # noqa: E402
 from rcm_megatron.planner.report import policies_text  # noqa: E402
-from rcm_megatron.planner.search import Option, best_of, search  # noqa: E402
+from rcm_megatron.planner.search import Option, search  # noqa: E402
 from rcm_megatron.planner.shapes import Inventories  # noqa: E402
 from tools.measuring import provenance  # noqa: E402
 
@@ -53,17 +51,8 @@ class Planner:
 
     def among(self, world: int, allowed: Callable[[ParallelConfig], bool]) -> Option:
         """The fastest of some layouts that fits, else the emptiest."""
-        layouts = layouts_of(self.run, world, gpus_per_node=self.hardware.gpus_per_node)
-        schedule = Schedule.of(self.run)
-        options = [
-            best_of(laid_out, world, self.inventories, self.hardware, schedule)
-            for laid_out in layouts
-            if allowed(laid_out.parallel)
-        ]
-        fits = [option for option in options if option.fits]
-        if fits:
-            return min(fits, key=lambda option: option.cost.step)
-        return min(options, key=lambda option: option.peak.total)
+        found = search(self.run, world, self.inventories, self.hardware, allowed=allowed)
+        return (found.fitting or found.refused)[0]
 
     def with_video(self, rows: int, seconds: int) -> "Planner":
         height, width = SIZES[rows]

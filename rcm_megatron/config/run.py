@@ -382,6 +382,10 @@ class RunConfig:
         of_side = teachers[1:] if roles.first_of(role) == role else teachers
         return next((network.init for network in (self.networks[role], *of_side) if network and network.init), None)
 
+    def trains_lora(self, role: str) -> bool:
+        """Whether a stage trains a LoRA of the role's network, and so not its weights."""
+        return role in self.trained_roles and self.networks[role].lora is not None
+
     def base_of(self, role: str) -> str:
         """The first of `roles` that holds the same weights all the time: one that begins alike, and trains a LoRA or nothing."""
         return next(other for other in (*self.roles, role) if other == role or self._holds_alike(other, role))

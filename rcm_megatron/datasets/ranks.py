@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -30,6 +29,7 @@ from rcm_megatron.finite import require_finite
 from rcm_megatron.models.encoders import build_text_encoder
 from rcm_megatron.parallel.broadcast import computed_once
 from rcm_megatron.platform.device import this_device
+from rcm_megatron.progress import bar_interval
 from rcm_megatron.requests import BuildRequest
 
 _POLL_SECONDS = 1.0
@@ -124,7 +124,7 @@ def encode_texts(
             negative_LD = encoder.encode([encoder.negative_prompt])[0]
             require_finite(negative_LD, what="the negative prompt: embed")
             build.put_negative(negative_LD)
-        for unit in tqdm(mine, "captions", unit="batch", disable=rank > 0, mininterval=_bar_interval()):
+        for unit in tqdm(mine, "captions", unit="batch", disable=rank > 0, mininterval=bar_interval()):
             texts = captions(unit)
             try:
                 embed_BLD = encoder.encode(texts)
@@ -142,7 +142,7 @@ def make_units(build: DatasetBuild, mine: Sequence[Unit], make: Callable[[Unit],
     """
     first = dist.get_rank() == 0
     total, done = build.plan.num_samples, build.join_shards() if first else 0
-    bar = {"desc": build.folder.name, "unit": "sample", "disable": not first, "mininterval": _bar_interval()}
+    bar = {"desc": build.folder.name, "unit": "sample", "disable": not first, "mininterval": bar_interval()}
     with tqdm(total=total, initial=done, **bar) as shown:
         for unit in mine:
             samples, skipped = make(unit)
@@ -185,7 +185,3 @@ def _encoder_checksums(run: RunConfig) -> dict[str, dict[str, str]]:
     parts += ["text_encoder", "tokenizer"] if run.encoders.text in ("umt5", "t5") else []
     parts += ["image_encoder", "image_processor"] if run.encoders.image == "clip" else []
     return {part: checksums(Path(run.encoders.folder) / part) for part in parts}
-
-
-def _bar_interval() -> float:
-    return 1.0 if sys.stderr.isatty() else 30.0

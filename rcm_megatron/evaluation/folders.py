@@ -5,7 +5,6 @@ Shapes: C channels, T frames, H, W pixels.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from rcm_megatron.data.video_statistics import video_statistics
 from rcm_megatron.errors import InputError
 from rcm_megatron.evaluation.features import FeatureNetwork, VideoSet
 from rcm_megatron.evaluation.prompts import prompt_of
+from rcm_megatron.progress import bar_interval
 
 _CUT = "cut all of them alike with --size HxW --frames T --fps RATE, the least of each"
 _NAMED = 3
@@ -91,7 +91,7 @@ def measure_folder(folder: Path, network: FeatureNetwork, *, conform: Conform | 
     videos = find_set(folder)
     read = read_video if conform is None else partial(_conformed, read=conform.reader())
     features, statistics = [], []
-    for path in tqdm(videos, folder.name, unit="video", mininterval=1.0 if sys.stderr.isatty() else 30.0):
+    for path in tqdm(videos, folder.name, unit="video", mininterval=bar_interval()):
         video_CTHW = read(path)
         seen.note("lengths", f"{video_CTHW.shape[1]} frames", path)
         features.append(network(video_CTHW, what=str(path)))

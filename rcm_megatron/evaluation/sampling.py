@@ -6,7 +6,6 @@ Shapes: B batch, C channels, T frames, H, W pixels, L text positions, D text wid
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from rcm_megatron.inference.sampler import Sampler, teacher_evaluations
 from rcm_megatron.parallel.broadcast import computed_once
 from rcm_megatron.parallel.groups import ParallelGroups
 from rcm_megatron.platform.device import this_device
+from rcm_megatron.progress import bar_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +181,6 @@ class Sampling:
             return torch.tensor([i for i, unit in enumerate(units) if not all(map(store.has, unit))], dtype=torch.int64)
 
         return [units[i] for i in computed_once(missing, device=this_device()).tolist()]
-
-
-def bar_interval() -> float:
-    """Seconds between two lines of a progress bar: a log is no terminal."""
-    return 1.0 if sys.stderr.isatty() else 30.0
 
 
 def recipe_of(run: RunConfig, clips: Sequence[Clip], *, checkpoint: Path | None, batch_size: int) -> dict[str, object]:

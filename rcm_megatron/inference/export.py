@@ -65,7 +65,7 @@ def export(run: RunConfig, request: ExportRequest) -> None:
 
 def _check(run: RunConfig, request: ExportRequest) -> None:
     role, _ = stored_in(run, request.weights)
-    trains_lora = role in run.trained_roles and run.networks[role].lora is not None
+    trains_lora = run.trains_lora(role)
     if not trains_lora and (request.lora or request.merge):
         flag = "--lora" if request.lora else "--merge"
         raise CheckpointError(f"{flag}: networks.{role}.lora=null, the {role} is a whole network; leave {flag} out")

@@ -43,7 +43,7 @@ class AdapterSize:
 
 
 class Adapter(nn.Module):
-    """A and B of one linear; ``narrow``, ``widen`` are the communication between the two, and at the end."""
+    """A and B of one linear; ``between`` and ``after`` are the communication between the two, and at the end."""
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
 """Networks of a run that train a LoRA, and the one base of all that begin alike."""
 
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,6 +9,7 @@ from rcm_megatron.checkpoint.translate import entries_for
 from rcm_megatron.config import ConfigError, RunConfig
 from rcm_megatron.models.dit import DiffusionTransformer
 from rcm_megatron.models.lora import AdapterSize, adapters_of, add_adapters, view_of
+from rcm_megatron.networks.weights import seeded_uniform
 
 BuildBase = Callable[[str], list[DiffusionTransformer]]
 """A role -> this rank's chunks of what it begins as, frozen, weights set."""
@@ -50,7 +49,7 @@ def adapt(views: Sequence[DiffusionTransformer], run: RunConfig, role: str) -> N
         add_adapters(view, size, group)
         for name, _, adapter in adapters_of(view):
             shape = entries[f"{name}.weight"].internal_shape
-            whole = _initial(f"{run.seed}/{role}/{name}", adapter.A.shape[0], shape[1])
+            whole = seeded_uniform(f"{run.seed}/{role}/{name}", (adapter.A.shape[0], shape[1]), fan_in=shape[1])
             width = adapter.A.shape[1]
             start = group.rank() * width if width < shape[1] else 0
             with torch.no_grad():
@@ -83,9 +82,3 @@ def as_trained(run: RunConfig, role: str, chunks: list[DiffusionTransformer]) ->
     views = [view_of(chunk) for chunk in chunks]
     adapt(views, run, role)
     return [view.requires_grad_(False) for view in views]
-
-
-def _initial(key: str, rows: int, columns: int) -> torch.Tensor:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    return (2 * torch.rand(rows, columns, generator=generator) - 1) / math.sqrt(columns)

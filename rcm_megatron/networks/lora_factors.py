@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from rcm_megatron.checkpoint.lora.write import Factors
 from rcm_megatron.checkpoint.models import gather_full
 from rcm_megatron.checkpoint.translate import entries_for
@@ -23,17 +20,10 @@ def whole_factors(chunks: Sequence[DiffusionTransformer], model: ModelConfig, *,
         return None
     entries, factors = entries_for("diffusers", model), {}
     for name in sorted(key.removesuffix(".lora.A") for key in gathered if key.endswith(".lora.A")):
-        internal = f"{name}.weight"
-        downs = gathered[f"{name}.lora.A"].chunk(len(entries[internal].external))
-        ups = _by_part(gathered[f"{name}.lora.B"], parts=len(downs), head_dim=model.head_dim)
+        internal, up = f"{name}.weight", gathered[f"{name}.lora.B"]
+        entry = entries[internal]
+        downs = gathered[f"{name}.lora.A"].chunk(len(entry.external))
+        ups = entry.split(up) if entry.fused else (up,)
         for index, (down, up) in enumerate(zip(downs, ups, strict=True)):
             factors[(internal, index)] = (down.float().cpu(), scale * up.float().cpu())
     return factors
-
-
-def _by_part(up: Tensor, *, parts: int, head_dim: int) -> tuple[Tensor, ...]:
-    """B of each external linear, of rows that are interleaved per head."""
-    if parts == 1:
-        return (up,)
-    by_head = up.unflatten(0, (-1, parts, head_dim))
-    return tuple(part.flatten(0, 1) for part in torch.unbind(by_head, dim=1))

@@ -70,11 +70,19 @@ def seeded_weights(model: ModelConfig, *, seed: int) -> CheckpointSource:
 def _seeded_tensor(shapes: Mapping[str, tuple[int, ...]], name: str, index: tuple[slice, ...], *, seed: int) -> Tensor:
     """Rows ``index`` of one random tensor; it is drawn whole."""
     shape = shapes[name]
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     if "norm" in name:
         return (torch.ones(shape) if name.endswith("weight") else torch.zeros(shape))[index]
     if name.endswith("modulation") or "positions" in name:
-        return (torch.randn(shape, generator=generator) / math.sqrt(shape[-1]))[index]
+        return (torch.randn(shape, generator=_generator(f"{seed}/{name}")) / math.sqrt(shape[-1]))[index]
     fan_in = shapes[name.rpartition(".")[0] + ".weight"][1]
-    return ((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in))[index]
+    return seeded_uniform(f"{seed}/{name}", shape, fan_in=fan_in)[index]
+
+
+def seeded_uniform(key: str, shape: tuple[int, ...], *, fan_in: int) -> Tensor:
+    """Uniform in ±1/√fan_in, by ``key`` alone."""
+    return (2 * torch.rand(shape, generator=_generator(key)) - 1) / math.sqrt(fan_in)
+
+
+def _generator(key: str) -> torch.Generator:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -33,7 +33,7 @@ def plan(run: RunConfig, request: PlanRequest) -> int:
     """Print the report, and write the files that are asked for. Raises ConfigError for hardware that is not known, for a run that trains a
     LoRA, and where no layout is legal."""
     hardware = hardware_of(request.gpu)
-    if adapted := [role for role in run.trained_roles if run.networks[role].lora is not None]:
+    if adapted := [role for role in run.trained_roles if run.trains_lora(role)]:
         raise ConfigError(
             f"networks.{adapted[0]}.lora is given, and the planner's formulas are of networks that train whole; need lora=null, or "
             "`rcm dryrun` of a layout with the LoRA"

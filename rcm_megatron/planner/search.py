@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from rcm_megatron.config import RunConfig
+from rcm_megatron.config import ParallelConfig, RunConfig
 from rcm_megatron.planner.candidates import POLICIES, Policies, layouts_of
 from rcm_megatron.planner.cost import Cost, Schedule, cost_of
 from rcm_megatron.planner.hardware import Hardware
@@ -39,19 +39,27 @@ class Search:
     """The emptiest first; of each layout the policies with which it is emptiest."""
 
 
-def search(run: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware) -> Search:
-    """Formulas alone: nothing is simulated."""
+def search(
+    run: RunConfig,
+    world_size: int,
+    inventories: Inventories,
+    hardware: Hardware,
+    *,
+    allowed: Callable[[ParallelConfig], bool] = lambda _: True,
+) -> Search:
+    """Among all layouts, or those that are ``allowed``. Formulas alone: nothing is simulated."""
     schedule = Schedule.of(run)
     best = [
-        best_of(laid_out, world_size, inventories, hardware, schedule)
+        _best_of(laid_out, world_size, inventories, hardware, schedule)
         for laid_out in layouts_of(run, world_size, gpus_per_node=hardware.gpus_per_node)
+        if allowed(laid_out.parallel)
     ]
     fitting = sorted((option for option in best if option.fits), key=lambda option: option.cost.step)
     refused = sorted((option for option in best if not option.fits), key=lambda option: option.peak.total)
     return Search(fitting, refused)
 
 
-def best_of(
+def _best_of(
     laid_out: RunConfig, world_size: int, inventories: Inventories, hardware: Hardware, schedule: Schedule
 ) -> Option:
     """Of one layout the policies with which it is the fastest that fits, or the emptiest."""

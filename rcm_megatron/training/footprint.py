@@ -56,16 +56,11 @@ def held_on_rank(run: RunConfig, groups: ParallelGroups) -> dict[str, Held]:
         bases = Bases(run, lambda role: frozen(build_network(run, role, groups)))
         held = {}
         for role in run.roles:
-            chunks, is_lora = bases.network(role), trains_lora(run, role)
+            chunks, is_lora = bases.network(role), run.trains_lora(role)
             held[role] = held_by(_parameters(chunks, lora=is_lora))
             if is_lora:
                 held[f"{role} base"] = held_by(_parameters(chunks, lora=False))
     return held
-
-
-def trains_lora(run: RunConfig, role: str) -> bool:
-    """Whether a stage trains a LoRA of the role's network, and so not its weights."""
-    return role in run.trained_roles and run.networks[role].lora is not None
 
 
 def _parameters(chunks: Iterable[DiffusionTransformer], *, lora: bool) -> Iterator[nn.Parameter]:
@@ -81,7 +76,7 @@ def standing_bytes(run: RunConfig, held: Mapping[str, Held], *, shards: int) -> 
     found, largest = {}, max(run.trained_roles, key=lambda role: held[role].elements)
     for role in run.roles:
         settings, own = run.networks[role], held[role]
-        frozen_part = f"{role} base" if trains_lora(run, role) else role
+        frozen_part = f"{role} base" if run.trains_lora(role) else role
         if frozen_part != role or role not in run.trained_roles:
             # roles that begin alike hold their weights once
             size = held[frozen_part].bytes if run.base_of(role) == role else 0

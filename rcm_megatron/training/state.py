@@ -158,7 +158,7 @@ def _build(
     """This rank's pieces of one network."""
     if role not in run.trained_roles:
         return bases.network(role)
-    if run.networks[role].lora is not None:
+    if run.trains_lora(role):
         chunks = bases.network(role)
         return wrap_ddp(chunks, chunks[0].config)
     build = partial(build_network, run, role, groups, spec=spec, recompute=run.memory.recompute)

@@ -24,6 +24,7 @@ ALLOWED = {
     "requests": {"registries"},
     "dtypes": set(),
     "files": set(),
+    "progress": set(),
     "finite": {"errors"},
     "dual": set(),
     "inputs": {"dual"},
@@ -52,7 +53,8 @@ ALLOWED = {
         "__version__",
     },
     "datasets": MODELS
-    | {"files", "text", "requests", "platform", "checkpoint", "data", "inference", "datasets", "__version__"},
+    | {"files", "progress", "text", "requests", "platform", "checkpoint", "data", "inference", "datasets"}
+    | {"__version__"},
     "training": MODELS
     | {
         "registries",
@@ -106,7 +108,18 @@ ALLOWED = {
         "text",
     },
     "reports": {"errors", "registries", "requests", "reports"},
-    "evaluation": {"errors", "config", "files", "finite", "text", "requests", "platform", "parallel", "models"}
+    "evaluation": {
+        "errors",
+        "config",
+        "files",
+        "finite",
+        "progress",
+        "text",
+        "requests",
+        "platform",
+        "parallel",
+        "models",
+    }
     | {"diffusion", "data", "inference", "reports", "evaluation"},
     "cli": {"errors", "config", "paths", "requests", "cli"}
     | {

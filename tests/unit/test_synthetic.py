@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from rcm_megatron.evaluation.sets import frechet_distance
 from tools.quickstart.digits import (
     DIRECTION_STEPS,
     DIRECTIONS,
@@ -22,7 +23,6 @@ from tools.quickstart.judge import (
     aligned_statistics,
     caption_diversity,
     captioned_digit_accuracy,
-    frechet_distance,
     head_labels,
     spoil_motion,
     train_classifier,

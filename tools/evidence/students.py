@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from rcm_megatron.diffusion import losses, samplers, timesteps, trigflow
+from rcm_megatron.training.ema import power_decay, power_exponent
 from tools.evidence.mixture import Mixture
 
 WIDTH, DEPTH, FREQUENCIES = 128, 4, 8
 MAX_ROLLOUT, FAKE_UPDATES = 4, 4
 """Steps of a rollout; updates of the fake score for one of the student."""
 LR, FAKE_LR, BETAS = 5e-4, 1e-3, (0.0, 0.999)
-EMA_GAMMA = 6.94
-"""Of the power-function average that is sampled (EDM2, arXiv 2312.02696): a relative width of 0.1, the program's default."""
+EMA_GAMMA = power_exponent(0.1)
+"""Of the power-function average that is sampled (EDM2, arXiv 2312.02696): the program's default width."""
 
 
 def sum_per_sample(x_KB2: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class Student:
 
     @torch.no_grad()
     def _average(self) -> None:
-        keep = (1 - 1 / self.updates) ** (EMA_GAMMA + 1)
+        keep = power_decay(self.updates, gamma=EMA_GAMMA)
         for mean, weight in zip(self.averaged.parameters(), self.network.parameters(), strict=True):
             mean.lerp_(weight, 1 - keep)
 

@@ -24,13 +24,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from rcm_megatron.evaluation.sets import frechet_distance
 from rcm_megatron.models.encoders import WordTextEncoder
 from tools.quickstart.digits import LATENT_SHAPE_CTHW, all_captions, make_samples
 from tools.quickstart.judge import (
     VideoClassifier,
     caption_diversity,
     captioned_digit_accuracy,
-    frechet_distance,
     train_classifier,
     video_features,
 )

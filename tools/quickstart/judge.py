@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -170,21 +169,6 @@ def captioned_digit_accuracy(
     asked = [parse_caption(caption) for caption in captions]
     right = [int(read_NR[row, DIRECTIONS.index(way)]) == digit for row, (digit, way) in enumerate(asked)]
     return sum(right) / len(right)
-
-
-def frechet_distance(features_a_NF: Tensor, features_b_MF: Tensor) -> float:
-    """Squared Fréchet distance of the two Gaussians fitted to the rows: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)).
-
-    FID (arXiv 1706.08500), Eq. 6. Biased upwards for few rows, like FID: compare values of equal N only.
-    """
-    a_NF, b_MF = features_a_NF.double().numpy(), features_b_MF.double().numpy()
-    mean_gap = float(np.square(a_NF.mean(0) - b_MF.mean(0)).sum())
-    cov_a, cov_b = np.cov(a_NF, rowvar=False), np.cov(b_MF, rowvar=False)
-    # tr (A B)^(1/2) = sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0.0)).sum()
-    return mean_gap + float(np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
 
 
 def spread_within_captions(features_NF: Tensor, captions: Sequence[str]) -> float:

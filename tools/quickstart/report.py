@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rcm_megatron.config import RunConfig, load_config, validate
 from rcm_megatron.data import media
 from rcm_megatron.errors import CheckpointError, InputError
+from rcm_megatron.evaluation.sets import frechet_distance
 from rcm_megatron.files import save_safetensors
 from rcm_megatron.inference.encoding import encode_captions, load_null_text
 from rcm_megatron.inference.networks import (
@@ -155,7 +156,7 @@ class Judge:
             name=name,
             evaluations=evaluations,
             seconds_per_video=None if seconds is None else seconds / len(videos_NCTHW),
-            distance=digit_metrics.frechet_distance(features_NF, self.features_NF),
+            distance=frechet_distance(features_NF, self.features_NF),
             accuracy=digit_metrics.captioned_digit_accuracy(self.classifier, videos_NCTHW, captions),
             diversity=digit_metrics.caption_diversity(
                 features_NF, captions, real_features_MF=self.features_NF, real_captions=self.captions
