@@ -232,6 +232,15 @@ def test_given_frames_go_nowhere(groups):
     for i, frames in enumerate(case.given):
         assert_close("given frames", line[i, :, :frames], mapped[i, :, :frames], rel=1e-6) if frames else None
         assert float((line[i, :, frames:] - mapped[i, :, frames:]).norm()) > 0.1
+    # once it has learned, the embedding of a given frame is that of no interval, and of no other frame
+    with torch.no_grad():
+        for parameter in network.interval_embedding.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        (e_FBD, *_), _ = network._embed(given.timestep_1B, given.text_LBD, condition, given.interval_1B)
+        (still_FBD, *_), _ = network._embed(given.timestep_1B, given.text_LBD, condition, 0 * given.interval_1B)
+    for i, frames in enumerate(case.given):
+        assert torch.equal(e_FBD[:frames, i], still_FBD[:frames, i])
+        assert float((e_FBD[frames:, i] - still_FBD[frames:, i]).norm() / still_FBD[frames:, i].norm()) > 1e-2
 
 
 def test_formats_of_others_refuse_it_and_ours_hold_it(tmp_path):
